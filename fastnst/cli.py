@@ -1,0 +1,82 @@
+"""What the commands share: finding a config, flags that mean the same everywhere, errors turned into exit codes."""
+
+import argparse
+import importlib
+import importlib.resources
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+VERBS = {
+    "train": "fit a network to one painting, on a folder of photos",
+    "stylize": "apply a trained model to photos",
+    "optimize": "the reference: optimize a single picture, slowly (Gatys et al.)",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``fastnst VERB ...``: the same as ``python scripts/VERB.py ...``."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in VERBS:
+        verb = importlib.import_module(f"fastnst.scripts.{argv[0]}")
+        sys.exit(run(verb.main, argv[1:]))
+    if argv and argv[0] == "--version":
+        from fastnst import __version__
+
+        print(f"fastnst {__version__}")
+        sys.exit(0)
+    verbs = "\n".join(f"  {verb:10} {what}" for verb, what in VERBS.items())
+    print(f"usage: fastnst VERB ...\n\n{verbs}\n\n`fastnst VERB --help` tells the rest.", file=sys.stdout if argv in ([], ["--help"], ["-h"]) else sys.stderr)
+    if argv and argv[0] not in ("--help", "-h"):
+        print(f"fastnst: error: no verb {argv[0]!r}", file=sys.stderr)
+    sys.exit(0 if argv and argv[0] in ("--help", "-h") else 2)
+
+
+def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """Run a script's ``main``; what a user can mend is one line on stderr and exit code 2, without a traceback.
+
+    ``FASTNST_DEBUG=1`` shows the traceback.
+    """
+    try:
+        return command(argv)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ArithmeticError) as error:
+        if os.environ.get("FASTNST_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parser(verb: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser with the flags that every command has."""
+    p = argparse.ArgumentParser(prog=f"fastnst {verb}", description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", default="auto", metavar="auto|cpu|cuda|mps", help="where to compute (auto: a GPU where there is one)")
+    return p
+
+
+def add_config_flags(p: argparse.ArgumentParser) -> None:
+    """--config and --set."""
+    p.add_argument("--config", required=True, metavar="FILE", help="YAML config: a path, or the name of a shipped one")
+    p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override any key of the config; may be repeated")
+
+
+def find_config(name: str) -> Path:
+    """The path itself where it exists, else the shipped config of that name. Raises ``FileNotFoundError`` listing them."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = Path(str(importlib.resources.files("fastnst.configs")))
+    candidate = shipped / f"{Path(name).stem}.yaml"
+    if Path(name).parent in (Path("."), Path("configs")) and candidate.is_file():
+        return candidate
+    raise FileNotFoundError(f"--config: no file at {name}; shipped: {', '.join(sorted(path.stem for path in shipped.glob('*.yaml')))}")
+
+
+def progress_bar(total: int, initial: int = 0, unit: str = "step") -> tqdm:
+    """A bar on stderr with rate and time left; where stderr is a file, a line every half minute."""
+    live = sys.stderr.isatty()
+    return tqdm(total=total, initial=initial, unit=unit, dynamic_ncols=live, mininterval=0.2 if live else 30, smoothing=0.1, ascii=None if live else True)

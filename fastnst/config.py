@@ -1,0 +1,191 @@
+"""YAML file <-> strict, typed config. Knows nobody's fields: each owner declares its own ``Config`` subclass.
+
+Guards one convention: a config is checked whole, once, before anything slow begins, and every complaint names the
+dotted key and what to do about it.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message names the file, the dotted key and the way to mend it."""
+
+
+class Config(BaseModel):
+    """Base of every config: immutable, unknown keys refused, numbers finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_booleans_as_numbers(cls, data: Any) -> Any:
+        # pydantic would read `steps: true` as 1.
+        if isinstance(data, dict):
+            for key, value in data.items():
+                field = cls.model_fields.get(key)
+                if isinstance(value, bool) and field is not None and field.annotation in (int, float):
+                    raise ValueError(f"{key}: got {str(value).lower()}, need a number")
+        return data
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers (``1e5``, ``1e-3`` are floats), ``no`` stays text, and a key given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(model: type[ConfigT], path: str | Path, overrides: Iterable[str] = ()) -> ConfigT:
+    """Read ``path``, apply ``overrides`` (``"key.sub=value"``, the value as YAML) and validate as ``model``.
+
+    Raises ``FileNotFoundError`` where the file is missing and ``ConfigError`` for everything wrong inside it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no config file at {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file ({error.reason} at byte {error.start})") from error
+    return parse_config(model, text, overrides, source=str(path))
+
+
+def parse_config(model: type[ConfigT], text: str, overrides: Iterable[str] = (), source: str = "config") -> ConfigT:
+    """Validate YAML ``text`` as ``model``; ``source`` names it in complaints."""
+    data = _parse_yaml(text, source)
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: got {type(data).__name__}, need `key: value` lines")
+    for override in overrides:
+        _apply_override(model, data, override)
+    return validate_config(model, data, source)
+
+
+def validate_config(model: type[ConfigT], data: dict, source: str = "config") -> ConfigT:
+    """Validate a plain dict as ``model``; raises ``ConfigError`` with one line for each complaint."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        complaints = [_explain(model, detail) for detail in error.errors()]
+        raise ConfigError("\n".join(f"{source}: {complaint}" for complaint in complaints)) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The complete config as YAML, defaults included; ``parse_config`` reads it back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """``{"train.steps": 40000, ...}``: every leaf by its dotted key; a map of layers counts as one leaf."""
+
+    def walk(value: Any, prefix: str) -> Iterable[tuple[str, Any]]:
+        if isinstance(value, Config):
+            for name in type(value).model_fields:
+                yield from walk(getattr(value, name), f"{prefix}.{name}" if prefix else name)
+        else:
+            yield prefix, value
+
+    return dict(walk(config, ""))
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # _Loader derives from SafeLoader: data only, no objects
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _apply_override(model: type[Config], data: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: need key=value, for example --set train.steps=1000")
+    value = _parse_yaml(text, f"--set {key}")
+    at: Any = model
+    *parents, last = key.split(".")
+    for index, part in enumerate(parents):
+        field = at.model_fields.get(part) if isinstance(at, type) and issubclass(at, Config) else None
+        if field is None:
+            _complain_unknown(model, key, f"--set {override}")
+        at = field.annotation
+        if not isinstance(data.get(part), dict):
+            default = field.get_default(call_default_factory=True)
+            # A map of layers starts from its default, so that one entry can be changed alone.
+            data[part] = dict(default) if isinstance(default, dict) else {}
+        data = data[part]
+        if not (isinstance(at, type) and issubclass(at, Config)):
+            last = ".".join([*parents[index + 1 :], last])  # a layer name such as features.3
+            break
+    if isinstance(at, type) and issubclass(at, Config) and last not in at.model_fields:
+        _complain_unknown(model, key, f"--set {override}")
+    data[last] = value
+
+
+def _complain_unknown(model: type[Config], key: str, source: str) -> None:
+    raise ConfigError(f"{source}: {_unknown_key(model, key)}")
+
+
+def _known_keys(model: type[Config], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _unknown_key(model: type[Config], key: str) -> str:
+    known = _known_keys(model)
+    same_name = [candidate for candidate in known if candidate.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:
+        near = [k for k in known if difflib.get_close_matches(key.rpartition(".")[2], [k.rpartition(".")[2]], cutoff=0.6)]
+    siblings = [candidate for candidate in known if candidate.rpartition(".")[0] == key.rpartition(".")[0]]
+    hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(siblings or [k for k in known if '.' not in k])}"
+    return f"unknown key {key}; {hint}"
+
+
+def _explain(model: type[Config], detail: dict) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return _unknown_key(model, key)
+    if detail["type"] == "missing":
+        return f"{key} is not given; write it in the file or use --set {key}=VALUE"
+    if detail["type"] == "value_error":
+        message = str(detail["ctx"]["error"])
+        return f"{key}: {message}" if key else message
+    message = detail["msg"].replace("Input should be", "need")
+    if detail["type"] in ("model_type", "model_attributes_type"):
+        message = "need `key: value` lines"
+    return f"{key}: got {detail['input']!r}, {message}"

@@ -1,0 +1,238 @@
+"""The loss network phi: a frozen, pretrained VGG or SqueezeNet that turns an image into features by layer name.
+
+Guards two conventions: it takes RGB in [0, 1] and alone knows mean and std, and a stored feature is never overwritten
+by a later layer. Topologies and parameter names are torchvision's, so its weight files load as they are.
+"""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fastnst.config import Config
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# Filters of each convolution by block; a 2x2 pooling follows each block (Simonyan & Zisserman 2014, D and E).
+_VGG_BLOCKS = {
+    "vgg16": ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)),
+    "vgg19": ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)),
+}
+# Kernel and filters of the first convolution; then (squeeze, expand) of each fire, or None for a pooling (Iandola et al. 2016).
+_SQUEEZENETS = {
+    "squeezenet1_0": ((7, 96), ((16, 64), (16, 64), (32, 128), None, (32, 128), (48, 192), (48, 192), (64, 256), None, (64, 256))),
+    "squeezenet1_1": ((3, 64), ((16, 64), (16, 64), None, (32, 128), (32, 128), None, (48, 192), (48, 192), (64, 256), (64, 256))),
+}
+LossNetworkName = Literal["vgg16", "vgg19", "squeezenet1_0", "squeezenet1_1"]
+Triple = tuple[float, float, float]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class LossNetworkConfig(Config):
+    """Which loss network, with which weights.
+
+    ``weights``: ``imagenet`` (torchvision's download), ``imagenet_features`` (vgg16 only: the original Caffe weights, as
+    torchvision keeps them), ``random`` (no download; for trying the pipeline, not for pictures) or the path of a ``.pth``
+    or ``.safetensors`` state dict, whole or cut off. ``mean`` and ``std`` are of RGB in [0, 1]; left out, they come from the
+    weights: torchvision's own, the safetensors metadata, else ImageNet's.
+    """
+
+    network: LossNetworkName = "vgg16"
+    weights: str = Field("imagenet_features", min_length=1)
+    mean: Triple | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
+    pooling: Literal["max", "average"] = "max"
+
+    @model_validator(mode="after")
+    def _weights_exist_for_network(self):
+        if self.weights == "imagenet_features" and self.network != "vgg16":
+            raise ValueError(f"weights: imagenet_features exist for vgg16 alone, not for {self.network}; use weights: imagenet or a path")
+        return self
+
+
+class Fire(nn.Module):
+    """SqueezeNet's block: 1x1 squeeze, then 1x1 and 3x3 expansions side by side."""
+
+    def __init__(self, inputs: int, squeeze: int, expand: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(inputs, squeeze, 1)
+        self.expand1x1 = nn.Conv2d(squeeze, expand, 1)
+        self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.squeeze(x))
+        return torch.relu(torch.cat([self.expand1x1(x), self.expand3x3(x)], dim=1))
+
+
+def _topology(network: str, pooling: str = "max") -> list[tuple[str, nn.Module]]:
+    """``[(layer name, module), ...]`` in torchvision's order: the position is the index in ``features``."""
+    pool = nn.MaxPool2d if pooling == "max" else nn.AvgPool2d
+    layers: list[tuple[str, nn.Module]] = []
+    channels = 3
+    if network in _VGG_BLOCKS:
+        for block, (filters, count) in enumerate(_VGG_BLOCKS[network], start=1):
+            for conv in range(1, count + 1):
+                layers += [(f"conv{block}_{conv}", nn.Conv2d(channels, filters, 3, padding=1)), (f"relu{block}_{conv}", nn.ReLU())]
+                channels = filters
+            layers.append((f"pool{block}", pool(2, 2)))
+        return layers
+    (kernel, channels_out), rest = _SQUEEZENETS[network]
+    layers += [("conv1", nn.Conv2d(3, channels_out, kernel, stride=2)), ("relu1", nn.ReLU()), ("pool1", pool(3, 2, ceil_mode=True))]
+    channels, fires, pools = channels_out, 1, 1
+    for fire in rest:
+        if fire is None:
+            pools += 1
+            layers.append((f"pool{pools}", pool(3, 2, ceil_mode=True)))
+        else:
+            fires += 1
+            layers.append((f"fire{fires}", Fire(channels, *fire)))
+            channels = 2 * fire[1]
+    return layers
+
+
+def layer_index(network: str, layer: str) -> int:
+    """The position of ``layer`` in torchvision's ``features``; ``features.N`` names it directly.
+
+    Raises ``ValueError`` naming the nearest known layer.
+    """
+    with torch.device("meta"):  # the names alone: no memory, no initialization
+        names = [name for name, _ in _topology(network)]
+    if layer in names:
+        return names.index(layer)
+    prefix, _, number = layer.partition(".")
+    if prefix == "features" and number.isdigit() and int(number) < len(names):
+        return int(number)
+    near = difflib.get_close_matches(layer, names, n=1, cutoff=0)
+    raise ValueError(f"{network} has no layer {layer!r}; nearest: {near[0]}; it has {', '.join(names)} (or features.0 ... features.{len(names) - 1})")
+
+
+class LossNetwork(nn.Module):
+    """Frozen features of ``network`` at ``layers``, computed only as deep as the deepest of them.
+
+    ``mean`` and ``std`` are of RGB in [0, 1]. Weights start at random (He et al. 2015); ``load_loss_network`` fills them in.
+    """
+
+    def __init__(self, network: str, layers: Iterable[str], mean: Triple = IMAGENET_MEAN, std: Triple = IMAGENET_STD, pooling: str = "max") -> None:
+        super().__init__()
+        self.network = network
+        self._index = {layer: layer_index(network, layer) for layer in layers}
+        if not self._index:
+            raise ValueError("a loss network needs at least one layer")
+        self.features = nn.Sequential(*(module for _, module in _topology(network, pooling)[: max(self._index.values()) + 1]))
+        for index, module in enumerate(self.features):
+            if isinstance(module, nn.ReLU):  # in place saves memory, but not over a convolution that is asked for
+                module.inplace = index - 1 not in self._index.values()
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    def forward(self, images: Tensor, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """``(N, 3, H, W)`` RGB in [0, 1] -> ``{layer: (N, C, H', W')}`` for ``layers``, by default all that it was built for."""
+        wanted = {layer: self._index[layer] for layer in (self._index if layers is None else layers)}
+        found: dict[int, Tensor] = {}
+        x = (images - self.mean) / self.std
+        for index, module in enumerate(self.features[: max(wanted.values(), default=-1) + 1]):
+            x = module(x)
+            if index in wanted.values():
+                found[index] = x
+        return {layer: found[index] for layer, index in wanted.items()}
+
+
+def load_loss_network(config: LossNetworkConfig, layers: Iterable[str]) -> LossNetwork:
+    """A ``LossNetwork`` with the weights that ``config`` names.
+
+    Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for a file that is no state dict of tensors or lacks a
+    layer that is needed, and ``OSError`` with advice where a download is impossible.
+    """
+    layers = list(layers)
+    if config.weights == "random":
+        state, mean, std = None, None, None
+    elif config.weights in ("imagenet", "imagenet_features"):
+        state, mean, std = _download(config)
+    else:
+        state, mean, std = _read_state(Path(config.weights).expanduser())
+    network = LossNetwork(config.network, layers, config.mean or mean or IMAGENET_MEAN, config.std or std or IMAGENET_STD, config.pooling)
+    if state is None:
+        generator = torch.Generator().manual_seed(0)
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+                nn.init.zeros_(module.bias)
+    else:
+        _fill(network, state, config.weights)
+    return network
+
+
+def _fill(network: LossNetwork, state: dict[str, Tensor], source: str) -> None:
+    names = [name for name, _ in _topology(network.network)]
+    for key, parameter in network.state_dict().items():
+        layer = names[int(key.split(".")[1])]
+        if key not in state:
+            raise ValueError(
+                f"{source}: lacks {key} ({layer}), needed for {', '.join(network._index)}; it holds {_extent(state, names)}. "
+                f"Choose layers within that, or a fuller weight file of {network.network}"
+            )
+        if state[key].shape != parameter.shape:
+            raise ValueError(
+                f"{source}: {key} ({layer}) has shape {tuple(state[key].shape)}, {network.network} needs {tuple(parameter.shape)}; is it another network's file?"
+            )
+        parameter.copy_(state[key])
+
+
+def _extent(state: dict[str, Tensor], names: list[str]) -> str:
+    held = [int(key.split(".")[1]) for key in state if key.startswith("features.") and key.split(".")[1].isdigit()]
+    held = [index for index in held if index < len(names)]
+    return f"convolutions up to {names[max(held)]}" if held else f"{len(state)} other tensors, none named features.N.*"
+
+
+def _read_state(path: Path) -> tuple[dict[str, Tensor], Triple | None, Triple | None]:
+    if not path.is_file():
+        raise FileNotFoundError(f"loss.weights: no file at {path}; give imagenet, imagenet_features (vgg16), random or the path of a .pth or .safetensors file")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                state = {key: file.get_tensor(key) for key in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+        return state, _triple(metadata, "mean", path), _triple(metadata, "std", path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for damaged or unsafe files
+        raise ValueError(f"{path}: not a state dict of tensors, or damaged ({str(error).splitlines()[0]}); whole pickled modules are not loaded") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: holds {type(state).__name__}, need a state dict of tensors")
+    return state, None, None
+
+
+def _triple(metadata: dict[str, str], key: str, path: Path) -> Triple | None:
+    if key not in metadata:
+        return None
+    try:
+        red, green, blue = (float(part) for part in metadata[key].strip("[]() ").split(","))
+    except ValueError:
+        raise ValueError(f"{path}: metadata {key} is {metadata[key]!r}, need three numbers such as 0.485,0.456,0.406") from None
+    return red, green, blue
+
+
+def _download(config: LossNetworkConfig) -> tuple[dict[str, Tensor], Triple, Triple]:
+    from torchvision.models import get_model_weights
+
+    weights = get_model_weights(config.network)["IMAGENET1K_FEATURES" if config.weights == "imagenet_features" else "IMAGENET1K_V1"]
+    try:
+        state = weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+        raise OSError(
+            f"could not download the {config.network} weights from {weights.url} ({error}). Fetch that file on a machine with a connection and put it "
+            f"in {Path(torch.hub.get_dir()) / 'checkpoints'}, or give its path with --set loss.weights=PATH"
+        ) from error
+    preprocessing = weights.transforms()
+    return state, tuple(preprocessing.mean), tuple(preprocessing.std)

@@ -1,0 +1,183 @@
+"""What is minimized: content, style and total-variation terms, and ``PerceptualLoss``, which adds them up.
+
+``train`` lowers it over the weights of a network, ``optimize`` over the pixels of one image. Functions hold the
+mathematics, classes the settings.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from fastnst.loss_network import LossNetwork, LossNetworkConfig, layer_index
+
+LayerWeights = dict[str, Annotated[float, Field(ge=0)]]
+Distance = Literal["mse", "sse", "rmse"]
+Gram = Literal["chw", "hw", "sqrt_chw", "none"]
+
+
+class LossConfig(LossNetworkConfig):
+    """The objective: content_weight x sum_l w_l content_l + style_weight x sum_l w_l style_l + tv_weight x tv.
+
+    ``distance`` between features and between Grams, for each image, averaged over the batch: ``mse`` mean of squares, ``sse``
+    sum of squares, ``rmse`` root of the mean of squares. ``gram``: what F F^T is divided by; ``sqrt_chw`` makes the squared
+    distance that of the bare Grams over C H W. ``statistics``: ``gram`` as Gatys et al. 2016, or ``mean_covariance``, the
+    Wasserstein-2 distance between Gaussians. The defaults are Johnson et al.'s released recipe.
+    """
+
+    content_weight: float = Field(1.0, ge=0)
+    content_layers: LayerWeights = {"relu3_3": 1.0}
+    style_weight: float = Field(5.0, ge=0)
+    style_layers: LayerWeights = {"relu1_2": 1.0, "relu2_2": 1.0, "relu3_3": 1.0, "relu4_3": 1.0}
+    distance: Distance = "mse"
+    gram: Gram = "chw"
+    statistics: Literal["gram", "mean_covariance"] = "gram"
+    tv_weight: float = Field(0.0, ge=0)
+    tv_power: Literal[1, 2] = Field(2, description="1: absolute differences, 2: squared ones")
+    tv_reduction: Literal["mean", "sum"] = Field("sum", description="over the pixels and channels of an image")
+    tv_units: Literal["pixels", "network"] = Field("network", description="pixels: [0, 1]; network: (pixels - mean) / std, 0..255 for Caffe weights")
+
+    @field_validator("content_layers", "style_layers")
+    @classmethod
+    def _layers_exist(cls, layers: dict[str, float], info) -> dict[str, float]:
+        network = info.data.get("network")
+        for layer in layers if network else ():
+            layer_index(network, layer)
+        return layers
+
+    @model_validator(mode="after")
+    def _something_to_minimize(self):
+        if not self.layers:
+            raise ValueError("content_layers and style_layers are both empty: nothing to minimize")
+        return self
+
+    @property
+    def layers(self) -> list[str]:
+        """Every layer whose features are needed."""
+        return list(dict.fromkeys([*self.content_layers, *self.style_layers]))
+
+
+def gram_matrix(features: Tensor, divisor: Gram = "chw") -> Tensor:
+    """``(N, C, H, W)`` -> ``(N, C, C)``, F F^T / divisor, in float32 at least: half precision overflows.
+
+    Gatys et al. 2016, eq. 3; divided by C H W as Johnson et al. 2016, eq. 3.
+    """
+    n, c, h, w = features.shape
+    with torch.autocast(features.device.type, enabled=False):
+        flat = features.reshape(n, c, h * w)
+        flat = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
+        scale = {"chw": c * h * w, "hw": h * w, "sqrt_chw": (c * h * w) ** 0.5, "none": 1}[divisor]
+        return flat @ flat.transpose(1, 2) / scale
+
+
+def mean_covariance(features: Tensor, epsilon: float = 1e-4) -> tuple[Tensor, Tensor]:
+    """``(N, C, H, W)`` -> mean ``(N, C)`` and covariance ``(N, C, C)`` over the positions, plus ``epsilon`` on its diagonal."""
+    second_moment = gram_matrix(features, "hw")
+    mean = features.to(second_moment.dtype).mean(dim=(2, 3))
+    covariance = second_moment - mean[:, :, None] * mean[:, None, :]
+    return mean, covariance + epsilon * torch.eye(mean.shape[1], dtype=mean.dtype, device=mean.device)
+
+
+def gaussian_wasserstein(mean: Tensor, covariance: Tensor, target_mean: Tensor, target_root: Tensor) -> Tensor:
+    """Squared Wasserstein-2 distance between Gaussians over C, averaged over the batch (crowsonkb/style-transfer-pytorch).
+
+    |m - m'|^2 + tr(S + S' - 2 (R S R)^(1/2)) with R = ``target_root`` = S'^(1/2). The trace of the root is the sum of the
+    roots of the eigenvalues, whose gradient is stable where that of the eigenvectors is not.
+    """
+    eigenvalues = torch.linalg.eigvalsh(target_root @ covariance @ target_root)
+    trace = covariance.diagonal(dim1=1, dim2=2).sum(1) + target_root.square().sum(dim=(1, 2)) - 2 * eigenvalues.clamp(min=1e-12).sqrt().sum(1)
+    return ((mean - target_mean).square().mean(1) + trace / mean.shape[1]).mean()
+
+
+def total_variation(images: Tensor, power: int = 2, reduction: str = "sum") -> Tensor:
+    """Differences between neighbours to the right and below, absolute or squared, averaged over the batch.
+
+    ``sum`` over channels and pixels of an image, or that sum divided by C H W (``mean``).
+    """
+    right = images[..., :, 1:] - images[..., :, :-1]
+    below = images[..., 1:, :] - images[..., :-1, :]
+    total = right.abs().sum() + below.abs().sum() if power == 1 else right.square().sum() + below.square().sum()
+    return total / (images.shape[0] if reduction == "sum" else images.numel())
+
+
+def distance(a: Tensor, b: Tensor, kind: Distance = "mse") -> Tensor:
+    """Distance of each ``a[i]`` to ``b[i]`` (or to a single ``b``), averaged over the batch; in float32 at least."""
+    difference = a.float() - b.float() if a.dtype in (torch.float16, torch.bfloat16) else a - b
+    if kind == "mse":
+        return difference.square().mean()
+    if kind == "sse":
+        return difference.square().sum() / difference.shape[0]
+    # The tiny constant keeps the gradient finite at distance 0, where an image starts from its own content.
+    return (difference.square().flatten(1).mean(1) + 1e-12).sqrt().mean()
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """The weighted summands of the objective, scalars with gradient; ``content`` and ``style`` by layer."""
+
+    content: dict[str, Tensor]
+    style: dict[str, Tensor]
+    tv: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return sum(self.content.values()) + sum(self.style.values()) + self.tv
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Detached, by the names under which TensorBoard shows them."""
+        zero = torch.zeros_like(self.tv)
+        named = {"loss/total": self.total, "loss/content": sum(self.content.values(), zero), "loss/style": sum(self.style.values(), zero), "loss/tv": self.tv}
+        named |= {f"loss_content/{layer}": term for layer, term in self.content.items()}
+        named |= {f"loss_style/{layer}": term for layer, term in self.style.items()}
+        return {name: term.detach() for name, term in named.items()}
+
+
+class PerceptualLoss(nn.Module):
+    """How far an image is from a content target and from the style of ``style``, as ``loss_network`` sees them.
+
+    ``style``: ``(1, 3, H, W)`` RGB in [0, 1], on the loss network's device; its statistics are computed once, here.
+    """
+
+    def __init__(self, loss_network: LossNetwork, config: LossConfig, style: Tensor) -> None:
+        super().__init__()
+        self.loss_network = loss_network
+        self.config = config
+        with torch.no_grad():
+            features = loss_network(style, config.style_layers)
+            self._style_targets = {layer: self._style_target(feature) for layer, feature in features.items()}
+
+    @torch.no_grad()
+    def content_targets(self, content: Tensor) -> dict[str, Tensor]:
+        """Features of ``(N, 3, H, W)`` RGB in [0, 1] at the content layers, no deeper than they lie."""
+        return self.loss_network(content, self.config.content_layers)
+
+    def forward(self, images: Tensor, content_targets: dict[str, Tensor]) -> LossTerms:
+        """The terms for ``(N, 3, H, W)`` RGB in [0, 1], against the ``content_targets`` of as many photos."""
+        c = self.config
+        features = self.loss_network(images, c.layers)
+        content = {
+            layer: c.content_weight * weight * distance(features[layer], content_targets[layer], c.distance)
+            for layer, weight in c.content_layers.items()
+        }
+        style = {layer: c.style_weight * weight * self._style_distance(layer, features[layer]) for layer, weight in c.style_layers.items()}
+        tv = images.new_zeros(())
+        if c.tv_weight:
+            units = (images - self.loss_network.mean) / self.loss_network.std if c.tv_units == "network" else images
+            tv = c.tv_weight * total_variation(units, c.tv_power, c.tv_reduction)
+        return LossTerms(content, style, tv)
+
+    def _style_target(self, features: Tensor) -> tuple[Tensor, ...]:
+        if self.config.statistics == "gram":
+            return (gram_matrix(features, self.config.gram),)
+        mean, covariance = mean_covariance(features)
+        values, vectors = torch.linalg.eigh(covariance)
+        return mean, vectors * values.clamp(min=0).sqrt()[:, None, :] @ vectors.transpose(1, 2)
+
+    def _style_distance(self, layer: str, features: Tensor) -> Tensor:
+        target = self._style_targets[layer]
+        if self.config.statistics == "gram":
+            return distance(gram_matrix(features, self.config.gram), target[0], self.config.distance)
+        with torch.autocast(features.device.type, enabled=False):
+            return gaussian_wasserstein(*mean_covariance(features), *target)

@@ -1,0 +1,125 @@
+"""The image-transformation network f_W of Johnson et al. 2016: RGB in [0, 1] -> RGB in [0, 1], same size.
+
+c9s1-32, d64, d128, R128 x 5, u64, u32, c9s1-3, with a norm and ReLU after every convolution but the last
+(instance norm: Ulyanov et al. 2016). Differs from the paper in the defaults: reflection padding before every
+convolution instead of once at the start, and nearest upsampling + convolution instead of transposed convolution,
+which draws checkerboards (Odena et al. 2016).
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from fastnst.config import Config
+
+
+class NetworkConfig(Config):
+    """Size and shape of a ``TransformNetwork``; stored in the model file."""
+
+    width: int = Field(32, ge=1, le=512, description="filters of the first layer; the blocks have 4 times as many")
+    residual_blocks: int = Field(5, ge=0, le=32)
+    norm: Literal["instance", "batch"] = "instance"
+    padding: Literal["reflect", "replicate", "zeros", "start"] = "reflect"
+    upsampling: Literal["nearest", "transposed", "subpixel"] = "nearest"
+    output: Literal["tanh", "sigmoid", "linear"] = "tanh"
+
+
+class TransformNetwork(nn.Module):
+    """The network that ``config`` describes.
+
+    ``padding: start`` is Johnson's: reflection padding of the whole image once, none inside the blocks (each of which
+    then shaves 2 px off its skip), zeros elsewhere. ``output``: ``tanh`` is 0.5 + 150/255 tanh, ``sigmoid`` is itself,
+    ``linear`` is the bare convolution in units of 1/255, as pytorch/examples has it; what leaves [0, 1] is the
+    caller's to clamp, so that the loss still sees it.
+    """
+
+    def __init__(self, config: NetworkConfig = NetworkConfig()) -> None:
+        super().__init__()
+        self.config = config
+        w = config.width
+        layers: list[nn.Module] = []
+        if config.padding == "start":
+            layers.append(nn.ReflectionPad2d(self.start_padding))
+        layers += [
+            *_conv_block(config, 3, w, 9),
+            *_conv_block(config, w, 2 * w, 3, stride=2),
+            *_conv_block(config, 2 * w, 4 * w, 3, stride=2),
+            *(ResidualBlock(config, 4 * w) for _ in range(config.residual_blocks)),
+            *_upsampling_block(config, 4 * w, 2 * w),
+            *_upsampling_block(config, 2 * w, w),
+            _conv(config, w, 3, 9),
+        ]
+        self.layers = nn.Sequential(*layers)
+
+    @property
+    def start_padding(self) -> int:
+        """Pixels that the blocks shave off each side with ``padding: start``: two 3x3 convolutions at quarter size."""
+        return 2 * 4 * self.config.residual_blocks
+
+    @property
+    def smallest_side(self) -> int:
+        """Smaller images are padded to this side, so that reflection and instance statistics are defined."""
+        return max(16, self.start_padding + 1 if self.config.padding == "start" else 0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(N, 3, H, W)`` in [0, 1], any H and W from 1 up -> the same shape, about [0, 1], not clamped."""
+        height, width = images.shape[-2:]
+        short = [max(0, self.smallest_side - side) for side in (width, height)]
+        if any(short):
+            images = F.pad(images, (0, short[0], 0, short[1]), mode="replicate")
+        x = self.layers(images)[..., :height, :width]  # strides round sizes up to a multiple of 4
+        if self.config.output == "tanh":
+            return 0.5 + 150 / 255 * torch.tanh(x)
+        return torch.sigmoid(x) if self.config.output == "sigmoid" else x / 255
+
+
+class ResidualBlock(nn.Module):
+    """x + norm(conv(ReLU(norm(conv(x))))), no ReLU after the sum (He et al. 2016 as modified by Gross & Wilber)."""
+
+    def __init__(self, config: NetworkConfig, channels: int) -> None:
+        super().__init__()
+        self.shave = 2 if config.padding == "start" else 0
+        padded = config.padding != "start"
+        self.layers = nn.Sequential(
+            _conv(config, channels, channels, 3, padded=padded),
+            _norm(config, channels),
+            nn.ReLU(inplace=True),
+            _conv(config, channels, channels, 3, padded=padded),
+            _norm(config, channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.shave
+        skip = x[..., s:-s, s:-s] if s else x
+        return skip + self.layers(x)
+
+
+def _conv(config: NetworkConfig, inputs: int, outputs: int, kernel: int, stride: int = 1, padded: bool = True) -> nn.Conv2d:
+    mode = "zeros" if config.padding == "start" else config.padding
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2 if padded else 0, padding_mode=mode)
+
+
+def _norm(config: NetworkConfig, channels: int) -> nn.Module:
+    return nn.InstanceNorm2d(channels, affine=True) if config.norm == "instance" else nn.BatchNorm2d(channels)
+
+
+def _conv_block(config: NetworkConfig, inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+    return [_conv(config, inputs, outputs, kernel, stride), _norm(config, outputs), nn.ReLU(inplace=True)]
+
+
+def _upsampling_block(config: NetworkConfig, inputs: int, outputs: int) -> list[nn.Module]:
+    """Twice the height and width."""
+    if config.upsampling == "nearest":
+        up: list[nn.Module] = [nn.Upsample(scale_factor=2, mode="nearest"), _conv(config, inputs, outputs, 3)]
+    elif config.upsampling == "transposed":
+        up = [nn.ConvTranspose2d(inputs, outputs, 3, stride=2, padding=1, output_padding=1)]
+    else:
+        conv = _conv(config, inputs, 4 * outputs, 3)
+        with torch.no_grad():  # all four sub-pixels start equal: no checkerboard at step 0 (Aitken et al. 2017)
+            conv.weight.copy_(conv.weight[::4].repeat_interleave(4, dim=0))
+            conv.bias.copy_(conv.bias[::4].repeat_interleave(4, dim=0))
+        up = [conv, nn.PixelShuffle(2)]
+    return [*up, _norm(config, outputs), nn.ReLU(inplace=True)]

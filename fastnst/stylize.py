@@ -1,0 +1,101 @@
+"""Apply a trained model: one forward pass for each picture. Knows nothing of losses, data sets or training."""
+
+import glob
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastnst.checkpoint import ModelInfo, load_model
+from fastnst.image import READABLE, WRITABLE, ImageSize, check_writable, count_kinds, find_images, open_rgb, resize, save_image, to_tensor
+from fastnst.network import TransformNetwork
+from fastnst.runtime import resolve_device
+
+
+class Stylizer:
+    """A model on a device, ready to be called: ``Stylizer.from_file("model.safetensors")(image)``."""
+
+    def __init__(self, network: TransformNetwork, info: ModelInfo, device: torch.device) -> None:
+        self.network = network.to(device).eval()
+        self.info = info
+        self.device = device
+
+    @classmethod
+    def from_file(cls, model: str | Path, device: str = "auto") -> "Stylizer":
+        """Load a model file; raises as ``load_model`` and ``resolve_device``."""
+        return cls(*load_model(model), resolve_device(device))
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        """``(N, 3, H, W)`` RGB in [0, 1], any size -> the same shape, in [0, 1], on the device of ``images``."""
+        return self.network(images.to(self.device)).clamp_(0, 1).to(images.device)
+
+    def stylize_file(self, source: Path, target: Path, size: ImageSize = ImageSize(), quality: int = 95) -> None:
+        """Stylize one picture file, alpha kept. Raises ``OSError`` or ``ValueError`` naming the file."""
+        picture, alpha = open_rgb(source)
+        shape = size.of(picture.height, picture.width)
+        try:
+            stylized = self(resize(to_tensor(picture), shape))
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or "memory" in str(error).lower():
+                raise OSError(f"{source}: {shape[1]}x{shape[0]} pixels need more memory than {self.device} has free; use --short-side N") from error
+            raise
+        save_image(stylized, target, None if alpha is None else resize(to_tensor(alpha), shape), quality)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to read and where its stylized version goes."""
+
+    source: Path
+    target: Path
+
+
+def plan_jobs(inputs: list[str], output: str) -> list[Job]:
+    """What ``--input`` and ``--output`` mean: a list of files to read and write.
+
+    Each input is a file, a folder (searched recursively, names below it kept) or a glob pattern. ``output`` is a file for a
+    single file, else a folder. In a folder a picture keeps its format where it can be written, else it becomes a PNG.
+    Raises ``ValueError`` or ``FileNotFoundError`` where an input names nothing, two pictures would share an output, or a
+    picture would overwrite one that is read.
+    """
+    folder = Path(output)
+    found: list[tuple[Path, Path]] = []  # (source, name below the output folder)
+    single = len(inputs) == 1 and Path(inputs[0]).is_file()
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            below = [image for image in find_images(path) if not _lies_in(image, folder) or _lies_in(path, folder)]
+            if not below:
+                raise FileNotFoundError(f"--input {text}: no pictures in this folder; looked for {', '.join(READABLE)}, found {count_kinds(path)}")
+            found += [(image, image.relative_to(path)) for image in below]
+        elif path.is_file():
+            found.append((path, Path(path.name)))
+        else:
+            matches = sorted(Path(match) for match in glob.glob(text, recursive=True) if Path(match).is_file())
+            if not matches:
+                raise FileNotFoundError(f"--input {text}: no such file or folder, and no file matches it as a pattern")
+            found += [(match, Path(match.name)) for match in matches]
+
+    if single and folder.suffix and not folder.is_dir() and not output.endswith("/"):
+        check_writable(folder)
+        jobs = [Job(found[0][0], folder)]
+    else:
+        if folder.is_file() or folder.suffix.lower() in WRITABLE:
+            raise ValueError(f"--output {output} is a file name, need a folder for {len(found)} pictures")
+        jobs = [Job(source, folder / (name if name.suffix.lower() in WRITABLE else name.with_suffix(".png"))) for source, name in found]
+
+    taken: dict[Path, Path] = {}
+    sources = {job.source.resolve() for job in jobs}
+    for job in jobs:
+        if job.target.resolve() in sources:
+            raise ValueError(f"--output would overwrite the input {job.target}; choose another --output")
+        other = taken.setdefault(job.target, job.source)
+        if other != job.source:
+            raise ValueError(f"{other} and {job.source} would both be written to {job.target}; stylize them into separate folders")
+    return list({job.target: job for job in jobs}.values())
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())

@@ -1,0 +1,85 @@
+"""The reference: optimize the pixels of a single picture towards a photo's content and a painting's style."""
+
+import json
+import sys
+from pathlib import Path
+
+from fastnst import cli
+
+EPILOG = """\
+examples:
+  fastnst optimize --config gatys --content photo.jpg --style wave.jpg --output out.png
+  fastnst optimize --config multiscale --content photo.jpg --style wave.jpg --output out.png --set content.long_side=384
+
+Beside OUT.png stands the folder OUT.run with the config, the history as JSON, TensorBoard events and intermediate images."""
+
+
+def main(argv=None) -> int:
+    p = cli.parser("optimize", __doc__, EPILOG)
+    cli.add_config_flags(p)
+    p.add_argument("--content", required=True, metavar="PHOTO")
+    p.add_argument("--style", required=True, metavar="PAINTING")
+    p.add_argument("--output", required=True, type=Path, metavar="FILE", help="the picture to write; the suffix chooses the format")
+    p.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    args = p.parse_args(argv)
+
+    from torch.utils.tensorboard import SummaryWriter
+
+    from fastnst.config import load_config, to_yaml
+    from fastnst.files import atomic_write
+    from fastnst.image import check_writable, load_image, save_image
+    from fastnst.loss_network import load_loss_network
+    from fastnst.optimize import OptimizeConfig, optimize_image
+    from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
+
+    config = load_config(OptimizeConfig, cli.find_config(args.config), args.set)
+    check_writable(args.output)
+    run_dir = args.output.with_suffix(".run")
+    if any(args.output.resolve() == Path(source).resolve() for source in (args.content, args.style)):
+        raise ValueError(f"--output {args.output} is an input; choose another")
+    for existing in (args.output, run_dir):
+        if existing.exists() and not args.overwrite:
+            raise FileExistsError(f"--output: {existing} exists already; use --overwrite to replace it")
+    device = resolve_device(args.device)
+    keep_freed_memory()
+    content, style = (load_image(source).to(device) for source in (args.content, args.style))
+    loss_network = load_loss_network(config.loss, config.loss.layers).to(device)
+    history, bar = [], None
+
+    def save_text(name, text):
+        with atomic_write(run_dir / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    for stale in run_dir.glob("events.out.tfevents.*"):
+        stale.unlink()
+    save_text("config.yaml", to_yaml(config))
+    with StopRequest() as stop, SummaryWriter(str(run_dir)) as board:
+
+        def report(progress):
+            nonlocal bar
+            bar = bar or cli.progress_bar(progress.steps)
+            if progress.losses:
+                history.append({"step": progress.step, "seconds": round(progress.seconds, 3), **progress.losses})
+                for name, value in progress.losses.items():
+                    board.add_scalar(name, value, progress.step)
+                bar.set_postfix_str(f"objective {progress.losses['loss/total']:.5g}", refresh=False)
+            if progress.image is not None:
+                board.add_image("image", progress.image[0], progress.step)
+                if progress.step < progress.steps and not stop():
+                    save_image(progress.image, run_dir / f"step_{progress.step:06d}.png")
+            bar.update(progress.step - bar.n)
+
+        try:
+            image = optimize_image(content, style, loss_network, config, report, stop)
+        finally:
+            if bar is not None:
+                bar.close()
+            save_text("history.json", json.dumps(history, indent=1))
+    save_image(image, args.output)
+    first, last = history[0]["loss/total"], history[-1]["loss/total"]
+    print(f"{'stopped' if stop() else 'done'} at step {history[-1]['step']:,}: objective {first:.5g} -> {last:.5g} in {history[-1]['seconds']:.1f} s\n{args.output}")
+    return stop.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
