@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import importlib.resources
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -69,7 +68,8 @@ def find_config(name: str) -> Path:
     """The path itself where it exists, else the shipped config of that name. Raises ``FileNotFoundError`` listing them."""
     if Path(name).is_file():
         return Path(name)
-    shipped = Path(str(importlib.resources.files("fastnst.configs")))
+    # Beside the scripts, in the repository as in an installed package.
+    shipped = Path(importlib.import_module("fastnst.scripts").__file__).parents[1] / "configs"
     candidate = shipped / f"{Path(name).stem}.yaml"
     if Path(name).parent in (Path("."), Path("configs")) and candidate.is_file():
         return candidate

@@ -148,8 +148,9 @@ def _collate(items: list[tuple[Tensor, list[str]]]) -> tuple[Tensor, list[str]]:
 
 
 def _leave_signals_to_parent(_worker: int) -> None:
+    """Ctrl-C and a terminated process group reach the workers too; the parent still needs them to save and end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @lru_cache(maxsize=2)
