@@ -22,13 +22,21 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _VGG_BLOCKS = {
     "vgg16": ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)),
     "vgg19": ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)),
+    # Ours: VGG-19 to relu5_1 in three eighths of the filters or fewer, distilled (`fastnst.distill`).
+    "vgg19_slim": ((24, 2), (48, 2), (96, 4), (128, 4), (128, 1)),
 }
+# 1x1 convolutions that turn the slim filters at a layer into VGG-19's channels there, so that features, Grams and weights mean the same.
+SLIM_HEADS = {
+    "relu1_1": 64, "relu1_2": 64, "relu2_1": 128, "relu2_2": 128, "relu3_1": 256, "relu3_2": 256, "relu3_3": 256, "relu3_4": 256,
+    "relu4_1": 512, "relu5_1": 512,
+}  # fmt: skip
+SLIM_WEIGHTS = Path(__file__).with_name("vgg19_slim.safetensors")
 # Kernel and filters of the first convolution; then (squeeze, expand) of each fire, or None for a pooling (Iandola et al. 2016).
 _SQUEEZENETS = {
     "squeezenet1_0": ((7, 96), ((16, 64), (16, 64), (32, 128), None, (32, 128), (48, 192), (48, 192), (64, 256), None, (64, 256))),
     "squeezenet1_1": ((3, 64), ((16, 64), (16, 64), None, (32, 128), (32, 128), None, (48, 192), (48, 192), (64, 256), (64, 256))),
 }
-LossNetworkName = Literal["vgg16", "vgg19", "squeezenet1_0", "squeezenet1_1"]
+LossNetworkName = Literal["vgg16", "vgg19", "squeezenet1_0", "squeezenet1_1", "vgg19_slim"]
 Triple = tuple[float, float, float]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -36,23 +44,32 @@ Positive = Annotated[float, Field(gt=0)]
 class LossNetworkConfig(Config):
     """Which loss network, with which weights.
 
-    ``weights``: ``imagenet`` (torchvision's download), ``imagenet_features`` (vgg16 only: the original Caffe weights, as
-    torchvision keeps them), ``random`` (no download; for trying the pipeline, not for pictures) or the path of a ``.pth``
-    or ``.safetensors`` state dict, whole or cut off. ``mean`` and ``std`` are of RGB in [0, 1]; left out, they come from the
-    weights: torchvision's own, the safetensors metadata, else ImageNet's.
+    ``weights``: ``auto``, which is ``embedded`` for vgg19_slim (inside this package), ``imagenet_features`` for vgg16 (the
+    original Caffe weights, as torchvision keeps them) and ``imagenet`` (torchvision's download) for the others; ``random`` (no
+    download; for trying the pipeline, not for pictures); or the path of a ``.pth`` or ``.safetensors`` state dict, whole or cut
+    off. ``mean`` and ``std`` are of RGB in [0, 1]; left out, they come from the weights: torchvision's own, the safetensors
+    metadata, else ImageNet's.
     """
 
     network: LossNetworkName = "vgg16"
-    weights: str = Field("imagenet_features", min_length=1)
+    weights: str = Field("auto", min_length=1)
     mean: Triple | None = None
     std: tuple[Positive, Positive, Positive] | None = None
     pooling: Literal["max", "average"] = "max"
 
     @model_validator(mode="after")
     def _weights_exist_for_network(self):
-        if self.weights == "imagenet_features" and self.network != "vgg16":
-            raise ValueError(f"weights: imagenet_features exist for vgg16 alone, not for {self.network}; use weights: imagenet or a path")
+        only = {"imagenet_features": ("vgg16",), "embedded": ("vgg19_slim",), "imagenet": ("vgg16", "vgg19", "squeezenet1_0", "squeezenet1_1")}
+        if self.network not in only.get(self.weights, (self.network,)):
+            raise ValueError(f"weights: {self.weights} exist for {', '.join(only[self.weights])}, not for {self.network}; use weights: auto or a path")
         return self
+
+    @property
+    def resolved_weights(self) -> str:
+        """``weights`` with ``auto`` spelled out."""
+        if self.weights != "auto":
+            return self.weights
+        return {"vgg16": "imagenet_features", "vgg19_slim": "embedded"}.get(self.network, "imagenet")
 
 
 class Fire(nn.Module):
@@ -80,7 +97,7 @@ def _topology(network: str, pooling: str = "max") -> list[tuple[str, nn.Module]]
                 layers += [(f"conv{block}_{conv}", nn.Conv2d(channels, filters, 3, padding=1)), (f"relu{block}_{conv}", nn.ReLU())]
                 channels = filters
             layers.append((f"pool{block}", pool(2, 2)))
-        return layers
+        return layers[:-1] if network == "vgg19_slim" else layers  # the slim one ends with relu5_1
     (kernel, channels_out), rest = _SQUEEZENETS[network]
     layers += [("conv1", nn.Conv2d(3, channels_out, kernel, stride=2)), ("relu1", nn.ReLU()), ("pool1", pool(3, 2, ceil_mode=True))]
     channels, fires, pools = channels_out, 1, 1
@@ -102,6 +119,9 @@ def layer_index(network: str, layer: str) -> int:
     """
     with torch.device("meta"):  # the names alone: no memory, no initialization
         names = [name for name, _ in _topology(network)]
+    if network == "vgg19_slim" and layer not in SLIM_HEADS:
+        near = difflib.get_close_matches(layer, SLIM_HEADS, n=1, cutoff=0)
+        raise ValueError(f"vgg19_slim has no layer {layer!r}; nearest: {near[0]}; it has {', '.join(SLIM_HEADS)}")
     if layer in names:
         return names.index(layer)
     prefix, _, number = layer.partition(".")
@@ -127,6 +147,9 @@ class LossNetwork(nn.Module):
         for index, module in enumerate(self.features):
             if isinstance(module, nn.ReLU):  # in place saves memory, but not over a convolution that is asked for
                 module.inplace = index - 1 not in self._index.values()
+        self.heads = nn.ModuleDict()
+        if network == "vgg19_slim":
+            self.heads.update({layer: nn.Conv2d(self.features[index - 1].out_channels, SLIM_HEADS[layer], 1) for layer, index in self._index.items()})
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
@@ -141,7 +164,7 @@ class LossNetwork(nn.Module):
             x = module(x)
             if index in wanted.values():
                 found[index] = x
-        return {layer: found[index] for layer, index in wanted.items()}
+        return {layer: torch.relu(self.heads[layer](found[index])) if layer in self.heads else found[index] for layer, index in wanted.items()}
 
 
 def load_loss_network(config: LossNetworkConfig, layers: Iterable[str]) -> LossNetwork:
@@ -151,12 +174,13 @@ def load_loss_network(config: LossNetworkConfig, layers: Iterable[str]) -> LossN
     layer that is needed, and ``OSError`` with advice where a download is impossible.
     """
     layers = list(layers)
-    if config.weights == "random":
+    weights = config.resolved_weights
+    if weights == "random":
         state, mean, std = None, None, None
-    elif config.weights in ("imagenet", "imagenet_features"):
-        state, mean, std = _download(config)
+    elif weights in ("imagenet", "imagenet_features"):
+        state, mean, std = _download(config.network, weights)
     else:
-        state, mean, std = _read_state(Path(config.weights).expanduser())
+        state, mean, std = _read_state(SLIM_WEIGHTS if weights == "embedded" else Path(weights).expanduser())
     network = LossNetwork(config.network, layers, config.mean or mean or IMAGENET_MEAN, config.std or std or IMAGENET_STD, config.pooling)
     if state is None:
         generator = torch.Generator().manual_seed(0)
@@ -165,14 +189,15 @@ def load_loss_network(config: LossNetworkConfig, layers: Iterable[str]) -> LossN
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
                 nn.init.zeros_(module.bias)
     else:
-        _fill(network, state, config.weights)
+        _fill(network, state, weights)
     return network
 
 
 def _fill(network: LossNetwork, state: dict[str, Tensor], source: str) -> None:
     names = [name for name, _ in _topology(network.network)]
     for key, parameter in network.state_dict().items():
-        layer = names[int(key.split(".")[1])]
+        part = key.split(".")[1]
+        layer = names[int(part)] if part.isdigit() else part
         if key not in state:
             raise ValueError(
                 f"{source}: lacks {key} ({layer}), needed for {', '.join(network._index)}; it holds {_extent(state, names)}. "
@@ -193,7 +218,7 @@ def _extent(state: dict[str, Tensor], names: list[str]) -> str:
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], Triple | None, Triple | None]:
     if not path.is_file():
-        raise FileNotFoundError(f"loss.weights: no file at {path}; give imagenet, imagenet_features (vgg16), random or the path of a .pth or .safetensors file")
+        raise FileNotFoundError(f"loss.weights: no file at {path}; give auto, imagenet, imagenet_features (vgg16), embedded (vgg19_slim), random or the path of a .pth or .safetensors file")
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
@@ -223,15 +248,15 @@ def _triple(metadata: dict[str, str], key: str, path: Path) -> Triple | None:
     return red, green, blue
 
 
-def _download(config: LossNetworkConfig) -> tuple[dict[str, Tensor], Triple, Triple]:
+def _download(network: str, name: str) -> tuple[dict[str, Tensor], Triple, Triple]:
     from torchvision.models import get_model_weights
 
-    weights = get_model_weights(config.network)["IMAGENET1K_FEATURES" if config.weights == "imagenet_features" else "IMAGENET1K_V1"]
+    weights = get_model_weights(network)["IMAGENET1K_FEATURES" if name == "imagenet_features" else "IMAGENET1K_V1"]
     try:
         state = weights.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
         raise OSError(
-            f"could not download the {config.network} weights from {weights.url} ({error}). Fetch that file on a machine with a connection and put it "
+            f"could not download the {network} weights from {weights.url} ({error}). Fetch that file on a machine with a connection and put it "
             f"in {Path(torch.hub.get_dir()) / 'checkpoints'}, or give its path with --set loss.weights=PATH"
         ) from error
     preprocessing = weights.transforms()

@@ -28,6 +28,7 @@ from fastnst.runtime import autocast, resolve_precision
 from fastnst.schedule import LearningRate, learning_rate_at
 
 CONFIG_NAME = "config.yaml"
+_SAVE_SECONDS = 300  # a slow machine saves this often, whatever save_every says: no more is lost to a power cut
 # Keys that a resumed run may change: they alter how long or how watched it is, not what any step computes.
 _MAY_CHANGE = {"train.steps", "train.log_every", "train.validate_every", "train.save_every", "data.workers"}
 
@@ -160,7 +161,7 @@ def train(
     window: list[Tensor] = []  # the terms of each step since the last log, still on the device
     names: list[str] = []
     validation: dict[str, float] = {}
-    window_began = time.monotonic()
+    window_began = saved = time.monotonic()
     report(TrainProgress(step, loop.steps, message=_summary(config, run_dir, device, step, photos, style, network)))
 
     with SummaryWriter(str(run_dir), purge_step=step + 1 if resuming else None) as board:
@@ -171,7 +172,8 @@ def train(
             stopping = step >= loop.steps or should_stop()
             new = step > first or not resuming  # what lies at the resumed step was logged before
             validating = new and (step % loop.validate_every == 0 or step >= loop.steps)
-            saving = step > first and (step % loop.save_every == 0 or stopping)
+            overdue = time.monotonic() - saved > _SAVE_SECONDS
+            saving = step > first and (step % loop.save_every == 0 or stopping or overdue)
             if window and (step % loop.log_every == 0 or validating or saving):
                 losses = _mean_of_window(window, names, step)  # sync point; raises when not finite
                 rate = len(window) * loop.batch_size / (time.monotonic() - window_began)
@@ -193,6 +195,7 @@ def train(
                 save_training_state(run_dir / STATE_NAME, network, optimizer, step, unreadable)
                 save_model(run_dir / MODEL_NAME, network, step, _portable(config), to_pil(resize(style, ImageSize(long_side=128).of(*style.shape[-2:]))))
                 board.flush()
+                saved = time.monotonic()
             if stopping:
                 break
 
@@ -272,7 +275,7 @@ def _summary(config: TrainConfig, run_dir: Path, device: torch.device, step: int
     return (
         f"{'resume' if step else 'train'} {run_dir} at step {step:,} of {config.train.steps:,} on {device.type} in {precision}\n"
         f"photos: {len(photos.train):,} to train on, each seen {config.train.steps * config.train.batch_size / len(photos.train):.3g} times; {held}\n"
-        f"style: {config.style.image} at {style.shape[3]}x{style.shape[2]}; loss network: {config.loss.network}, weights {config.loss.weights}\n"
+        f"style: {config.style.image} at {style.shape[3]}x{style.shape[2]}; loss network: {config.loss.network}, weights {config.loss.resolved_weights}\n"
         f"network: {sum(parameter.numel() for parameter in network.parameters()):,} parameters\n"
         f"writes: {CONFIG_NAME}, {MODEL_NAME}, {STATE_NAME} and TensorBoard events in {run_dir}"
     )

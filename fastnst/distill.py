@@ -1,0 +1,269 @@
+"""Distill ``vgg19_slim``, the embedded loss network, from VGG-19.
+
+What counts is not the features but that training against them gives the same pictures: besides the features, the
+student matches differences between Gram matrices (what the style loss measures) and the gradients that they send to the
+pixels. Half of every batch are pictures already pulled towards another picture's style through the student, so that it
+is right where an optimizer will go, too.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from fastnst.checkpoint import STATE_NAME, load_training_state, save_training_state
+from fastnst.config import Config, flatten, load_config, to_yaml
+from fastnst.data import DataConfig, PhotoStream, list_photos, load_validation, training_batches
+from fastnst.files import atomic_write
+from fastnst.loss_network import SLIM_HEADS, LossNetwork, LossNetworkConfig, load_loss_network
+from fastnst.losses import gram_matrix
+from fastnst.runtime import autocast, resolve_precision
+from fastnst.schedule import LearningRate, learning_rate_at
+
+CONFIG_NAME, SLIM_NAME = "config.yaml", "vgg19_slim.safetensors"
+_EXACT_LAYERS = ("relu1_1", "relu1_2", "relu2_1", "relu2_2", "relu3_1", "relu3_2", "relu3_3", "relu3_4")
+_DEEP_LAYERS = {"relu4_1": "conv41_aux", "relu5_1": "conv51_aux"}
+
+
+class TeacherConfig(Config):
+    """Weight files: VGG-19 itself as deep as it goes, and a narrow one whose 1x1 maps stand in for the deepest layers."""
+
+    vgg19: Path
+    deep: Path | None = None
+
+
+class DistillLoop(Config):
+    """How long, how fast, and how much each term weighs; each term is a relative squared error, about 1 at the start."""
+
+    steps: int = Field(12_000, ge=1)
+    batch_size: int = Field(8, ge=2)
+    learning_rate: LearningRate = LearningRate(initial=2e-3, warmup_steps=100, decay="cosine")
+    feature_weight: float = Field(1.0, ge=0)
+    gram_weight: float = Field(1.0, ge=0)
+    gradient_weight: float = Field(0.0, ge=0, description="matches pixel gradients of the style loss; doubles the cost of a step")
+    pull_steps: int = Field(2, ge=0, description="gradient steps of half the batch towards another picture's style")
+    seed: int = Field(0, ge=0)
+    log_every: int = Field(20, ge=1)
+    validate_every: int = Field(500, ge=1)
+    save_every: int = Field(500, ge=1)
+
+
+class DistillConfig(Config):
+    """Everything that decides a distillation."""
+
+    teacher: TeacherConfig
+    data: DataConfig
+    distill: DistillLoop = DistillLoop()
+
+
+@dataclass(frozen=True)
+class DistillProgress:
+    """Reported after every step; ``losses`` and ``validation`` where they are due."""
+
+    step: int
+    steps: int
+    losses: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)
+
+
+class DeepTeacher(nn.Module):
+    """VGG-19 with a quarter of the filters (Wang et al. 2020); 1x1 maps approximate the normalised VGG-19's channels."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterDict({key.replace(".", "_"): value for key, value in weights.items()}).requires_grad_(False)
+
+    def _conv(self, x: Tensor, name: str, padding: int) -> Tensor:
+        x = F.pad(x, [padding] * 4, mode="reflect") if padding else x
+        return F.conv2d(x, self.weights[f"{name}_weight"], self.weights[f"{name}_bias"])
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """RGB in [0, 1] -> features at relu4_1 and relu5_1 with VGG-19's channel counts, mean activation about 1."""
+        found, x = {}, self._conv(images, "conv0", 0)
+        for block, count in enumerate((2, 2, 4, 4, 1), start=1):
+            for conv in range(1, count + 1):
+                x = torch.relu(self._conv(x, f"conv{block}{conv}", 1))
+                if f"conv{block}{conv}_aux" in _DEEP_LAYERS.values():
+                    found[f"relu{block}_{conv}"] = torch.relu(self._conv(x, f"conv{block}{conv}_aux", 0))
+            x = F.max_pool2d(x, 2) if block < 5 else x
+        return found
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """|s - t|^2 / |t|^2 over the whole batch."""
+    return (student - teacher).square().sum() / teacher.square().sum().clamp(min=1e-12)
+
+
+def gram_difference_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """``relative_error`` of G_i - G_j over all pairs of neighbours in the batch: the error of the style loss's argument."""
+    student_gram, teacher_gram = gram_matrix(student, "hw"), gram_matrix(teacher, "hw")
+    return relative_error(student_gram - student_gram.roll(1, 0), teacher_gram - teacher_gram.roll(1, 0))
+
+
+def style_gradient(features: dict[str, Tensor], images: Tensor, targets: dict[str, Tensor], create_graph: bool = False) -> Tensor:
+    """Gradient with respect to ``images`` of the relative Gram distance to ``targets``, layers weighing the same."""
+    distance = sum(relative_error(gram_matrix(features[layer], "hw"), target) for layer, target in targets.items())
+    return torch.autograd.grad(distance, images, create_graph=create_graph)[0]
+
+
+def distill(
+    config: DistillConfig,
+    run_dir: str | Path,
+    device: torch.device = torch.device("cpu"),
+    report: Callable[[DistillProgress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Path:
+    """Train the student until ``config.distill.steps``, resuming what ``run_dir`` holds; returns the weight file's path."""
+    loop, run_dir = config.distill, Path(run_dir)
+    resuming = (run_dir / STATE_NAME).exists()
+    if resuming:
+        old, new = flatten(load_config(DistillConfig, run_dir / CONFIG_NAME)), flatten(config)
+        changed = [key for key in new if old[key] != new[key] and key not in ("distill.steps", "data.workers")]
+        if changed:
+            raise ValueError(f"{run_dir} holds a run with other {', '.join(changed)}; choose another --run-dir")
+    photos = list_photos(config.data)
+    validation, _ = load_validation(photos.validation, config.data)
+    teacher = load_loss_network(LossNetworkConfig(network="vgg19", weights=str(config.teacher.vgg19)), _EXACT_LAYERS).to(device)
+    deep = None if config.teacher.deep is None else DeepTeacher(load_file(config.teacher.deep)).to(device)
+    layers = [layer for layer in SLIM_HEADS if layer in _EXACT_LAYERS or deep is not None]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(loop.seed)
+        mean, std = (tuple(statistic.flatten().tolist()) for statistic in (teacher.mean, teacher.std))
+        student = LossNetwork("vgg19_slim", layers, mean, std).to(device).requires_grad_()
+        _initialize(student, teacher, deep, validation[: loop.batch_size].to(device).float().div(255))
+    optimizer = torch.optim.Adam(student.parameters())
+    step = 0
+    if resuming:
+        state = load_training_state(run_dir / STATE_NAME, device)
+        student.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    with atomic_write(run_dir / CONFIG_NAME) as temporary:
+        temporary.write_text(to_yaml(config), encoding="utf-8")
+
+    precision = resolve_precision("auto", device)
+    stream = PhotoStream(photos.train, config.data, loop.seed)
+    batches = training_batches(stream, step * loop.batch_size, loop.batch_size, max(0, loop.steps - step))
+    window: list[Tensor] = []
+    names: list[str] = []
+    first = step
+    with SummaryWriter(str(run_dir), purge_step=step + 1 if resuming else None) as board:
+        while True:
+            stopping = step >= loop.steps or should_stop()
+            if window and (step % loop.log_every == 0 or stopping):
+                losses = dict(zip(names, torch.stack(window).mean(0).tolist()))
+                if not math.isfinite(losses["loss/total"]):
+                    raise ArithmeticError(f"the loss is not finite near step {step}; lower distill.learning_rate.initial. The last saved state is intact")
+                for name, value in losses.items():
+                    board.add_scalar(name, value, step)
+                report(DistillProgress(step, loop.steps, losses))
+                window.clear()
+            if step > first and (step % loop.validate_every == 0 or step >= loop.steps):
+                found = validate(student, teacher, deep, validation, loop.batch_size)
+                for name, value in found.items():
+                    board.add_scalar(name, value, step)
+                report(DistillProgress(step, loop.steps, validation=found))
+            if step > first and (step % loop.save_every == 0 or stopping):
+                save_training_state(run_dir / STATE_NAME, student, optimizer, step, {})
+                save_slim(run_dir / SLIM_NAME, student, step)
+            if stopping:
+                return run_dir / SLIM_NAME
+
+            images = next(batches)[0].to(device).float().div_(255)
+            with autocast(device, precision):
+                images = _pull(student, images, loop.pull_steps)
+                with torch.no_grad():
+                    wanted = _teach(teacher, deep, images)
+                terms = {}
+                found = student(images)
+                terms["feature"] = loop.feature_weight * sum(relative_error(found[layer].float(), wanted[layer].float()) for layer in layers) / len(layers)
+                terms["gram"] = loop.gram_weight * sum(gram_difference_error(found[layer], wanted[layer]) for layer in layers) / len(layers)
+            if loop.gradient_weight:
+                terms["gradient"] = loop.gradient_weight * _gradient_error(student, teacher, images, device, precision)
+            total = sum(terms.values())
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.param_groups[0]["lr"] = learning_rate_at(loop.learning_rate, step, loop.steps)
+            optimizer.step()
+            step += 1
+            names = ["loss/total", *(f"loss/{name}" for name in terms)]
+            window.append(torch.stack([total.detach(), *(term.detach() for term in terms.values())]))
+            report(DistillProgress(step, loop.steps))
+
+
+@torch.no_grad()
+def validate(student: LossNetwork, teacher: LossNetwork, deep: DeepTeacher | None, photos: Tensor, batch_size: int) -> dict[str, float]:
+    """Relative errors of features and of Gram differences at each layer, and 1 - cosine of pixel gradients, on ``photos``."""
+    sums: dict[str, float] = {}
+    batches = [batch for batch in photos.split(batch_size) if len(batch) > 1]
+    for batch in batches:
+        images = batch.to(student.mean.device).float().div_(255)
+        found, wanted = student(images), _teach(teacher, deep, images)
+        for layer in found:
+            sums[f"validation_feature/{layer}"] = sums.get(f"validation_feature/{layer}", 0) + float(relative_error(found[layer], wanted[layer]))
+            sums[f"validation_gram/{layer}"] = sums.get(f"validation_gram/{layer}", 0) + float(gram_difference_error(found[layer], wanted[layer]))
+        with torch.enable_grad():
+            error = float(_gradient_error(student, teacher, images, images.device, torch.float32).detach())
+        sums["validation/gradient"] = sums.get("validation/gradient", 0) + error
+    return {name: value / len(batches) for name, value in sums.items()}
+
+
+def save_slim(path: Path, student: LossNetwork, step: int) -> None:
+    """Write the weight file that the package embeds, in half precision."""
+    metadata = {"arch": "vgg19_slim", "step": str(step), "source": "distilled from VGG-19 (Simonyan & Zisserman 2014) by fastnst"}
+    metadata |= {key: ",".join(f"{value:.8f}" for value in getattr(student, key).flatten().tolist()) for key in ("mean", "std")}
+    with atomic_write(path) as temporary:
+        save_file({key: value.half().contiguous() for key, value in student.state_dict().items()}, temporary, metadata)
+
+
+def _teach(teacher: LossNetwork, deep: DeepTeacher | None, images: Tensor) -> dict[str, Tensor]:
+    return teacher(images) | (deep(images) if deep is not None else {})
+
+
+def _initialize(student: LossNetwork, teacher: LossNetwork, deep: DeepTeacher | None, images: Tensor) -> None:
+    """He initialization; then each head is scaled so that its output has the teacher's mean on ``images``."""
+    for module in student.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        student.features[0].weight.mul_(student.std.mean() / 0.25)  # its input has the standard deviation 0.25 / std
+        found, wanted = student(images), _teach(teacher, deep, images)
+        for layer, head in student.heads.items():
+            head.weight.mul_(wanted[layer].mean() / found[layer].mean())
+
+
+def _pull(student: LossNetwork, images: Tensor, steps: int) -> Tensor:
+    """The second half of the batch after ``steps`` sign-gradient steps towards the style of their neighbours."""
+    kept, pulled = images.chunk(2)
+    if not steps:
+        return images
+    with torch.no_grad():
+        targets = {layer: gram_matrix(feature, "hw") for layer, feature in student(pulled.roll(1, 0)).items()}
+    for _ in range(steps):
+        pulled = pulled.detach().requires_grad_()
+        gradient = style_gradient(student(pulled), pulled, targets)
+        pulled = (pulled - 0.04 * gradient.sign()).clamp(0, 1)
+    return torch.cat([kept, pulled.detach()])
+
+
+def _gradient_error(student: LossNetwork, teacher: LossNetwork, images: Tensor, device: torch.device, precision: torch.dtype) -> Tensor:
+    """1 - cosine between the pixel gradients that student and teacher send for each picture towards its neighbour's style."""
+    pixels = images.detach().requires_grad_()
+    with autocast(device, precision):
+        wanted = teacher(pixels)
+        targets = {layer: gram_matrix(feature.detach(), "hw").roll(1, 0) for layer, feature in wanted.items()}
+        right = style_gradient(wanted, pixels, targets)
+    found = student(pixels, _EXACT_LAYERS)
+    student_targets = {layer: gram_matrix(feature.detach(), "hw").roll(1, 0) for layer, feature in found.items()}
+    got = style_gradient(found, pixels, student_targets, create_graph=torch.is_grad_enabled())
+    return 1 - F.cosine_similarity(got.flatten(1), right.flatten(1)).mean()

@@ -1,0 +1,41 @@
+"""Distill the embedded loss network vgg19_slim from VGG-19 weights, on a folder of photos."""
+
+import sys
+from pathlib import Path
+
+from fastnst import cli
+
+
+def main(argv=None) -> int:
+    p = cli.parser("distill", __doc__, "The same command again resumes. The result is RUN_DIR/vgg19_slim.safetensors.")
+    cli.add_config_flags(p)
+    p.add_argument("--run-dir", type=Path, default=Path("runs/distill"), metavar="FOLDER", help="where weights, state and logs go (default: runs/distill)")
+    args = p.parse_args(argv)
+
+    from fastnst.config import load_config
+    from fastnst.distill import DistillConfig, distill
+    from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
+
+    config = load_config(DistillConfig, cli.find_config(args.config), args.set)
+    keep_freed_memory()
+    bar = None
+
+    def report(progress):
+        nonlocal bar
+        bar = bar or cli.progress_bar(progress.steps, progress.step)
+        if progress.losses:
+            bar.set_postfix_str("  ".join(f"{name.removeprefix('loss/')} {value:.3g}" for name, value in progress.losses.items()), refresh=False)
+        if progress.validation:
+            bar.write(f"step {progress.step:,}: " + "  ".join(f"{name.removeprefix('validation')} {value:.3g}" for name, value in progress.validation.items()), file=sys.stderr)
+        bar.update(progress.step - bar.n)
+
+    with StopRequest() as stop:
+        weights = distill(config, args.run_dir, resolve_device(args.device), report, stop)
+    if bar is not None:
+        bar.close()
+    print(f"{'stopped, saved' if stop() else 'done'}: {weights}")
+    return stop.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
