@@ -2,8 +2,8 @@
 
 What counts is not the features but that training against them gives the same pictures: besides the features, the
 student matches differences between Gram matrices (what the style loss measures) and the gradients that they send to the
-pixels. Half of every batch are pictures already pulled towards another picture's style through the student, so that it
-is right where an optimizer will go, too.
+pixels. Beside the photos it sees a pool of pictures that it is itself pulling, a step at a time, towards other photos'
+styles, so that it is right where an optimizer will go, too.
 """
 
 import math
@@ -30,6 +30,7 @@ from fastnst.schedule import LearningRate, learning_rate_at
 
 CONFIG_NAME, SLIM_NAME = "config.yaml", "vgg19_slim.safetensors"
 _EXACT_LAYERS = ("relu1_1", "relu1_2", "relu2_1", "relu2_2", "relu3_1", "relu3_2", "relu3_3", "relu3_4")
+_PULL_LAYERS = ("relu1_2", "relu2_2", "relu3_3")  # where pixel gradients are taken: Johnson et al.'s, as deep as the teacher is exact
 _DEEP_LAYERS = {"relu4_1": "conv41_aux", "relu5_1": "conv51_aux"}
 
 
@@ -44,12 +45,13 @@ class DistillLoop(Config):
     """How long, how fast, and how much each term weighs; each term is a relative squared error, about 1 at the start."""
 
     steps: int = Field(12_000, ge=1)
-    batch_size: int = Field(8, ge=2)
+    batch_size: int = Field(4, ge=2, description="photos per step; as many pulled pictures come beside them")
     learning_rate: LearningRate = LearningRate(initial=2e-3, warmup_steps=100, decay="cosine")
     feature_weight: float = Field(1.0, ge=0)
     gram_weight: float = Field(1.0, ge=0)
     gradient_weight: float = Field(0.0, ge=0, description="matches pixel gradients of the style loss; doubles the cost of a step")
-    pull_steps: int = Field(2, ge=0, description="gradient steps of half the batch towards another picture's style")
+    pull_rate: float = Field(0.03, ge=0, description="how far a pulled picture moves in a step, of [0, 1]")
+    pull_steps: int = Field(20, ge=1, description="after so many a pulled picture makes room for a photo")
     seed: int = Field(0, ge=0)
     log_every: int = Field(20, ge=1)
     validate_every: int = Field(500, ge=1)
@@ -121,7 +123,10 @@ def distill(
     report: Callable[[DistillProgress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Path:
-    """Train the student until ``config.distill.steps``, resuming what ``run_dir`` holds; returns the weight file's path."""
+    """Train the student until ``config.distill.steps``, resuming what ``run_dir`` holds; returns the weight file's path.
+
+    A resumed run starts with a fresh pool of pulled pictures, so it is like the uninterrupted one, not equal to it.
+    """
     loop, run_dir = config.distill, Path(run_dir)
     resuming = (run_dir / STATE_NAME).exists()
     if resuming:
@@ -152,6 +157,7 @@ def distill(
     precision = resolve_precision("auto", device)
     stream = PhotoStream(photos.train, config.data, loop.seed)
     batches = training_batches(stream, step * loop.batch_size, loop.batch_size, max(0, loop.steps - step))
+    pulled: Tensor | None = None
     window: list[Tensor] = []
     names: list[str] = []
     first = step
@@ -177,17 +183,20 @@ def distill(
             if stopping:
                 return run_dir / SLIM_NAME
 
-            images = next(batches)[0].to(device).float().div_(255)
+            photo = next(batches)[0].to(device).float().div_(255)
+            # A step works on every other layer: half the cost of the loss, and Adam averages over two.
+            now = layers[step % 2 :: 2]
+            terms = {}
             with autocast(device, precision):
-                images = _pull(student, images, loop.pull_steps)
+                pulled = _pull(student, photo, pulled, step, loop)
+                images = torch.cat([photo, pulled])
                 with torch.no_grad():
-                    wanted = _teach(teacher, deep, images)
-                terms = {}
-                found = student(images)
-                terms["feature"] = loop.feature_weight * sum(relative_error(found[layer].float(), wanted[layer].float()) for layer in layers) / len(layers)
-                terms["gram"] = loop.gram_weight * sum(gram_difference_error(found[layer], wanted[layer]) for layer in layers) / len(layers)
+                    wanted = teach(teacher, deep, images, now)
+                found = student(images, now)
+                terms["feature"] = loop.feature_weight * sum(relative_error(found[layer].float(), wanted[layer].float()) for layer in now) / len(now)
+                terms["gram"] = loop.gram_weight * sum(gram_difference_error(found[layer], wanted[layer]) for layer in now) / len(now)
             if loop.gradient_weight:
-                terms["gradient"] = loop.gradient_weight * _gradient_error(student, teacher, images, device, precision)
+                terms["gradient"] = loop.gradient_weight * _gradient_error(student, teacher, photo, precision)
             total = sum(terms.values())
             optimizer.zero_grad(set_to_none=True)
             total.backward()
@@ -207,12 +216,12 @@ def validate(student: LossNetwork, teacher: LossNetwork, deep: DeepTeacher | Non
     batches = [batch for batch in photos.split(batch_size) if len(batch) > 1]
     for batch in batches:
         images = batch.to(student.mean.device).float().div_(255)
-        found, wanted = student(images), _teach(teacher, deep, images)
+        found, wanted = student(images), teach(teacher, deep, images, list(student.heads))
         for layer in found:
             sums[f"validation_feature/{layer}"] = sums.get(f"validation_feature/{layer}", 0) + float(relative_error(found[layer], wanted[layer]))
             sums[f"validation_gram/{layer}"] = sums.get(f"validation_gram/{layer}", 0) + float(gram_difference_error(found[layer], wanted[layer]))
         with torch.enable_grad():
-            error = float(_gradient_error(student, teacher, images, images.device, torch.float32).detach())
+            error = float(_gradient_error(student, teacher, images, torch.float32).detach())
         sums["validation/gradient"] = sums.get("validation/gradient", 0) + error
     return {name: value / len(batches) for name, value in sums.items()}
 
@@ -225,8 +234,12 @@ def save_slim(path: Path, student: LossNetwork, step: int) -> None:
         save_file({key: value.half().contiguous() for key, value in student.state_dict().items()}, temporary, metadata)
 
 
-def _teach(teacher: LossNetwork, deep: DeepTeacher | None, images: Tensor) -> dict[str, Tensor]:
-    return teacher(images) | (deep(images) if deep is not None else {})
+def teach(teacher: LossNetwork, deep: DeepTeacher | None, images: Tensor, layers: list[str]) -> dict[str, Tensor]:
+    """The teachers' features of RGB in [0, 1] at ``layers``."""
+    found = teacher(images, [layer for layer in layers if layer in _EXACT_LAYERS])
+    if deep is not None and any(layer in _DEEP_LAYERS for layer in layers):
+        found |= {layer: feature for layer, feature in deep(images).items() if layer in layers}
+    return found
 
 
 def _initialize(student: LossNetwork, teacher: LossNetwork, deep: DeepTeacher | None, images: Tensor) -> None:
@@ -237,33 +250,31 @@ def _initialize(student: LossNetwork, teacher: LossNetwork, deep: DeepTeacher | 
             nn.init.zeros_(module.bias)
     with torch.no_grad():
         student.features[0].weight.mul_(student.std.mean() / 0.25)  # its input has the standard deviation 0.25 / std
-        found, wanted = student(images), _teach(teacher, deep, images)
+        found, wanted = student(images), teach(teacher, deep, images, list(student.heads))
         for layer, head in student.heads.items():
             head.weight.mul_(wanted[layer].mean() / found[layer].mean())
 
 
-def _pull(student: LossNetwork, images: Tensor, steps: int) -> Tensor:
-    """The second half of the batch after ``steps`` sign-gradient steps towards the style of their neighbours."""
-    kept, pulled = images.chunk(2)
-    if not steps:
-        return images
+def _pull(student: LossNetwork, photos: Tensor, pulled: Tensor | None, step: int, loop: DistillLoop) -> Tensor:
+    """The pool after one sign-gradient step of each picture towards a photo's style; the oldest make room for photos."""
+    pulled = photos if pulled is None else pulled
+    age = [(step + index * loop.pull_steps // len(photos)) % loop.pull_steps for index in range(len(photos))]
+    fresh = torch.tensor([years == 0 for years in age], device=photos.device)[:, None, None, None]
+    pulled = torch.where(fresh, photos, pulled).requires_grad_()
     with torch.no_grad():
-        targets = {layer: gram_matrix(feature, "hw") for layer, feature in student(pulled.roll(1, 0)).items()}
-    for _ in range(steps):
-        pulled = pulled.detach().requires_grad_()
-        gradient = style_gradient(student(pulled), pulled, targets)
-        pulled = (pulled - 0.04 * gradient.sign()).clamp(0, 1)
-    return torch.cat([kept, pulled.detach()])
+        targets = {layer: gram_matrix(feature, "hw") for layer, feature in student(photos.roll(1, 0), _PULL_LAYERS).items()}
+    gradient = style_gradient(student(pulled, _PULL_LAYERS), pulled, targets)
+    return (pulled - loop.pull_rate * gradient.sign()).clamp(0, 1).detach()
 
 
-def _gradient_error(student: LossNetwork, teacher: LossNetwork, images: Tensor, device: torch.device, precision: torch.dtype) -> Tensor:
+def _gradient_error(student: LossNetwork, teacher: LossNetwork, images: Tensor, precision: torch.dtype) -> Tensor:
     """1 - cosine between the pixel gradients that student and teacher send for each picture towards its neighbour's style."""
     pixels = images.detach().requires_grad_()
-    with autocast(device, precision):
-        wanted = teacher(pixels)
-        targets = {layer: gram_matrix(feature.detach(), "hw").roll(1, 0) for layer, feature in wanted.items()}
-        right = style_gradient(wanted, pixels, targets)
-    found = student(pixels, _EXACT_LAYERS)
-    student_targets = {layer: gram_matrix(feature.detach(), "hw").roll(1, 0) for layer, feature in found.items()}
-    got = style_gradient(found, pixels, student_targets, create_graph=torch.is_grad_enabled())
-    return 1 - F.cosine_similarity(got.flatten(1), right.flatten(1)).mean()
+
+    def gradient(network: LossNetwork, create_graph: bool) -> Tensor:
+        with autocast(images.device, precision):
+            features = network(pixels, _PULL_LAYERS)
+            targets = {layer: gram_matrix(feature.detach(), "hw").roll(1, 0) for layer, feature in features.items()}
+            return style_gradient(features, pixels, targets, create_graph).flatten(1)
+
+    return 1 - F.cosine_similarity(gradient(student, student.features[0].weight.requires_grad and torch.is_grad_enabled()), gradient(teacher, False)).mean()
