@@ -107,5 +107,5 @@ def load_training_state(path: str | Path, device: torch.device | str = "cpu") ->
         if not {"step", "network", "optimizer", "unreadable"} <= set(state):
             raise ValueError("keys are missing")
     except Exception as error:  # torch raises many kinds for damaged files
-        raise ValueError(f"{path}: damaged or not a training state ({str(error).splitlines()[0]}); remove it to begin anew in another --run-dir") from error
+        raise ValueError(f"{path}: damaged or not a training state ({(str(error) or type(error).__name__).splitlines()[0]}); remove it to begin anew in another --run-dir") from error
     return state

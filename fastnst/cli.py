@@ -13,6 +13,7 @@ VERBS = {
     "train": "fit a network to one painting, on a folder of photos",
     "stylize": "apply a trained model to photos",
     "optimize": "the reference: optimize a single picture, slowly (Gatys et al.)",
+    "distill": "make the embedded loss network anew from VGG-19",
 }
 
 

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 
 class ConfigError(ValueError):
     """A config that cannot be used; the message names the file, the dotted key and the way to mend it."""
+
+
+def _is_config(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Config)
 
 
 class Config(BaseModel):
@@ -23,16 +27,15 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _no_booleans_as_numbers(cls, data: Any) -> Any:
-        # pydantic would read `steps: true` as 1.
-        if isinstance(data, dict):
-            for key, value in data.items():
-                field = cls.model_fields.get(key)
-                if isinstance(value, bool) and field is not None and field.annotation in (int, float):
-                    raise ValueError(f"{key}: got {str(value).lower()}, need a number")
-        return data
+    def _no_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would read `steps: true` as 1, in maps and lists too.
+        annotation = cls.model_fields[info.field_name].annotation
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        if annotation is not bool and not _is_config(annotation) and any(isinstance(part, bool) for part in inside):
+            raise ValueError(f"got {value!r}, need no true or false")
+        return value
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -44,8 +47,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None  # others are refused by the base class
+            if key is not None and key in seen:
                 raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -122,7 +125,7 @@ def _parse_yaml(text: str, source: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # _Loader derives from SafeLoader: data only, no objects
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: such as a date that does not exist
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 

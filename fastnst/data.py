@@ -57,7 +57,12 @@ def list_photos(config: DataConfig) -> Photos:
     if config.annotations is not None:
         train = _select(train, config)
     if config.validation is not None:
-        return Photos(train, _sample(_find(config.validation, "data.validation"), config.validation_photos), True)
+        held_out = _find(config.validation, "data.validation")
+        apart = {photo.resolve() for photo in held_out}
+        train = [photo for photo in train if photo.resolve() not in apart]
+        if not train:
+            raise ValueError(f"data.validation: {config.validation} holds every photo of data.content; nothing is left to train on")
+        return Photos(train, _sample(held_out, config.validation_photos), True)
     # A tenth of the photos at most: a few photos are better trained on than held out.
     validation = _sample(train, min(config.validation_photos, len(train) // 10))
     if not validation:

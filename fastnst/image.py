@@ -54,7 +54,8 @@ def open_rgb(path: str | Path, at_least: int | None = None) -> tuple[Image.Image
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, need an image file")
     try:
-        with Image.open(path) as image:
+        # A stream, as Pillow maps a named, uncompressed TIFF into memory and then turns it wrongly.
+        with open(path, "rb") as file, Image.open(file) as image:
             if at_least:
                 image.draft("RGB", (at_least, at_least))
             image.load()
@@ -80,14 +81,14 @@ def _why_unreadable(path: Path) -> str:
 def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     profile = image.info.get("icc_profile")
     alpha = None
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")  # also palettes and a single transparent colour
-        alpha = image.getchannel("A")
-        image = image.convert("RGB")
-        if alpha.getextrema() == (255, 255):
-            alpha = None
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        base = "L" if image.mode in ("LA", "La", "L") else "RGB"  # gray stays gray for a gray profile
+        alpha = image.convert("RGBA").getchannel("A")  # also palettes and a single transparent colour
+        image = image.convert("RGBA").convert(base)
+        if alpha.getextrema() == (255, 255):
+            alpha = None
     if profile:
         image = _to_srgb(image, profile)
     return image.convert("RGB"), alpha

@@ -5,6 +5,8 @@ by a later layer. Topologies and parameter names are torchvision's, so its weigh
 """
 
 import difflib
+import math
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -230,7 +232,7 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], Triple | None, Triple | 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged or unsafe files
-        raise ValueError(f"{path}: not a state dict of tensors, or damaged ({str(error).splitlines()[0]}); whole pickled modules are not loaded") from error
+        raise ValueError(f"{path}: not a state dict of tensors, or damaged ({first_line(error)}); whole pickled modules are not loaded") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -238,13 +240,21 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], Triple | None, Triple | 
     return state, None, None
 
 
+def first_line(error: Exception) -> str:
+    """Of its message; its kind where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _triple(metadata: dict[str, str], key: str, path: Path) -> Triple | None:
     if key not in metadata:
         return None
     try:
         red, green, blue = (float(part) for part in metadata[key].strip("[]() ").split(","))
+        usable = all(math.isfinite(value) and (value > 0 or key == "mean") for value in (red, green, blue))
     except ValueError:
-        raise ValueError(f"{path}: metadata {key} is {metadata[key]!r}, need three numbers such as 0.485,0.456,0.406") from None
+        usable = False
+    if not usable:
+        raise ValueError(f"{path}: metadata {key} is {metadata[key]!r}, need three {'numbers' if key == 'mean' else 'positive numbers'} such as 0.485,0.456,0.406")
     return red, green, blue
 
 
@@ -259,5 +269,7 @@ def _download(network: str, name: str) -> tuple[dict[str, Tensor], Triple, Tripl
             f"could not download the {network} weights from {weights.url} ({error}). Fetch that file on a machine with a connection and put it "
             f"in {Path(torch.hub.get_dir()) / 'checkpoints'}, or give its path with --set loss.weights=PATH"
         ) from error
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise OSError(f"{Path(torch.hub.get_dir()) / 'checkpoints' / Path(weights.url).name} is damaged ({error}); remove it and run again") from error
     preprocessing = weights.transforms()
     return state, tuple(preprocessing.mean), tuple(preprocessing.std)

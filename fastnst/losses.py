@@ -81,7 +81,7 @@ def mean_covariance(features: Tensor, epsilon: float = 1e-4) -> tuple[Tensor, Te
 
 
 def gaussian_wasserstein(mean: Tensor, covariance: Tensor, target_mean: Tensor, target_root: Tensor) -> Tensor:
-    """Squared Wasserstein-2 distance between Gaussians over C, averaged over the batch (crowsonkb/style-transfer-pytorch).
+    """Squared Wasserstein-2 distance between Gaussians, a channel (over C), averaged over the batch (crowsonkb/style-transfer-pytorch).
 
     |m - m'|^2 + tr(S + S' - 2 (R S R)^(1/2)) with R = ``target_root`` = S'^(1/2). The trace of the root is the sum of the
     roots of the eigenvalues, whose gradient is stable where that of the eigenvectors is not.

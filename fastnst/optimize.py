@@ -51,6 +51,8 @@ class DescentConfig(Config):
     def _betas_in_range(self):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: got {list(self.betas)}, need two numbers from 0 to below 1")
+        if self.units == "network" and self.optimizer == "lbfgs":
+            raise ValueError("units: network is for optimizer: adam; L-BFGS is the same in any units")
         return self
 
 
@@ -131,6 +133,8 @@ def optimize_image(
         for _ in range(count):
             optimizer.param_groups[0]["lr"] = learning_rate_at(descent.learning_rate, step, steps)
             optimizer.step(objective)  # evaluates the objective once, at the iterate before this step
+            if descent.optimizer == "lbfgs" and not optimizer.state[variable]["old_dirs"]:
+                optimizer.state[variable]["n_iter"] = 0  # no curvature found yet: a short first step again, not a leap along the gradient
             if step % descent.log_every == 0:
                 report(OptimizeProgress(step, steps, _checked(terms, step), time.monotonic() - began))
             step += 1

@@ -24,6 +24,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device {name!r} is not known; use one of {', '.join(DEVICES)}, or cuda:N") from None
+    if device.type not in DEVICES:
+        raise ValueError(f"device {name!r} is not known; use one of {', '.join(DEVICES)}, or cuda:N")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise ValueError(f"device {name!r} asked for, but this torch ({torch.__version__}) sees {count} CUDA devices; use --device auto")

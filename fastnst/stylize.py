@@ -62,7 +62,6 @@ def plan_jobs(inputs: list[str], output: str) -> list[Job]:
     """
     folder = Path(output)
     found: list[tuple[Path, Path]] = []  # (source, name below the output folder)
-    single = len(inputs) == 1 and Path(inputs[0]).is_file()
     for text in inputs:
         path = Path(text)
         if path.is_dir():
@@ -78,6 +77,7 @@ def plan_jobs(inputs: list[str], output: str) -> list[Job]:
                 raise FileNotFoundError(f"--input {text}: no such file or folder, and no file matches it as a pattern")
             found += [(match, Path(match.name)) for match in matches]
 
+    single = len(found) == 1 and not Path(inputs[0]).is_dir()
     if single and folder.suffix and not folder.is_dir() and not output.endswith("/"):
         check_writable(folder)
         jobs = [Job(found[0][0], folder)]
@@ -92,7 +92,7 @@ def plan_jobs(inputs: list[str], output: str) -> list[Job]:
         if job.target.resolve() in sources:
             raise ValueError(f"--output would overwrite the input {job.target}; choose another --output")
         other = taken.setdefault(job.target, job.source)
-        if other != job.source:
+        if other.resolve() != job.source.resolve():
             raise ValueError(f"{other} and {job.source} would both be written to {job.target}; stylize them into separate folders")
     return list({job.target: job for job in jobs}.values())
 

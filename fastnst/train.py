@@ -32,6 +32,8 @@ _SAVE_SECONDS = 300  # a slow machine saves this often, whatever save_every says
 # Keys that a resumed run may change: they alter how long or how watched it is, not what any step computes.
 _MAY_CHANGE = {"train.steps", "train.log_every", "train.validate_every", "train.save_every", "data.workers"}
 
+_ADVICE = "The last saved state is intact; lower train.learning_rate.initial or the weights of loss, or set train.clip_gradient"
+
 
 class StyleConfig(ImageSize):
     """The painting, and the size at which its strokes are learned: 512 px as most of Johnson et al.'s released models."""
@@ -101,7 +103,9 @@ def find_run(config: TrainConfig, run_dir: Path) -> bool:
         if not (run_dir / CONFIG_NAME).exists():
             raise ValueError(f"{run_dir} holds {STATE_NAME} but no {CONFIG_NAME} to compare with; choose another --run-dir")
         old, new = flatten(load_config(TrainConfig, run_dir / CONFIG_NAME)), flatten(config)
-        changed = [f"{key}: {old[key]} in the run, {new[key]} asked for" for key in new if old[key] != new[key] and key not in _MAY_CHANGE]
+        # With a cosine the rate of every step depends on how many there are.
+        fixed = set(new) - _MAY_CHANGE | ({"train.steps"} if config.train.learning_rate.decay == "cosine" else set())
+        changed = [f"{key}: {old[key]} in the run, {new[key]} asked for" for key in new if key in fixed and _resolved(old[key]) != _resolved(new[key])]
         if changed:
             raise ValueError(f"{run_dir} holds a run with another config; choose another --run-dir, or undo the change of {'; '.join(changed)}")
         return True
@@ -192,10 +196,13 @@ def train(
                 report(TrainProgress(step, loop.steps, validation=validation))
                 window_began = time.monotonic()
             if saving:
+                if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
+                    raise TrainingDiverged(f"the weights are not finite at step {step}. {_ADVICE}")
                 save_training_state(run_dir / STATE_NAME, network, optimizer, step, unreadable)
-                save_model(run_dir / MODEL_NAME, network, step, _portable(config), to_pil(resize(style, ImageSize(long_side=128).of(*style.shape[-2:]))))
                 board.flush()
                 saved = time.monotonic()
+            if saving or (resuming and stopping):  # the state may be ahead of the model, if a crash fell between the two
+                save_model(run_dir / MODEL_NAME, network, step, _portable(config), to_pil(resize(style, ImageSize(long_side=128).of(*style.shape[-2:]))))
             if stopping:
                 break
 
@@ -249,11 +256,12 @@ def _mean_of_window(window: list[Tensor], names: list[str], step: int) -> dict[s
     for offset, row in enumerate(rows):
         if not math.isfinite(row[0]):
             terms = ", ".join(f"{name} {value:g}" for name, value in zip(names, row))
-            raise TrainingDiverged(
-                f"the loss is not finite at step {step - len(rows) + offset + 1}: {terms}. The last saved state is intact; "
-                "lower train.learning_rate.initial or the weights of loss, or set train.clip_gradient"
-            )
+            raise TrainingDiverged(f"the loss is not finite at step {step - len(rows) + offset + 1}: {terms}. {_ADVICE}")
     return {name: sum(row[index] for row in rows) / len(rows) for index, name in enumerate(names)}
+
+
+def _resolved(value: Any) -> Any:
+    return value.resolve() if isinstance(value, Path) else value
 
 
 def _portable(config: Config) -> dict[str, Any]:

@@ -5,9 +5,16 @@ from pathlib import Path
 
 from fastnst import cli
 
+EPILOG = """\
+examples:
+  fastnst distill --config distill --set teacher.vgg19=vgg19.safetensors --set data.content=photos/
+
+The same command again resumes. The result is RUN_DIR/vgg19_slim.safetensors; use it with
+  --set loss.network=vgg19_slim --set loss.weights=RUN_DIR/vgg19_slim.safetensors"""
+
 
 def main(argv=None) -> int:
-    p = cli.parser("distill", __doc__, "The same command again resumes. The result is RUN_DIR/vgg19_slim.safetensors.")
+    p = cli.parser("distill", __doc__, EPILOG)
     cli.add_config_flags(p)
     p.add_argument("--run-dir", type=Path, default=Path("runs/distill"), metavar="FOLDER", help="where weights, state and logs go (default: runs/distill)")
     args = p.parse_args(argv)

@@ -37,9 +37,9 @@ def main(argv=None) -> int:
     run_dir = args.output.with_suffix(".run")
     if any(args.output.resolve() == Path(source).resolve() for source in (args.content, args.style)):
         raise ValueError(f"--output {args.output} is an input; choose another")
-    for existing in (args.output, run_dir):
-        if existing.exists() and not args.overwrite:
-            raise FileExistsError(f"--output: {existing} exists already; use --overwrite to replace it")
+    for result in (args.output, run_dir / "history.json"):
+        if result.exists() and not args.overwrite:
+            raise FileExistsError(f"--output: {result} exists already; use --overwrite to replace it")
     device = resolve_device(args.device)
     keep_freed_memory()
     content, style = (load_image(source).to(device) for source in (args.content, args.style))
@@ -50,7 +50,7 @@ def main(argv=None) -> int:
         with atomic_write(run_dir / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
-    for stale in run_dir.glob("events.out.tfevents.*"):
+    for stale in [*run_dir.glob("events.out.tfevents.*"), *run_dir.glob("step_*.png")]:
         stale.unlink()
     save_text("config.yaml", to_yaml(config))
     with StopRequest() as stop, SummaryWriter(str(run_dir)) as board:
@@ -74,8 +74,8 @@ def main(argv=None) -> int:
         finally:
             if bar is not None:
                 bar.close()
-            save_text("history.json", json.dumps(history, indent=1))
     save_image(image, args.output)
+    save_text("history.json", json.dumps(history, indent=1))
     first, last = history[0]["loss/total"], history[-1]["loss/total"]
     print(f"{'stopped' if stop() else 'done'} at step {history[-1]['step']:,}: objective {first:.5g} -> {last:.5g} in {history[-1]['seconds']:.1f} s\n{args.output}")
     return stop.exit_code

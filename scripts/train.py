@@ -55,15 +55,20 @@ def main(argv=None) -> int:
         with StopRequest() as stop:
             result = train(config, run_dir, device, report, stop)
     except TrainingDiverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        diverged = error
+    else:
+        diverged = None
     finally:
         if bar is not None:
             bar.close()
+    if diverged is not None:
+        print(f"error: {diverged}", file=sys.stderr)
+        return 1
     if result.unreadable:
         print(f"{len(result.unreadable)} photos could not be read and were skipped:", *sorted(result.unreadable), sep="\n  ")
     if not result.finished:
-        print(f"stopped at step {result.step:,} of {config.train.steps:,}, saved in {run_dir}; the same command goes on from there")
+        where = f"saved in {run_dir}; the same command goes on from there" if result.step else "before the first: nothing to save"
+        print(f"stopped at step {result.step:,} of {config.train.steps:,}, {where}")
         return stop.exit_code
     print(f"done: {result.step:,} steps, {result.seconds:.0f} s in this run\nmodel: {result.model}")
     print(f"apply it: fastnst stylize --model {result.model} --input PHOTO --output OUT.jpg\nwatch it: tensorboard --logdir {run_dir.parent}")

@@ -1,0 +1,218 @@
+"""The commands as a user runs them, and errors that a user can act on."""
+
+import importlib
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+from PIL import Image
+
+import fastnst
+from fastnst import cli
+from fastnst.config import load_config
+from fastnst.train import TrainConfig
+
+INSTALLED = Path(sysconfig.get_path("scripts")) / "fastnst"
+QUICK = ["--config", "smoke", "--device", "cpu", "--set", "train.steps=4", "--set", "train.log_every=2", "--set", "data.crop_size=32"]
+
+
+def command(way: str, verb: str) -> list[str]:
+    """One of the three ways to run a verb."""
+    if way == "installed":
+        return [str(INSTALLED), verb]
+    if way == "module":
+        return [sys.executable, "-m", "fastnst", verb]
+    return [sys.executable, str(REPOSITORY / "scripts" / f"{verb}.py")]
+
+
+def run(arguments: list, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([str(argument) for argument in arguments], cwd=cwd, capture_output=True, text=True, timeout=100)
+
+
+@pytest.fixture
+def train_main():
+    return importlib.import_module("fastnst.scripts.train").main
+
+
+# The three ways
+
+
+@pytest.mark.parametrize("verb", sorted(cli.VERBS))
+@pytest.mark.parametrize("way", ["installed", "module", "script"])
+def test_help_tells_flags_and_an_example(way, verb, tmp_path):
+    done = run([*command(way, verb), "--help"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: fastnst {verb}" in done.stdout
+    assert "--device" in done.stdout and "examples:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, code, stream, expected",
+    [
+        (["--help"], 0, "out", ["usage: fastnst VERB", *cli.VERBS]),
+        ([], 2, "out", ["usage: fastnst VERB"]),
+        (["--version"], 0, "out", [f"fastnst {fastnst.__version__}"]),
+        (["trian"], 2, "err", ["no verb 'trian'", *cli.VERBS]),
+    ],
+)
+def test_without_a_verb(arguments, code, stream, expected, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == code
+    printed = getattr(capsys.readouterr(), stream)
+    assert all(text in printed for text in expected)
+
+
+def test_train_resume_and_stylize_from_any_folder(photos, painting, tmp_path):
+    inputs = ["--content", photos, "--style", painting]
+    first = run([*command("script", "train"), *QUICK, *inputs], tmp_path)
+    assert first.returncode == 0, first.stderr
+    run_dir = tmp_path / "checkpoints" / "smoke"  # the default: named after the config, below the current folder
+    assert {path.name for path in run_dir.iterdir()} >= {"config.yaml", "model.safetensors", "training_state.pt"}
+    assert "done: 4 steps" in first.stdout
+    more = run([*command("installed", "train"), *QUICK, *inputs, "--set", "train.steps=6"], tmp_path)
+    assert more.returncode == 0, more.stderr
+    assert "resume" in more.stderr and "at step 4 of 6" in more.stderr
+    model = ["--model", run_dir / "model.safetensors"]
+    applied = run([*command("module", "stylize"), *model, "--input", photos / "photo_00.jpg", "--output", "out.png"], tmp_path)
+    assert applied.returncode == 0, applied.stderr
+    assert Image.open(tmp_path / "out.png").size == (60, 50)
+
+
+def test_a_mistake_shows_no_traceback(tmp_path):
+    done = run([*command("module", "train"), "--config", "smoke", "--style", "nowhere.jpg", "--content", "nowhere"], tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "nowhere" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--config", "wvae"], ["wvae", "wave", "johnson"]),
+        (["--config", "nowhere/wave.yaml"], ["nowhere/wave.yaml"]),
+        (["--config", "smoke", "--set", "train.step=3"], ["train.step", "train.steps"]),
+        (["--config", "smoke", "--set", "train.steps=many"], ["train.steps", "many"]),
+        (["--config", "smoke", "--set", "train.steps"], ["key=value"]),
+        (["--config", "smoke", "--set", "loss.content_layers.relu9_9=1"], ["relu9_9"]),
+        (["--config", "smoke", "--device", "toaster"], ["toaster"]),
+        (["--config", "gatys"], ["gatys"]),
+    ],
+)
+def test_a_mistake_is_exit_code_2_and_names_what_to_mend(train_main, photos, painting, tmp_path, monkeypatch, capsys, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.run(train_main, ["--content", str(photos), "--style", str(painting), *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert all(text in printed.err for text in named)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("missing", ["--config", "--model"])
+def test_a_flag_that_is_needed_is_named(missing, capsys):
+    main = importlib.import_module("fastnst.scripts.train" if missing == "--config" else "fastnst.scripts.stylize").main
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main, [])
+    assert ended.value.code == 2
+    assert missing in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, code, text",
+    [
+        (ValueError("bad value"), 2, "error: bad value\n"),
+        (FileNotFoundError("no file"), 2, "error: no file\n"),
+        (FloatingPointError("not finite"), 2, "error: not finite\n"),
+        (KeyboardInterrupt(), 130, "stopped\n"),
+    ],
+)
+def test_what_a_user_can_mend_becomes_an_exit_code(error, code, text, capsys, monkeypatch):
+    monkeypatch.delenv("FASTNST_DEBUG", raising=False)
+
+    def fails(_):
+        raise error
+
+    assert cli.run(fails) == code
+    assert capsys.readouterr().err == text
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    def fails(_):
+        raise TypeError("a bug")
+
+    with pytest.raises(TypeError):
+        cli.run(fails)
+
+
+def test_the_debug_variable_shows_the_traceback(monkeypatch):
+    def fails(_):
+        raise ValueError("bad value")
+
+    monkeypatch.setenv("FASTNST_DEBUG", "1")
+    with pytest.raises(ValueError):
+        cli.run(fails)
+
+
+def test_a_diverging_training_ends_with_one_line_and_exit_code_1(train_main, photos, painting, tmp_path, capsys):
+    arguments = [*QUICK, "--content", str(photos), "--style", str(painting), "--run-dir", str(tmp_path / "run")]
+    assert cli.run(train_main, [*arguments, "--set", "train.learning_rate.initial=1e30"]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "not finite" in errors[0] and "train.learning_rate" in errors[0]
+
+
+# A dry run
+
+
+def test_a_dry_run_prints_the_complete_config_and_writes_nothing(train_main, photos, painting, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ["--config", "wave", "--content", str(photos), "--style", str(painting), "--device", "cpu", "--dry-run"]
+    assert cli.run(train_main, arguments) == 0
+    printed = capsys.readouterr().out
+    resolved, summary = printed.split("\n\n", 1)
+    expected = load_config(TrainConfig, REPOSITORY / "configs" / "wave.yaml", [f"data.content={photos}", f"style.image={painting}"])
+    assert TrainConfig.model_validate(yaml.safe_load(resolved)) == expected
+    assert "at step 0 of 40,000" in summary and "1,679,235 parameters" in summary and "checkpoints/wave" in summary
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_tells_where_a_run_would_resume(train_main, photos, painting, tmp_path, capsys):
+    arguments = [*QUICK, "--content", str(photos), "--style", str(painting), "--run-dir", str(tmp_path / "run")]
+    assert cli.run(train_main, arguments) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    capsys.readouterr()
+    assert cli.run(train_main, [*arguments, "--dry-run"]) == 0
+    assert "resume" in (printed := capsys.readouterr().out) and "at step 4 of 4" in printed
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize("missing", ["content", "style"])
+def test_a_dry_run_looks_at_the_inputs(train_main, photos, painting, tmp_path, capsys, missing):
+    given = {"content": str(photos), "style": str(painting)} | {missing: str(tmp_path / "nowhere")}
+    assert cli.run(train_main, ["--config", "smoke", "--content", given["content"], "--style", given["style"], "--dry-run"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+# Configs by name
+
+
+@pytest.mark.parametrize("name", ["wave", "wave.yaml", "configs/wave.yaml"])
+def test_a_shipped_config_is_found_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.find_config(name).samefile(REPOSITORY / "configs" / "wave.yaml")
+
+
+def test_a_file_of_the_user_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wave.yaml").write_text("train: {steps: 1}\n")
+    assert cli.find_config("wave.yaml").samefile(tmp_path / "wave.yaml")

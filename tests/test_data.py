@@ -1,0 +1,285 @@
+"""Crop number ``position`` is a pure function of seed and position; every photo is seen once an epoch."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastnst.config import ConfigError, validate_config
+from fastnst.data import DataConfig, PhotoStream, crop, default_workers, list_photos, load_validation, training_batches
+
+
+def config(folder, **options) -> DataConfig:
+    return DataConfig(**{"content": folder, "crop_size": 32, "workers": 0} | options)
+
+
+def stream(folder: Path, seed: int = 7, **options) -> PhotoStream:
+    settings = config(folder, **options)
+    return PhotoStream(list_photos(settings).train, settings, seed)
+
+
+def crops(source: PhotoStream, start: int, batch_size: int, steps: int) -> torch.Tensor:
+    return torch.cat([images for images, _ in training_batches(source, start, batch_size, steps)])
+
+
+@pytest.fixture
+def grays(tmp_path) -> Path:
+    """Nine photos of one gray level each, by which a crop tells its photo: 10, 20, ... 90."""
+    folder = tmp_path / "grays"
+    folder.mkdir()
+    for index in range(1, 10):
+        Image.new("RGB", (40, 36), (10 * index,) * 3).save(folder / f"{index}.png")
+    return folder
+
+
+def ramp(width: int = 256, height: int = 256) -> Image.Image:
+    """Black on the left to white on the right."""
+    return Image.fromarray(np.tile(np.linspace(0, 255, width).round().astype(np.uint8), (height, 1))).convert("RGB")
+
+
+def columns(image: Image.Image) -> np.ndarray:
+    return np.asarray(image)[16, :, 0].astype(int)
+
+
+def test_position_alone_determines_the_crop(photos):
+    first, second = stream(photos), stream(photos)
+    backwards = {position: second[position][0] for position in reversed(range(30))}
+    assert all(torch.equal(first[position][0], backwards[position]) for position in range(30))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_number_of_workers_gives_the_same_crops(photos, workers):
+    assert torch.equal(crops(stream(photos), 0, 3, 5), crops(stream(photos, workers=workers), 0, 3, 5))
+
+
+def test_starting_later_continues_the_uninterrupted_stream(photos):
+    whole = crops(stream(photos), 0, 4, 6)  # 24 crops: across two epochs
+    assert torch.equal(crops(stream(photos), 12, 4, 3), whole[12:])
+
+
+def test_batch_size_only_groups_the_stream(photos):
+    assert torch.equal(crops(stream(photos), 0, 2, 6), crops(stream(photos), 0, 6, 2))
+
+
+def test_no_steps_left_gives_no_batches(photos):
+    assert list(training_batches(stream(photos), 10, 2, 0)) == []
+
+
+def test_batches_are_uint8_crops(photos):
+    images, unreadable = next(training_batches(stream(photos), 0, 3, 1))
+    assert (images.shape, images.dtype, unreadable) == ((3, 3, 32, 32), torch.uint8, [])
+
+
+def test_another_seed_gives_other_crops(photos):
+    assert not torch.equal(crops(stream(photos, seed=1), 0, 6, 1), crops(stream(photos, seed=2), 0, 6, 1))
+
+
+def levels(source: PhotoStream, start: int, count: int) -> list[int]:
+    return [int(source[position][0][0, 0, 0]) for position in range(start, start + count)]
+
+
+def test_each_epoch_covers_every_photo_once_in_a_new_order(grays):
+    source = stream(grays)
+    epochs = [levels(source, 9 * epoch, 9) for epoch in range(4)]
+    assert all(sorted(epoch) == list(range(10, 100, 10)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 4
+
+
+def test_without_shuffle_the_order_is_that_of_the_names(grays):
+    assert levels(stream(grays, shuffle=False), 0, 12) == [*range(10, 100, 10), 10, 20, 30]
+
+
+def test_unreadable_photo_is_replaced_and_named(grays):
+    source = stream(grays, shuffle=False)
+    (grays / "3.png").write_bytes(b"")
+    assert levels(source, 2, 1) == [40]
+    _, messages = source[2]
+    assert len(messages) == 1 and "3.png" in messages[0] and "the file is empty" in messages[0]
+
+
+def test_replacement_wraps_around_the_epoch(grays):
+    source = stream(grays, shuffle=False)
+    (grays / "9.png").write_text("not an image")
+    assert levels(source, 8, 1) == [10]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_photos_are_reported_with_their_batch(grays, workers):
+    source = stream(grays, shuffle=False, workers=workers)
+    (grays / "2.png").unlink()
+    messages = [names for _, names in training_batches(source, 0, 3, 2)]
+    assert [len(names) for names in messages] == [1, 0]
+    assert "2.png" in messages[0][0]
+
+
+def test_no_readable_photo_at_all_is_an_error(grays):
+    source = stream(grays)
+    for path in grays.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(OSError, match=r"none of the 9 photos can be read; the first: .*\.png: the file is empty"):
+        source[0]
+
+
+@pytest.mark.parametrize("mode", ["random", "center", "squash"])
+@pytest.mark.parametrize("size", [(5, 7), (1, 1), (200, 20)])
+def test_small_photos_are_scaled_up_not_padded(mode, size):
+    image = crop(Image.new("RGB", size, (200, 100, 50)), config("x", crop=mode), random.Random(0))
+    assert image.size == (32, 32)
+    assert image.getcolors() == [(32 * 32, (200, 100, 50))]
+
+
+def test_center_crop_takes_the_whole_short_side_from_the_middle():
+    image = Image.new("RGB", (100, 50), "red")
+    image.paste("green", (25, 0, 75, 50))
+    cut = crop(image, config("x", crop="center"), random.Random(0))
+    assert all(color == (0, 128, 0) for _, color in cut.crop((2, 0, 30, 32)).getcolors())  # the outer columns blend with the red
+    assert np.asarray(cut)[:, [0, -1], 0].max() < 64
+
+
+def test_squash_keeps_the_whole_photo():
+    values = columns(crop(ramp(400, 100), config("x", crop="squash", flip=False), random.Random(0)))
+    assert values[0] < 10 and values[-1] > 245
+
+
+def test_random_crop_takes_between_min_scale_and_the_whole_side():
+    spans, starts = [], []
+    for seed in range(60):
+        values = columns(crop(ramp(), config("x", min_scale=0.5, flip=False), random.Random(seed)))
+        spans.append((values[-1] - values[0]) / 255 * 32 / 31)  # 31 of 32 pixel distances lie between the outer centers
+        starts.append(values[0])
+    assert 0.47 < min(spans) < 0.6 and 0.9 < max(spans) < 1.03
+    assert min(starts) < 20 and max(starts) > 80
+
+
+def test_min_scale_1_takes_the_whole_short_side():
+    values = columns(crop(ramp(), config("x", min_scale=1, flip=False), random.Random(3)))
+    assert values[0] < 10 and values[-1] > 245
+
+
+@pytest.mark.parametrize("flip, mirrored", [(False, range(0, 1)), (True, range(30, 71))])
+def test_flip_mirrors_half_of_the_crops(flip, mirrored):
+    cuts = [columns(crop(ramp(64, 64), config("x", flip=flip), random.Random(seed))) for seed in range(100)]
+    assert sum(bool(values[0] > values[-1]) for values in cuts) in mirrored
+
+
+def test_validation_crop_is_central_and_never_mirrored():
+    wide = ramp(96, 32)
+    wanted = columns(wide)[32:64]
+    assert np.abs(columns(crop(wide, config("x"), None)) - wanted).max() <= 1
+
+
+def test_validation_photos_are_disjoint_from_training(photos):
+    found = list_photos(config(photos, validation_photos=2))
+    assert found.held_out
+    assert len(found.validation) == 1  # a tenth of 12 at most
+    assert not set(found.train) & set(found.validation)
+    assert len(found.train) + len(found.validation) == 12
+
+
+def test_validation_split_is_the_same_each_time(photos):
+    assert list_photos(config(photos)) == list_photos(config(photos))
+
+
+def test_too_few_photos_are_all_trained_on(grays):
+    found = list_photos(config(grays, validation_photos=4))
+    assert not found.held_out
+    assert len(found.train) == 9 and len(found.validation) == 4
+
+
+def test_validation_folder_leaves_the_training_photos_whole(photos, grays):
+    found = list_photos(config(photos, validation=grays, validation_photos=3))
+    assert found.held_out and len(found.train) == 12
+    assert len(found.validation) == 3 and all(path.parent == grays for path in found.validation)
+
+
+def test_validation_folder_inside_content_is_not_trained_on(photos):
+    found = list_photos(config(photos, validation=photos / "more"))
+    assert [path.name for path in found.validation] == ["photo_11.bmp"]
+    assert not set(found.train) & set(found.validation)
+
+
+def test_load_validation_skips_and_names_the_unreadable(grays):
+    (grays / "2.png").write_bytes(b"")
+    images, unreadable = load_validation(sorted(grays.iterdir())[:3], config(grays))
+    assert images[:, 0, 0, 0].tolist() == [10, 30]
+    assert images.dtype == torch.uint8
+    assert len(unreadable) == 1 and "2.png" in unreadable[0]
+
+
+def test_load_validation_without_a_readable_photo_is_an_error(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(OSError, match="none of the 1 validation photos can be read; the first: .*a.png"):
+        load_validation([tmp_path / "a.png"], config(tmp_path))
+
+
+def annotate(path: Path, names: list[str]) -> Path:
+    path.write_text(json.dumps({"images": [{"id": i, "file_name": name} for i, name in enumerate(names)]}))
+    return path
+
+
+def test_annotations_choose_by_name_and_by_relative_path(photos, tmp_path):
+    path = annotate(tmp_path / "coco.json", ["photo_00.jpg", "more/photo_11.bmp", "absent.jpg"])
+    assert [photo.name for photo in list_photos(config(photos, annotations=path)).train] == ["photo_11.bmp", "photo_00.jpg"]
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"annotations": []}', "not json", '{"images": [{"id": 3}]}', '{"images": 3}'])
+def test_annotations_of_another_shape_are_named(photos, tmp_path, text):
+    (tmp_path / "coco.json").write_text(text)
+    with pytest.raises(ValueError, match=r"data\.annotations: .*coco\.json is not a COCO annotation file, need"):
+        list_photos(config(photos, annotations=tmp_path / "coco.json"))
+
+
+def test_missing_annotations_are_named(photos, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data\.annotations: no file at .*coco\.json"):
+        list_photos(config(photos, annotations=tmp_path / "coco.json"))
+
+
+def test_annotations_of_other_photos_are_named(photos, tmp_path):
+    path = annotate(tmp_path / "coco.json", ["x.jpg", "y.jpg"])
+    with pytest.raises(ValueError, match=r"none of the 2 photos that .*coco\.json names lies below .*photos, where there are 12 others"):
+        list_photos(config(photos, annotations=path))
+
+
+@pytest.mark.parametrize("key", ["content", "validation"])
+def test_missing_folder_names_key_and_folder(photos, tmp_path, key):
+    folders = {"content": photos} | {key: tmp_path / "nowhere"}
+    with pytest.raises(FileNotFoundError, match=rf"data\.{key}: no folder at .*nowhere; need a folder of photos"):
+        list_photos(DataConfig(**folders))
+
+
+def test_folder_without_photos_tells_what_is_there(tmp_path):
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "b.zip").touch()
+    with pytest.raises(ValueError, match=r"data\.content: no photos below .*; looked for \.jpg.*found 1 \.txt, 1 \.zip"):
+        list_photos(config(tmp_path))
+
+
+def test_reduced_decoding_still_holds_the_smallest_crop(tmp_path):
+    blocks = np.random.default_rng(0).integers(0, 256, size=(60, 80, 3), dtype=np.uint8)
+    Image.fromarray(blocks).resize((640, 480), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
+    source = stream(tmp_path, min_scale=0.2)  # the short side must keep 32 / 0.2 = 160 px: decoded at a half
+    for position in range(8):
+        with Image.open(tmp_path / "a.jpg") as image:
+            full = np.array(crop(image.convert("RGB"), source.config, random.Random(f"7:{position}")))
+        reduced = source[position][0].permute(1, 2, 0).numpy()
+        assert np.abs(reduced.astype(int) - full).mean() < 6
+
+
+def test_default_workers_leave_a_core(monkeypatch):
+    for threads, workers in ((1, 1), (2, 1), (6, 5), (64, 8)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert default_workers() == workers
+
+
+@pytest.mark.parametrize(
+    "key, value", [("crop_size", 8), ("min_scale", 0), ("min_scale", 1.1), ("workers", -1), ("crop", "corner"), ("validation_photos", 0)]
+)
+def test_impossible_data_are_refused(key, value):
+    with pytest.raises(ConfigError, match=f"{key}: got"):
+        validate_config(DataConfig, {"content": "x", key: value})

@@ -1,0 +1,86 @@
+"""A file is written whole or not at all."""
+
+import os
+import stat
+
+import pytest
+
+from fastnst.files import atomic_write
+
+
+def test_result_replaces_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"  # until the end, readers see the old one
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broke"), KeyboardInterrupt(), OSError("no number")])
+def test_failure_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, error):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(type(error)), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_success_leaves_no_temporary_file(tmp_path):
+    with atomic_write(tmp_path / "a.txt") as temporary:
+        temporary.write_text("new")
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_temporary_is_hidden_beside_the_target_and_keeps_the_suffix(tmp_path):
+    with atomic_write(tmp_path / "a.safetensors") as temporary:
+        temporary.write_text("x")
+        assert temporary.parent == tmp_path
+        assert temporary.suffix == ".safetensors"
+        assert temporary.name.startswith(".")
+
+
+def test_missing_folders_are_made(tmp_path):
+    with atomic_write(tmp_path / "a" / "b" / "c.txt") as temporary:
+        temporary.write_text("x")
+    assert (tmp_path / "a" / "b" / "c.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640)])
+def test_file_gets_the_users_usual_permissions(tmp_path, umask, mode):
+    previous = os.umask(umask)
+    try:
+        with atomic_write(tmp_path / "a.txt") as temporary:
+            temporary.write_text("x")
+        assert os.umask(umask) == umask  # and the umask itself is untouched
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == mode
+
+
+def test_file_in_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="cannot write .*out.png"), atomic_write(tmp_path / "file" / "out.png"):
+        pass
+
+
+def test_folder_in_place_of_the_file_is_named_and_kept(tmp_path):
+    (tmp_path / "out.png").mkdir()
+    with pytest.raises(OSError, match="cannot write .*out.png"), atomic_write(tmp_path / "out.png") as temporary:
+        temporary.write_text("x")
+    assert os.listdir(tmp_path) == ["out.png"]
+
+
+def test_full_disk_names_the_target_and_keeps_errno(tmp_path):
+    with pytest.raises(OSError, match="cannot write .*a.txt: No space left") as raised, atomic_write(tmp_path / "a.txt"):
+        raise OSError(28, "No space left on device")
+    assert raised.value.errno == 28
+
+
+def test_long_names_fit(tmp_path):
+    path = tmp_path / ("n" * 240 + ".png")
+    with atomic_write(path) as temporary:
+        temporary.write_text("x")
+    assert path.read_text() == "x"

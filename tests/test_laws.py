@@ -1,0 +1,123 @@
+"""The two laws of the house: who may import whom, and that applying a model needs nothing of training."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from fastnst.cli import VERBS
+
+PACKAGE = REPOSITORY / "fastnst"
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
+
+# Each noun and the modules that it may import.
+NOUNS = {
+    "config": set(),
+    "files": set(),
+    "runtime": set(),
+    "schedule": {"config"},
+    "image": {"config", "files"},
+    "video": {"config", "files", "image"},
+    "network": {"config"},
+    "loss_network": {"config"},
+    "losses": {"config", "loss_network"},
+    "data": {"config", "image"},
+    "checkpoint": {"config", "files", "network"},
+}
+TRAINING = {"train", "losses", "loss_network", "data", "optimize", "distill", "evaluate", "export", "schedule"}
+# Each verb; any noun is open to those that train.
+ALLOWED_TO_VERBS = {
+    "train": set(NOUNS),
+    "optimize": set(NOUNS),
+    "evaluate": set(NOUNS),
+    "distill": set(NOUNS),
+    "stylize": {"config", "files", "runtime", "image", "video", "checkpoint", "network"},
+    "export": {"config", "files", "runtime", "network", "checkpoint"},
+}
+
+
+def fastnst_imports(source: str, whole_file: bool = True) -> set[str]:
+    """Modules of the package that a source imports, anywhere or at the top alone."""
+    tree = ast.parse(source)
+    found = set()
+    for node in ast.walk(tree) if whole_file else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "fastnst"}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = f"fastnst.{base}".rstrip(".")
+            if base == "fastnst":
+                found |= {f"fastnst.{alias.name}" for alias in node.names}
+            elif base.startswith("fastnst."):
+                found.add(base)
+    return {name.removeprefix("fastnst.").split(".")[0] for name in found} - {"__version__"}
+
+
+def imports_of(module: str) -> set[str]:
+    return fastnst_imports((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("import fastnst.train", {"train"}),
+        ("from fastnst import losses, data", {"losses", "data"}),
+        ("def f():\n    from fastnst.scripts.train import main", {"scripts"}),
+        ("from . import network", {"network"}),
+        ("from .config import Config", {"config"}),
+        ("from fastnst import __version__\nimport torch", set()),
+    ],
+)
+def test_every_way_to_import_is_seen(source, expected):
+    assert fastnst_imports(source) == expected
+
+
+def test_every_module_is_a_known_noun_or_verb():
+    assert set(MODULES) - {"cli"} <= set(NOUNS) | set(ALLOWED_TO_VERBS)
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module in NOUNS])
+def test_a_noun_imports_only_what_its_layer_may(module):
+    assert imports_of(module) <= NOUNS[module]
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module in ALLOWED_TO_VERBS])
+def test_a_verb_imports_nouns_alone(module):
+    assert imports_of(module) <= ALLOWED_TO_VERBS[module]
+
+
+def test_the_command_line_imports_nothing_of_the_package_at_the_top():
+    assert fastnst_imports((PACKAGE / "cli.py").read_text(encoding="utf-8"), whole_file=False) == set()
+
+
+def test_each_verb_has_exactly_one_script_of_its_name():
+    verbs = {module for module in MODULES if module in ALLOWED_TO_VERBS}
+    scripts = {path.stem for path in (REPOSITORY / "scripts").glob("*.py")} - {"__init__"}
+    assert verbs == scripts == set(VERBS)
+
+
+@pytest.mark.parametrize("verb", sorted(path.stem for path in (REPOSITORY / "scripts").glob("[a-z]*.py")))
+def test_a_script_imports_no_verb_but_its_own(verb):
+    imported = fastnst_imports((REPOSITORY / "scripts" / f"{verb}.py").read_text(encoding="utf-8"))
+    assert imported & set(ALLOWED_TO_VERBS) == {verb}
+    assert "scripts" not in imported
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(*sys.modules, sep='\\n')"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_applying_a_model_loads_nothing_of_training():
+    loaded = modules_after("import fastnst.stylize")
+    assert "fastnst.stylize" in loaded
+    foreign = {"torchvision", "tensorboard", "torch.utils.tensorboard", "onnx", "onnxruntime", "av"}
+    assert loaded & (foreign | {f"fastnst.{module}" for module in TRAINING}) == set()
+
+
+@pytest.mark.parametrize("statement", ["import fastnst", "import fastnst.cli", "import fastnst.scripts.train, fastnst.scripts.stylize"])
+def test_help_needs_no_torch(statement):
+    assert "torch" not in modules_after(statement)

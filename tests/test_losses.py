@@ -1,0 +1,273 @@
+"""Known answers, with the arithmetic beside them."""
+
+import math
+
+import pytest
+import torch
+
+from conftest import TOY_LOSS
+from fastnst.config import ConfigError, validate_config
+from fastnst.loss_network import load_loss_network
+from fastnst.losses import (
+    LossConfig,
+    LossTerms,
+    PerceptualLoss,
+    distance,
+    gaussian_wasserstein,
+    gram_matrix,
+    mean_covariance,
+    total_variation,
+)
+
+# Two channels of three positions: F F^T = [[1 + 4, 3 + 8], [3 + 8, 9 + 16 + 1]] = [[5, 11], [11, 26]].
+FEATURES = torch.tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 1.0]]).view(1, 2, 1, 3)
+BARE_GRAM = torch.tensor([[[5.0, 11.0], [11.0, 26.0]]])
+
+
+@pytest.mark.parametrize("divisor, number", [("none", 1), ("hw", 1 * 3), ("chw", 2 * 1 * 3), ("sqrt_chw", math.sqrt(6))])
+def test_gram_matrix(divisor, number):
+    assert torch.allclose(gram_matrix(FEATURES, divisor), BARE_GRAM / number)
+
+
+def test_gram_matrix_takes_each_image_alone():
+    grams = gram_matrix(torch.cat([FEATURES, 2 * FEATURES]), "none")
+    assert torch.allclose(grams, torch.cat([BARE_GRAM, 4 * BARE_GRAM]))
+
+
+def test_gram_matrix_forgets_where():
+    features = torch.rand(1, 4, 6, 5)
+    assert torch.allclose(gram_matrix(features), gram_matrix(features.flip(2).transpose(2, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gram_of_half_precision_is_formed_in_float32(dtype):
+    # 4096 positions of 200 * 200 sum to 1.6e8; float16 ends at 65504.
+    gram = gram_matrix(torch.full((1, 2, 64, 64), 200.0, dtype=dtype), "none")
+    assert gram.dtype == torch.float32
+    assert gram.unique().tolist() == [4096 * 200.0 * 200.0]
+
+
+def test_gram_is_exact_within_autocast():
+    features = torch.rand(1, 8, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = gram_matrix(features)
+    assert torch.equal(inside, gram_matrix(features))
+
+
+# Differences 1, 2 / 3, 4 of two images: squares 1 + 4 = 5 and 9 + 16 = 25, two values each.
+@pytest.mark.parametrize(
+    "kind, value",
+    [
+        ("mse", (5 / 2 + 25 / 2) / 2),
+        ("sse", (5 + 25) / 2),
+        ("rmse", (math.sqrt(5 / 2) + math.sqrt(25 / 2)) / 2),
+    ],
+)
+def test_distance(kind, value):
+    a = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])
+    assert distance(a, torch.zeros(2, 1, 2), kind).item() == pytest.approx(value)
+    assert distance(a, torch.zeros(1, 1, 2), kind).item() == pytest.approx(value)  # one target for all
+
+
+@pytest.mark.parametrize("kind", ["mse", "sse", "rmse"])
+def test_distance_of_a_batch_is_the_mean_of_the_singles(kind):
+    a, b = torch.rand(4, 3, 5, 2), torch.rand(4, 3, 5, 2)
+    singles = [distance(a[i : i + 1], b[i : i + 1], kind) for i in range(4)]
+    assert distance(a, b, kind).item() == pytest.approx(sum(singles).item() / 4)
+
+
+@pytest.mark.parametrize("kind", ["mse", "sse", "rmse"])
+def test_gradient_is_finite_at_distance_zero(kind):
+    a = torch.ones(2, 3, requires_grad=True)
+    distance(a, torch.ones(2, 3), kind).backward()
+    assert a.grad.abs().max() == 0
+
+
+def test_distance_in_half_precision_does_not_overflow():
+    a = torch.full((1, 4), 300.0, dtype=torch.float16)
+    assert distance(a, torch.zeros_like(a), "sse").item() == 4 * 300.0**2  # 360,000 > 65,504
+
+
+# [[0, 1], [3, 7]]: to the right 1 and 4, below 3 and 6; squares 1 + 16 + 9 + 36 = 62, absolute 14; four pixels.
+@pytest.mark.parametrize("power, reduction, value", [(2, "sum", 62), (1, "sum", 14), (2, "mean", 62 / 4), (1, "mean", 14 / 4)])
+def test_total_variation(power, reduction, value):
+    image = torch.tensor([[0.0, 1.0], [3.0, 7.0]]).view(1, 1, 2, 2)
+    assert total_variation(image, power, reduction).item() == pytest.approx(value)
+    with_flat = torch.cat([image, torch.ones_like(image)])  # a flat image has none: half as much on average
+    assert total_variation(with_flat, power, reduction).item() == pytest.approx(value / 2)
+
+
+def test_total_variation_sums_over_channels():
+    image = torch.rand(1, 1, 4, 5)
+    assert total_variation(image.expand(1, 3, 4, 5)).item() == pytest.approx(3 * total_variation(image).item(), rel=1e-5)
+
+
+def cross(a: float, b: float, mean: tuple[float, float]) -> torch.Tensor:
+    """Two channels over four positions, with this mean and the covariance diag(a^2, b^2)."""
+    signs = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]])
+    return (signs * torch.tensor([[a], [b]]) + torch.tensor(mean)[:, None]).view(1, 2, 2, 2)
+
+
+def test_mean_and_covariance():
+    mean, covariance = mean_covariance(cross(2, 3, (5, -1)), epsilon=0.5)
+    assert torch.allclose(mean, torch.tensor([[5.0, -1.0]]))
+    assert torch.allclose(covariance, torch.tensor([[[4.5, 0.0], [0.0, 9.5]]]), atol=1e-5)
+
+
+def test_wasserstein_between_diagonal_gaussians():
+    # Closed form: |m - m'|^2 + sum (s - s')^2 = (5 - 4)^2 + (-1 - 1)^2 + (2 - 5)^2 + (3 - 1)^2 = 18; per channel 9.
+    target_mean, target_covariance = mean_covariance(cross(5, 1, (4, 1)), epsilon=0)
+    root = target_covariance.sqrt()  # of a diagonal matrix
+    value = gaussian_wasserstein(*mean_covariance(cross(2, 3, (5, -1)), epsilon=0), target_mean, root)
+    assert value.item() == pytest.approx(9, rel=1e-4)
+
+
+def test_wasserstein_between_correlated_gaussians():
+    # Equal means, S = 4 S': W2^2 = tr(S + S' - 2 * 2 S') = tr(S'), as (R S R)^(1/2) = 2 S'.
+    features = torch.randn(1, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    features -= features.mean(dim=(2, 3), keepdim=True)
+    _, target = mean_covariance(features, epsilon=0)
+    values, vectors = torch.linalg.eigh(target)
+    root = vectors * values.sqrt()[:, None, :] @ vectors.transpose(1, 2)
+    value = gaussian_wasserstein(*mean_covariance(2 * features, epsilon=0), torch.zeros(1, 3, dtype=torch.float64), root)
+    assert value.item() == pytest.approx(target.diagonal(dim1=1, dim2=2).sum().item() / 3)
+
+
+def toy_loss(style=None, **options) -> PerceptualLoss:
+    config = LossConfig(**TOY_LOSS | options)
+    style = torch.rand(1, 3, 40, 32, generator=torch.Generator().manual_seed(5)) if style is None else style
+    return PerceptualLoss(load_loss_network(config, config.layers), config, style)
+
+
+def image(seed: int, count: int = 1) -> torch.Tensor:
+    return torch.rand(count, 3, 24, 24, generator=torch.Generator().manual_seed(seed))
+
+
+STATISTICS = [{"statistics": "gram"}, {"statistics": "mean_covariance"}]
+
+
+@pytest.mark.parametrize("options", STATISTICS)
+def test_style_term_vanishes_at_the_style_itself(options):
+    style = image(1)
+    loss = toy_loss(style, **options)
+    targets = loss.content_targets(style)
+    at_style, elsewhere = loss(style, targets), loss(image(2), targets)
+    for layer in ("relu1_2", "relu2_2"):
+        assert abs(at_style.style[layer]) < 1e-3 * elsewhere.style[layer]
+    assert at_style.content["relu2_2"] == 0 < elsewhere.content["relu2_2"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"distance": d, "gram": g} for d in ("mse", "sse", "rmse") for g in ("chw", "sqrt_chw")] + STATISTICS[1:]
+)
+def test_terms_of_a_batch_are_the_mean_of_the_singles(options):
+    loss = toy_loss(tv_weight=0.1, **options)
+    images, contents = image(1, 3), image(2, 3)
+    batch = loss(images, loss.content_targets(contents)).scalars()
+    singles = [loss(images[i : i + 1], loss.content_targets(contents[i : i + 1])).scalars() for i in range(3)]
+    for name, value in batch.items():
+        assert value.item() == pytest.approx(sum(single[name].item() for single in singles) / 3, rel=1e-3), name
+
+
+def test_weights_multiply_their_terms():
+    images, content = image(1), image(2)
+    plain = toy_loss(tv_weight=1.0, style_weight=1.0)
+    weighted = toy_loss(
+        content_weight=2.0, content_layers={"relu2_2": 3.0}, style_weight=5.0, style_layers={"relu1_2": 7.0, "relu2_2": 0.0}, tv_weight=11.0
+    )
+    a, b = plain(images, plain.content_targets(content)), weighted(images, weighted.content_targets(content))
+    assert b.content["relu2_2"].item() == pytest.approx(6 * a.content["relu2_2"].item())
+    assert b.style["relu1_2"].item() == pytest.approx(35 * a.style["relu1_2"].item())
+    assert b.style["relu2_2"] == 0
+    assert b.tv.item() == pytest.approx(11 * a.tv.item())
+
+
+def test_terms_are_built_from_the_features_named():
+    images, content, style = image(1), image(2), image(3)
+    loss = toy_loss(style)
+    x, c, s = (loss.loss_network(i) for i in (images, content, style))
+    terms = loss(images, loss.content_targets(content))
+    assert terms.content["relu2_2"].item() == pytest.approx((x["relu2_2"] - c["relu2_2"]).square().mean().item())
+    expected = 100 * (gram_matrix(x["relu1_2"]) - gram_matrix(s["relu1_2"])).square().mean()
+    assert terms.style["relu1_2"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_total_is_the_sum_of_the_terms():
+    one, two, three, four = (torch.tensor(float(value)) for value in (1, 2, 3, 4))
+    terms = LossTerms({"relu3_3": one}, {"relu1_2": two, "relu2_2": three}, four)
+    assert terms.total == 1 + 2 + 3 + 4
+    assert {name: value.item() for name, value in terms.scalars().items()} == {
+        "loss/total": 10,
+        "loss/content": 1,
+        "loss/style": 5,
+        "loss/tv": 4,
+        "loss_content/relu3_3": 1,
+        "loss_style/relu1_2": 2,
+        "loss_style/relu2_2": 3,
+    }
+
+
+def test_scalars_are_detached_and_terms_are_not():
+    loss = toy_loss(tv_weight=1.0)
+    terms = loss(image(1).requires_grad_(), loss.content_targets(image(2)))
+    assert terms.total.requires_grad
+    assert not any(value.requires_grad for value in terms.scalars().values())
+
+
+@pytest.mark.parametrize("units, factor", [("pixels", 1), ("network", 2**2)])
+def test_tv_units(units, factor):
+    loss = toy_loss(tv_weight=1.0, tv_units=units, mean=(0.3, 0.3, 0.3), std=(0.5, 0.5, 0.5))  # differences over 0.5: twice
+    images = image(1)
+    assert loss(images, loss.content_targets(images)).tv.item() == pytest.approx(factor * total_variation(images).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [*STATISTICS, {"distance": "rmse"}, {"content_layers": {}}, {"style_layers": {}, "tv_weight": 1.0}])
+def test_gradient_reaches_the_image(options):
+    loss = toy_loss(**options)
+    images = image(1, 2).requires_grad_()
+    loss(images, loss.content_targets(image(2, 2))).total.backward()
+    assert images.grad.isfinite().all()
+    assert (images.grad.flatten(1).abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("options", STATISTICS)
+def test_gradient_is_finite_for_flat_images(options):
+    loss = toy_loss(torch.full((1, 3, 24, 24), 0.5), **options)
+    images = torch.full((1, 3, 24, 24), 0.2, requires_grad=True)
+    loss(images, loss.content_targets(torch.zeros(1, 3, 24, 24))).total.backward()
+    assert images.grad.isfinite().all()
+
+
+def test_targets_carry_no_gradient():
+    loss = toy_loss()
+    assert not any(target.requires_grad for target in loss.content_targets(image(1).requires_grad_()).values())
+
+
+def test_defaults_are_the_released_recipe_of_johnson():
+    config = LossConfig()
+    assert (config.network, config.resolved_weights, config.content_layers) == ("vgg16", "imagenet_features", {"relu3_3": 1.0})
+    assert (config.content_weight, config.style_weight, list(config.style_layers)) == (
+        1.0,
+        5.0,
+        ["relu1_2", "relu2_2", "relu3_3", "relu4_3"],
+    )
+
+
+def test_layers_are_listed_once():
+    assert LossConfig().layers == ["relu3_3", "relu1_2", "relu2_2", "relu4_3"]
+
+
+@pytest.mark.parametrize(
+    "data, complaint",
+    [
+        ({"style_layers": {"relu9_9": 1}}, r"style_layers: vgg16 has no layer 'relu9_9'; nearest: relu"),
+        ({"content_layers": {"relu3_3": -1}}, r"content_layers\.relu3_3: got -1"),
+        ({"content_layers": {}, "style_layers": {}}, "both empty: nothing to minimize"),
+        ({"network": "squeezenet1_0", "weights": "imagenet"}, r"content_layers: squeezenet1_0 has no layer 'relu3_3'"),
+        ({"distance": "l1"}, r"distance: got 'l1'"),
+        ({"tv_power": 3}, r"tv_power: got 3"),
+    ],
+)
+def test_impossible_objective_is_refused(data, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        validate_config(LossConfig, data)

@@ -1,0 +1,126 @@
+"""Device, precision, and being asked to stop."""
+
+import platform
+import signal
+import sys
+import threading
+
+import pytest
+import torch
+
+from fastnst import runtime
+from fastnst.runtime import StopRequest, autocast, keep_freed_memory, resolve_device, resolve_precision
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretends to a machine with so many CUDA devices and perhaps an Apple GPU."""
+
+    def pretend(cuda: int = 0, mps: bool = False) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return pretend
+
+
+@pytest.mark.parametrize("have, device", [({"cuda": 1}, "cuda"), ({"cuda": 1, "mps": True}, "cuda"), ({"mps": True}, "mps"), ({}, "cpu")])
+def test_auto_takes_the_best_device(machine, have, device):
+    machine(**have)
+    assert resolve_device().type == device
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", "cuda:1"])
+def test_device_asked_for_is_given(machine, name):
+    machine(cuda=2)
+    assert resolve_device(name) == torch.device(name)
+
+
+@pytest.mark.parametrize(
+    "name, have, complaint",
+    [
+        ("cuda", {}, "device 'cuda' asked for, but this torch .* sees 0 CUDA devices; use --device auto"),
+        ("cuda:2", {"cuda": 2}, "device 'cuda:2' asked for, but .* sees 2 CUDA devices"),
+        ("mps", {}, "no Apple GPU"),
+        ("gpu", {}, "device 'gpu' is not known; use one of auto, cpu, cuda, mps"),
+        ("", {}, "is not known"),
+        ("meta", {}, "device 'meta' is not known"),
+        ("xla", {}, "device 'xla' is not known"),
+    ],
+)
+def test_device_that_is_not_there_is_refused(machine, name, have, complaint):
+    machine(**have)
+    with pytest.raises(ValueError, match=complaint):
+        resolve_device(name)
+
+
+@pytest.mark.parametrize("precision, dtype", [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_precision_asked_for_is_given(precision, dtype):
+    assert resolve_precision(precision, torch.device("cpu")) == dtype
+
+
+@pytest.mark.parametrize(
+    "flags, dtype", [("flags: avx2 avx512f avx512_bf16", torch.bfloat16), ("flags: avx2 avx512f", torch.float32), ("", torch.float32)]
+)
+def test_auto_precision_on_the_cpu_follows_its_flags(monkeypatch, flags, dtype):
+    monkeypatch.setattr(runtime, "_cpu_flags", lambda: flags)
+    assert resolve_precision("auto", torch.device("cpu")) == dtype
+
+
+@pytest.mark.parametrize("fast, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_precision_on_cuda_wants_real_bfloat16(monkeypatch, fast, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast or including_emulation)
+    assert resolve_precision("auto", torch.device("cuda")) == dtype
+
+
+def test_auto_precision_on_mps_is_float32():
+    assert resolve_precision("auto", torch.device("mps")) == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_sets_the_dtype_of_convolutions(dtype):
+    with autocast(torch.device("cpu"), dtype):
+        assert torch.nn.Conv2d(1, 1, 1)(torch.rand(1, 1, 2, 2)).dtype == dtype
+
+
+def test_keep_freed_memory_takes_effect_on_glibc():
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+
+
+def test_keep_freed_memory_does_nothing_elsewhere(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert keep_freed_memory() is False
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_asks_for_a_stop(number, code):
+    with StopRequest() as stop:
+        assert not stop() and stop.exit_code == 0
+        signal.raise_signal(number)
+        assert stop() and stop.exit_code == code
+
+
+def test_second_signal_kills():
+    with pytest.raises(KeyboardInterrupt), StopRequest():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopRequest():
+        assert signal.getsignal(signal.SIGINT) != before[0]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_works_outside_the_main_thread_without_signals():
+    asked = []
+
+    def body() -> None:
+        with StopRequest() as stop:
+            asked.append(stop())
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert asked == [False]

@@ -1,0 +1,383 @@
+"""Training: resuming is exact, nothing is overwritten or saved broken, and what happened can be read afterwards."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import fastnst.train
+from conftest import synthetic_photo
+from fastnst.checkpoint import load_model, load_training_state
+from fastnst.config import validate_config
+from fastnst.train import TrainConfig, TrainingDiverged, train
+
+
+def changed(data: dict, **values) -> dict:
+    """A copy of ``data`` with dotted keys set, ``__`` standing for the dot."""
+    data = deepcopy(data)
+    for key, value in values.items():
+        section, name = key.split("__")
+        data[section][name] = value
+    return data
+
+
+def fit(data: dict, run_dir: Path, stop_at: int | None = None, report=lambda progress: None, **values):
+    """Train, stopping after ``stop_at`` steps as a signal would make it."""
+    reached = [0]
+
+    def watch(progress):
+        reached[0] = progress.step
+        report(progress)
+
+    def should_stop():
+        return stop_at is not None and reached[0] >= stop_at
+
+    return train(validate_config(TrainConfig, changed(data, **values)), run_dir, report=watch, should_stop=should_stop)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Both folders hold the same weights, Adam moments and step, bit for bit."""
+    weights = [load_file(folder / "model.safetensors") for folder in (a, b)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    states = [load_training_state(folder / "training_state.pt") for folder in (a, b)]
+    assert states[0]["step"] == states[1]["step"]
+    assert all(torch.equal(states[0]["network"][name], states[1]["network"][name]) for name in states[0]["network"])
+    moments = [state["optimizer"]["state"] for state in states]
+    assert moments[0].keys() == moments[1].keys() and moments[0]
+    for index in moments[0]:
+        assert all(torch.equal(moments[0][index][key], moments[1][index][key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def events_of(run_dir: Path) -> EventAccumulator:
+    return EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+
+
+# Resuming
+
+
+@pytest.mark.parametrize(
+    "stop_at, settings, settings_later",
+    [
+        (1, {}, {}),
+        (3, {}, {"data__workers": 2}),
+        (5, {"data__workers": 1}, {"data__workers": 0}),
+        (3, {"network__norm": "batch", "train__learning_rate": {"decay": "cosine", "warmup_steps": 2}, "train__clip_gradient": 1.0}, {}),
+        (2, {}, {"train__log_every": 1, "train__validate_every": 1, "train__save_every": 1}),
+    ],
+    ids=["first-step", "more-workers", "fewer-workers", "batch-norm-cosine-clip", "watched-closer"],
+)
+def test_interrupted_and_resumed_ends_where_uninterrupted_does(train_data, tmp_path, stop_at, settings, settings_later):
+    fit(train_data, tmp_path / "whole", **settings)
+    first = fit(train_data, tmp_path / "parts", stop_at, **settings)
+    assert (first.step, first.finished) == (stop_at, False)
+    second = fit(train_data, tmp_path / "parts", **settings | settings_later)
+    assert (second.step, second.finished) == (6, True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_crash_loses_only_the_steps_since_the_last_save(train_data, tmp_path):
+    def crash(progress):
+        if progress.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(train_data, tmp_path / "crashed", report=crash)
+    assert load_training_state(tmp_path / "crashed" / "training_state.pt")["step"] == 4
+    fit(train_data, tmp_path / "crashed")
+    fit(train_data, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "crashed")
+
+
+def test_a_crash_between_the_last_state_and_the_model_is_mended_by_the_same_command(train_data, tmp_path, monkeypatch):
+    save_model = fastnst.train.save_model
+
+    def disk_full(path, network, step, *rest):
+        if step == 6:
+            raise OSError("No space left on device")
+        save_model(path, network, step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(fastnst.train, "save_model", disk_full)
+        fit(train_data, tmp_path / "run")
+    fit(train_data, tmp_path / "run")
+    assert load_model(tmp_path / "run" / "model.safetensors")[1].step == 6
+
+
+def test_more_steps_may_be_asked_of_a_finished_run(train_data, tmp_path):
+    fit(train_data, tmp_path / "grown", train__steps=4)
+    fit(train_data, tmp_path / "grown")
+    fit(train_data, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "grown")
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(train_data, tmp_path):
+    run_dir = tmp_path / "run"
+    fit(train_data, run_dir)
+    before = {name: (run_dir / name).read_bytes() for name in ("training_state.pt", "config.yaml")}
+    weights = load_file(run_dir / "model.safetensors")
+    again = fit(train_data, run_dir)
+    assert again.finished and again.step == 6
+    assert {name: (run_dir / name).read_bytes() for name in before} == before
+    assert all(torch.equal(value, weights[name]) for name, value in load_file(run_dir / "model.safetensors").items())
+
+
+@pytest.mark.parametrize(
+    "key, old, new",
+    [
+        ("train.batch_size", 2, 3),
+        ("train.seed", 0, 7),
+        ("loss.style_weight", 100.0, 50.0),
+        ("data.crop_size", 32, 48),
+        ("network.width", 4, 5),
+        ("style.long_side", 64, 48),
+    ],
+)
+def test_any_other_change_of_a_run_is_refused(train_data, tmp_path, key, old, new):
+    run_dir = tmp_path / "run"
+    fit(train_data, run_dir, stop_at=2)
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    with pytest.raises(ValueError) as refusal:
+        fit(train_data, run_dir, **{key.replace(".", "__"): new})
+    assert f"{key}: {old} in the run, {new} asked for" in str(refusal.value)
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+
+
+def test_a_model_without_training_state_is_never_overwritten(train_data, tmp_path):
+    fit(train_data, tmp_path / "run", train__steps=2)
+    (tmp_path / "run" / "training_state.pt").unlink()
+    model = (tmp_path / "run" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="run-dir"):
+        fit(train_data, tmp_path / "run")
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == model
+
+
+def test_a_damaged_training_state_is_named(train_data, tmp_path):
+    fit(train_data, tmp_path / "run", train__steps=2)
+    state = tmp_path / "run" / "training_state.pt"
+    state.write_bytes(state.read_bytes()[:500])
+    with pytest.raises(ValueError, match="training_state.pt"):
+        fit(train_data, tmp_path / "run")
+
+
+def test_stopped_before_the_first_step_the_folder_is_still_usable(train_data, tmp_path):
+    result = fit(train_data, tmp_path / "run", stop_at=0)
+    assert (result.step, result.finished) == (0, False)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert fit(train_data, tmp_path / "run").finished
+
+
+@pytest.mark.parametrize(
+    "number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)], ids=["SIGTERM", "SIGINT", "SIGKILL"]
+)
+def test_a_signal_to_the_process_group_costs_nothing_but_time(train_data, tmp_path, number, exit_code):
+    # Endless for this test; the signal reaches the decoding worker too, as Ctrl-C in a terminal does.
+    data = changed(train_data, train__steps=100_000, train__validate_every=100_000, data__workers=1)
+    run_dir, config = tmp_path / "run", tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(data))
+    command = [sys.executable, "-m", "fastnst", "train", "--config", str(config), "--run-dir", str(run_dir), "--device", "cpu"]
+    with open(tmp_path / "output.txt", "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (run_dir / "model.safetensors").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(process.pid, number)
+        code = process.wait(30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    text = (tmp_path / "output.txt").read_text()
+    assert code == exit_code, text
+    assert "Traceback" not in text
+    saved = load_training_state(run_dir / "training_state.pt")["step"]
+    if number != signal.SIGKILL:
+        assert f"stopped at step {saved:,} of 100,000" in text
+        assert load_model(run_dir / "model.safetensors")[1].step == saved
+
+    fit(data, run_dir, train__steps=saved + 3)
+    fit(data, tmp_path / "whole", train__steps=saved + 3)
+    assert_same_run(tmp_path / "whole", run_dir)
+
+
+def test_the_same_seed_gives_the_same_network_and_another_seed_another(train_data, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        fit(train_data, tmp_path / name, train__steps=2, train__seed=seed)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    a, c = (load_file(tmp_path / name / "model.safetensors") for name in "ac")
+    assert not torch.equal(a["layers.0.weight"], c["layers.0.weight"])
+
+
+# Going wrong
+
+
+def test_a_loss_that_is_not_finite_stops_naming_step_and_terms(train_data, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    fit(train_data, run_dir, train__steps=4)
+    before = {name: (run_dir / name).read_bytes() for name in ("training_state.pt", "model.safetensors")}
+    with monkeypatch.context() as patch, pytest.raises(TrainingDiverged) as stopped:
+        patch.setattr(fastnst.train, "learning_rate_at", lambda *_: 1e30)  # update 5 ruins the weights, the loss of step 6 shows it
+        fit(train_data, run_dir)
+    assert "step 6" in str(stopped.value)
+    assert all(term in str(stopped.value) for term in ("loss/total nan", "loss/content", "loss/style"))
+    assert {name: (run_dir / name).read_bytes() for name in before} == before
+    assert fit(train_data, run_dir).finished
+
+
+def test_weights_that_are_not_finite_are_never_saved(train_data, tmp_path, monkeypatch):
+    step_of_adam, calls = torch.optim.Adam.step, []
+
+    def spoiled(self, *args, **kwargs):
+        calls.append(None)
+        if len(calls) == 4:  # the loss of this step was still finite, and the state is due right after it
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad.fill_(float("nan"))
+        return step_of_adam(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spoiled)
+    with pytest.raises(TrainingDiverged):
+        fit(train_data, tmp_path / "run")
+    state = load_training_state(tmp_path / "run" / "training_state.pt")
+    assert all(bool(value.isfinite().all()) for value in state["network"].values())
+
+
+@pytest.mark.parametrize("place", ["photos", "held_out"])
+def test_a_corrupt_photo_is_skipped_and_named_once(train_data, tmp_path, photos, place):
+    (tmp_path / "held_out").mkdir()
+    synthetic_photo(77).save(tmp_path / "held_out" / "a.png")
+    whole = (photos / "photo_00.jpg").read_bytes()
+    (tmp_path / place / "corrupt.jpg").write_bytes(whole[: len(whole) // 3])
+    settings = {"train__steps": 14, "data__validation": str(tmp_path / "held_out")}  # two epochs and more
+    messages = []
+    result = fit(train_data, tmp_path / "run", report=lambda progress: messages.append(progress.message), **settings)
+    assert result.finished
+    assert ["corrupt.jpg" in message for message in result.unreadable] == [True]
+    assert sum("corrupt.jpg" in message for message in messages) == (1 if place == "photos" else 0)
+    again = fit(train_data, tmp_path / "run", **settings)
+    assert list(again.unreadable) == list(result.unreadable)
+
+
+@pytest.mark.parametrize("key, value", [("data__content", "nowhere"), ("style__image", "nowhere.png"), ("loss__weights", "nowhere.pth")])
+def test_what_is_missing_is_named_before_anything_is_written(train_data, tmp_path, key, value):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        fit(train_data, tmp_path / "run", **{key: str(tmp_path / value)})
+    assert not (tmp_path / "run").exists()
+
+
+# What a run leaves
+
+
+@pytest.fixture
+def finished(train_data, tmp_path) -> Path:
+    fit(train_data, tmp_path / "run", loss__tv_weight=0.1)
+    return tmp_path / "run"
+
+
+def test_tensorboard_shows_losses_rates_images_and_config(finished):
+    events = events_of(finished)
+    terms = {"/total", "/content", "/style", "/tv", "_content/relu2_2", "_style/relu1_2", "_style/relu2_2"}
+    expected = {f"{kind}{term}" for kind in ("loss", "validation") for term in terms} | {"train/photos_per_second", "train/learning_rate"}
+    assert set(events.Tags()["scalars"]) == expected
+    assert [event.step for event in events.Scalars("validation/total")] == [0, 3, 6]
+    assert {2, 4, 6} <= {event.step for event in events.Scalars("loss/total")}
+    assert [event.value for event in events.Scalars("train/learning_rate")] == pytest.approx([1e-3] * 4)
+    assert all(event.value > 0 for event in events.Scalars("train/photos_per_second"))
+    assert set(events.Tags()["images"]) == {"style", "validation/content_and_stylized"}
+    pairs = events.Images("validation/content_and_stylized")
+    assert [pair.step for pair in pairs] == [0, 3, 6]
+    assert pairs[0].width == 2 * 32  # the photo and beside it the stylized one
+    (text,) = events.Tensors("config/text_summary")
+    assert b"batch_size: 2" in text.tensor_proto.string_val[0]
+
+
+def test_the_terms_add_up_to_the_total(finished):
+    events = events_of(finished)
+    for kind in ("loss", "validation"):
+        value = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if tag.startswith(kind)}
+        assert value[f"{kind}/total"] == pytest.approx(value[f"{kind}/content"] + value[f"{kind}/style"] + value[f"{kind}/tv"], rel=1e-4)
+        assert value[f"{kind}/style"] == pytest.approx(value[f"{kind}_style/relu1_2"] + value[f"{kind}_style/relu2_2"], rel=1e-4)
+
+
+def test_after_a_crash_and_a_resume_every_step_is_logged_once(train_data, tmp_path):
+    def crash(progress):
+        if progress.step == 5 and progress.losses:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(train_data, tmp_path / "run", report=crash, train__log_every=1)
+    fit(train_data, tmp_path / "run", train__log_every=1)
+    assert [event.step for event in events_of(tmp_path / "run").Scalars("loss/total")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_resolved_config_in_the_run_folder_is_complete(finished, train_data):
+    written = validate_config(TrainConfig, yaml.safe_load((finished / "config.yaml").read_text()))
+    assert written == validate_config(TrainConfig, changed(train_data, loss__tv_weight=0.1))
+
+
+def test_the_model_file_tells_recipe_and_style_but_no_folder(finished, tmp_path):
+    network, info = load_model(finished / "model.safetensors")
+    assert (network.config.width, info.step) == (4, 6)
+    assert info.recipe["style"]["image"] == "painting.png"
+    assert info.recipe["data"]["content"] == "photos"
+    assert max(info.thumbnail.size) == 128
+    assert str(tmp_path).encode() not in (finished / "model.safetensors").read_bytes()
+
+
+def test_every_step_is_reported_in_order(train_data, tmp_path):
+    steps = []
+    fit(train_data, tmp_path / "run", report=lambda progress: steps.append(progress.step))
+    assert steps == sorted(steps) and set(steps) == {0, 1, 2, 3, 4, 5, 6}
+
+
+# Learning
+
+
+def validation_curve(run_dir: Path) -> list[float]:
+    return [event.value for event in events_of(run_dir).Scalars("validation/total")]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_validation_loss_falls_in_a_toy_training(train_data, tmp_path, precision):
+    data = deepcopy(train_data)
+    data["network"] = {"width": 8, "residual_blocks": 0}
+    data["loss"] |= {"content_layers": {"relu1_1": 1}}
+    data["train"] |= {"steps": 60, "batch_size": 4, "validate_every": 60, "save_every": 60, "precision": precision}
+    data["train"]["learning_rate"] = {"initial": 3e-3}
+    fit(data, tmp_path / "run")
+    first, last = validation_curve(tmp_path / "run")
+    assert last < 0.65 * first
+
+
+def test_validation_loss_falls_well_with_a_real_loss_network(shared, tmp_path):
+    data = {
+        "style": {"image": str(shared / "styles" / "wave.jpg"), "long_side": 128},
+        "data": {
+            "content": str(shared / "content" / "train"),
+            "validation": str(shared / "content" / "val"),
+            "validation_photos": 8,
+            "crop_size": 64,
+            "workers": 0,
+        },
+        "network": {"width": 16},
+        "loss": {
+            "network": "vgg19",
+            "weights": str(shared / "weights" / "vgg19_to_relu3_4.safetensors"),
+            "content_layers": {"relu3_3": 1},
+            "style_layers": {"relu1_2": 1, "relu2_2": 1, "relu3_3": 1},
+            "style_weight": 5,
+        },
+        "train": {"steps": 80, "validate_every": 80, "save_every": 80, "precision": "float32", "learning_rate": {"initial": 3e-3}},
+    }
+    fit(data, tmp_path / "run")
+    first, last = validation_curve(tmp_path / "run")
+    assert last < 0.5 * first
