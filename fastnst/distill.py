@@ -30,6 +30,7 @@ from fastnst.schedule import LearningRate, learning_rate_at
 
 CONFIG_NAME, SLIM_NAME = "config.yaml", "vgg19_slim.safetensors"
 _EXACT_LAYERS = ("relu1_1", "relu1_2", "relu2_1", "relu2_2", "relu3_1", "relu3_2", "relu3_3", "relu3_4")
+_STUDENT_STD = (0.25, 0.25, 0.25)  # photos then come in at about unit size
 _PULL_LAYERS = ("relu1_2", "relu2_2", "relu3_3")  # where pixel gradients are taken: Johnson et al.'s, as deep as the teacher is exact
 _DEEP_LAYERS = {"relu4_1": "conv41_aux", "relu5_1": "conv51_aux"}
 
@@ -141,9 +142,15 @@ def distill(
     layers = [layer for layer in SLIM_HEADS if layer in _EXACT_LAYERS or deep is not None]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(loop.seed)
-        mean, std = (tuple(statistic.flatten().tolist()) for statistic in (teacher.mean, teacher.std))
-        student = LossNetwork("vgg19_slim", layers, mean, std).to(device).requires_grad_()
-        _initialize(student, teacher, deep, validation[: loop.batch_size].to(device).float().div(255))
+        student = LossNetwork("vgg19_slim", layers, tuple(teacher.mean.flatten().tolist()), _STUDENT_STD).to(device).requires_grad_()
+        for module in student.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        some = validation[: 2 * loop.batch_size].to(device).float().div(255)
+        # Learned in units of the teacher's own size at each layer, so that Adam treats all layers alike; undone on saving.
+        units = {layer: float(feature.square().mean().sqrt()) for layer, feature in teach(teacher, deep, some, layers).items()}
     optimizer = torch.optim.Adam(student.parameters())
     step = 0
     if resuming:
@@ -173,13 +180,13 @@ def distill(
                 report(DistillProgress(step, loop.steps, losses))
                 window.clear()
             if step > first and (step % loop.validate_every == 0 or step >= loop.steps):
-                found = validate(student, teacher, deep, validation, loop.batch_size)
+                found = validate(student, teacher, deep, units, validation, loop.batch_size)
                 for name, value in found.items():
                     board.add_scalar(name, value, step)
                 report(DistillProgress(step, loop.steps, validation=found))
             if step > first and (step % loop.save_every == 0 or stopping):
                 save_training_state(run_dir / STATE_NAME, student, optimizer, step, {})
-                save_slim(run_dir / SLIM_NAME, student, step)
+                save_slim(run_dir / SLIM_NAME, student, units, step)
             if stopping:
                 return run_dir / SLIM_NAME
 
@@ -191,7 +198,7 @@ def distill(
                 pulled = _pull(student, photo, pulled, step, loop)
                 images = torch.cat([photo, pulled])
                 with torch.no_grad():
-                    wanted = teach(teacher, deep, images, now)
+                    wanted = teach(teacher, deep, images, now, units)
                 found = student(images, now)
                 terms["feature"] = loop.feature_weight * sum(relative_error(found[layer].float(), wanted[layer].float()) for layer in now) / len(now)
                 terms["gram"] = loop.gram_weight * sum(gram_difference_error(found[layer], wanted[layer]) for layer in now) / len(now)
@@ -210,13 +217,15 @@ def distill(
 
 
 @torch.no_grad()
-def validate(student: LossNetwork, teacher: LossNetwork, deep: DeepTeacher | None, photos: Tensor, batch_size: int) -> dict[str, float]:
+def validate(
+    student: LossNetwork, teacher: LossNetwork, deep: DeepTeacher | None, units: dict[str, float], photos: Tensor, batch_size: int
+) -> dict[str, float]:
     """Relative errors of features and of Gram differences at each layer, and 1 - cosine of pixel gradients, on ``photos``."""
     sums: dict[str, float] = {}
     batches = [batch for batch in photos.split(batch_size) if len(batch) > 1]
     for batch in batches:
         images = batch.to(student.mean.device).float().div_(255)
-        found, wanted = student(images), teach(teacher, deep, images, list(student.heads))
+        found, wanted = student(images), teach(teacher, deep, images, list(student.heads), units)
         for layer in found:
             sums[f"validation_feature/{layer}"] = sums.get(f"validation_feature/{layer}", 0) + float(relative_error(found[layer], wanted[layer]))
             sums[f"validation_gram/{layer}"] = sums.get(f"validation_gram/{layer}", 0) + float(gram_difference_error(found[layer], wanted[layer]))
@@ -226,33 +235,21 @@ def validate(student: LossNetwork, teacher: LossNetwork, deep: DeepTeacher | Non
     return {name: value / len(batches) for name, value in sums.items()}
 
 
-def save_slim(path: Path, student: LossNetwork, step: int) -> None:
-    """Write the weight file that the package embeds, in half precision."""
+def save_slim(path: Path, student: LossNetwork, units: dict[str, float], step: int) -> None:
+    """Write the weight file that the package embeds, in half precision, its heads in the teacher's units."""
     metadata = {"arch": "vgg19_slim", "step": str(step), "source": "distilled from VGG-19 (Simonyan & Zisserman 2014) by fastnst"}
     metadata |= {key: ",".join(f"{value:.8f}" for value in getattr(student, key).flatten().tolist()) for key in ("mean", "std")}
     with atomic_write(path) as temporary:
-        save_file({key: value.half().contiguous() for key, value in student.state_dict().items()}, temporary, metadata)
+        state = {key: value.float() * (units[key.split(".")[1]] if key.startswith("heads.") else 1) for key, value in student.state_dict().items()}
+        save_file({key: value.half().contiguous() for key, value in state.items()}, temporary, metadata)
 
 
-def teach(teacher: LossNetwork, deep: DeepTeacher | None, images: Tensor, layers: list[str]) -> dict[str, Tensor]:
-    """The teachers' features of RGB in [0, 1] at ``layers``."""
+def teach(teacher: LossNetwork, deep: DeepTeacher | None, images: Tensor, layers: list[str], units: dict[str, float] | None = None) -> dict[str, Tensor]:
+    """The teachers' features of RGB in [0, 1] at ``layers``, over ``units`` where given."""
     found = teacher(images, [layer for layer in layers if layer in _EXACT_LAYERS])
     if deep is not None and any(layer in _DEEP_LAYERS for layer in layers):
         found |= {layer: feature for layer, feature in deep(images).items() if layer in layers}
-    return found
-
-
-def _initialize(student: LossNetwork, teacher: LossNetwork, deep: DeepTeacher | None, images: Tensor) -> None:
-    """He initialization; then each head is scaled so that its output has the teacher's mean on ``images``."""
-    for module in student.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            nn.init.zeros_(module.bias)
-    with torch.no_grad():
-        student.features[0].weight.mul_(student.std.mean() / 0.25)  # its input has the standard deviation 0.25 / std
-        found, wanted = student(images), teach(teacher, deep, images, list(student.heads))
-        for layer, head in student.heads.items():
-            head.weight.mul_(wanted[layer].mean() / found[layer].mean())
+    return found if units is None else {layer: feature / units[layer] for layer, feature in found.items()}
 
 
 def _pull(student: LossNetwork, photos: Tensor, pulled: Tensor | None, step: int, loop: DistillLoop) -> Tensor:

@@ -33,6 +33,7 @@ class DescentConfig(Config):
     """
 
     init: Literal["content", "style", "noise"] = "content"
+    noise: float = Field(0.02, gt=0, description="init: noise is normal, of this standard deviation, around mid-gray 0.5")
     optimizer: Literal["lbfgs", "adam"] = "lbfgs"
     steps: int = Field(500, ge=1)
     learning_rate: LearningRate = LearningRate(initial=1.0)
@@ -169,7 +170,7 @@ def _initial_image(descent: DescentConfig, content: Tensor, style: Tensor) -> Te
     if descent.init == "style":
         return resize(style, tuple(content.shape[-2:]))
     generator = torch.Generator().manual_seed(descent.seed)  # on the CPU, so that every device starts alike
-    return torch.rand(content.shape, generator=generator).to(content.device)
+    return (0.5 + descent.noise * torch.randn(content.shape, generator=generator)).clamp(0, 1).to(content.device)
 
 
 def _objective_scale(loss: PerceptualLoss, image: Tensor, targets: dict[str, Tensor]) -> float:
