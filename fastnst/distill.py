@@ -30,6 +30,7 @@ from fastnst.schedule import LearningRate, learning_rate_at
 
 CONFIG_NAME, SLIM_NAME = "config.yaml", "vgg19_slim.safetensors"
 _EXACT_LAYERS = ("relu1_1", "relu1_2", "relu2_1", "relu2_2", "relu3_1", "relu3_2", "relu3_3", "relu3_4")
+_INITIAL_PHOTOS = 24
 _STUDENT_STD = (0.25, 0.25, 0.25)  # photos then come in at about unit size
 _PULL_LAYERS = ("relu1_2", "relu2_2", "relu3_3")  # where pixel gradients are taken: Johnson et al.'s, as deep as the teacher is exact
 _DEEP_LAYERS = {"relu4_1": "conv41_aux", "relu5_1": "conv51_aux"}
@@ -140,17 +141,12 @@ def distill(
     teacher = load_loss_network(LossNetworkConfig(network="vgg19", weights=str(config.teacher.vgg19)), _EXACT_LAYERS).to(device)
     deep = None if config.teacher.deep is None else DeepTeacher(load_file(config.teacher.deep)).to(device)
     layers = [layer for layer in SLIM_HEADS if layer in _EXACT_LAYERS or deep is not None]
+    stream = PhotoStream(photos.train, config.data, loop.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(loop.seed)
         student = LossNetwork("vgg19_slim", layers, tuple(teacher.mean.flatten().tolist()), _STUDENT_STD).to(device).requires_grad_()
-        for module in student.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                nn.init.zeros_(module.bias)
-    with torch.no_grad():
-        some = validation[: 2 * loop.batch_size].to(device).float().div(255)
-        # Learned in units of the teacher's own size at each layer, so that Adam treats all layers alike; undone on saving.
-        units = {layer: float(feature.square().mean().sqrt()) for layer, feature in teach(teacher, deep, some, layers).items()}
+        some = torch.stack([stream[index][0] for index in range(_INITIAL_PHOTOS)]).to(device).float().div(255)
+        units = initialize_from_teacher(student, teacher, deep, some)
     optimizer = torch.optim.Adam(student.parameters())
     step = 0
     if resuming:
@@ -162,7 +158,6 @@ def distill(
         temporary.write_text(to_yaml(config), encoding="utf-8")
 
     precision = resolve_precision("auto", device)
-    stream = PhotoStream(photos.train, config.data, loop.seed)
     batches = training_batches(stream, step * loop.batch_size, loop.batch_size, max(0, loop.steps - step))
     pulled: Tensor | None = None
     window: list[Tensor] = []
@@ -250,6 +245,66 @@ def teach(teacher: LossNetwork, deep: DeepTeacher | None, images: Tensor, layers
     if deep is not None and any(layer in _DEEP_LAYERS for layer in layers):
         found |= {layer: feature for layer, feature in deep(images).items() if layer in layers}
     return found if units is None else {layer: feature / units[layer] for layer, feature in found.items()}
+
+
+@torch.no_grad()
+def initialize_from_teacher(student: LossNetwork, teacher: LossNetwork, deep: DeepTeacher | None, photos: Tensor) -> dict[str, float]:
+    """Start the student as the teacher pruned and reconstructed, layer by layer; return the unit of each layer, the teacher's RMS there.
+
+    At each layer the student keeps the teacher's channels from which the others are best predicted, its head is the linear
+    prediction of them all (as He et al. 2017, Channel Pruning), and the next convolution is the teacher's applied to that
+    prediction. Deeper than the teacher, He initialization. Activations and heads are scaled to about 1, so that Adam treats all
+    layers alike; ``save_slim`` gives the heads their units back.
+    """
+    wanted = teach(teacher, deep, photos, list(student.heads))
+    units = {layer: float(feature.square().mean().sqrt()) for layer, feature in wanted.items()}
+    x = (photos - student.mean) / student.std
+    # The input as the teacher sees it is a linear map of the input as the student sees it.
+    prediction, offset = torch.diag((student.std / teacher.std).flatten()), torch.zeros(3, device=x.device)
+    layer_at = {student._index[layer]: layer for layer in student.heads}
+    for index, module in enumerate(student.features):
+        layer = layer_at.get(index + 1) if isinstance(module, nn.Conv2d) else None
+        if layer in _EXACT_LAYERS:
+            source = teacher.features[index]
+            kept = _spanning_channels(wanted[layer], module.out_channels)
+            size = wanted[layer][:, kept].square().mean(dim=(0, 2, 3)).sqrt()
+            module.weight.copy_(torch.einsum("oikl,ij->ojkl", source.weight[kept], prediction) / size[:, None, None, None])
+            module.bias.copy_((source.bias[kept] + source.weight[kept].sum(dim=(2, 3)) @ offset) / size)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+        x = module(x)
+        reached = layer_at.get(index)
+        if reached is not None:
+            prediction, offset = _linear_prediction(x, wanted[reached])
+            student.heads[reached].weight.copy_(prediction[:, :, None, None] / units[reached])
+            student.heads[reached].bias.copy_(offset / units[reached])
+    return units
+
+
+def _spanning_channels(features: Tensor, count: int) -> Tensor:
+    """Indices of ``count`` channels that explain the others best: pivoted Cholesky on their normalized second moments."""
+    moments = gram_matrix(features, "hw").mean(0).double()
+    size = moments.diagonal().clamp(min=1e-12).sqrt()
+    residual = moments / (size[:, None] * size[None, :])
+    kept: list[int] = []
+    for _ in range(count):
+        explained = residual.square().sum(0) / residual.diagonal().clamp(min=1e-9)
+        explained[kept] = -1
+        pivot = int(explained.argmax())
+        kept.append(pivot)
+        residual = residual - torch.outer(residual[:, pivot], residual[pivot]) / residual[pivot, pivot].clamp(min=1e-9)
+    return torch.tensor(sorted(kept), device=features.device)
+
+
+def _linear_prediction(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Least squares over all positions: ``teacher`` = weight ``student`` + offset, slightly ridged."""
+    x = torch.cat([student, torch.ones_like(student[:, :1])], dim=1).transpose(0, 1).flatten(1).double()
+    y = teacher.transpose(0, 1).flatten(1).double()
+    moments = x @ x.T / x.shape[1]
+    ridge = 1e-5 * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    solution = torch.linalg.solve(moments + ridge, x @ y.T / x.shape[1]).T.float()
+    return solution[:, :-1], solution[:, -1]
 
 
 def _pull(student: LossNetwork, photos: Tensor, pulled: Tensor | None, step: int, loop: DistillLoop) -> Tensor:
