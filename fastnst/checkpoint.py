@@ -90,12 +90,14 @@ def _thumbnail(metadata: dict[str, str]) -> Image.Image | None:
     return Image.open(io.BytesIO(base64.b64decode(metadata["style_thumbnail"])))
 
 
-def save_training_state(path: str | Path, network: nn.Module, optimizer: torch.optim.Optimizer, step: int, unreadable: dict[str, str]) -> None:
-    """Write all that a run needs to go on exactly: weights, optimizer, step, and the unreadable photos met so far.
+def save_training_state(
+    path: str | Path, network: nn.Module, optimizer: torch.optim.Optimizer, step: int, unreadable: dict[str, str], loss: dict[str, Any] | None = None
+) -> None:
+    """Write all that a run needs to go on exactly: weights, optimizer, step, the unreadable photos met, the loss as calibrated.
 
     There is no random state to keep: photo order and crops are functions of the seed and the step.
     """
-    state = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict(), "unreadable": unreadable}
+    state = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict(), "unreadable": unreadable, "loss": loss}
     with atomic_write(path) as temporary:
         torch.save(state, temporary)
 

@@ -24,12 +24,17 @@ class LossConfig(LossNetworkConfig):
     ``distance`` between features and between Grams, for each image, averaged over the batch: ``mse`` mean of squares, ``sse``
     sum of squares, ``rmse`` root of the mean of squares. ``gram``: what F F^T is divided by; ``sqrt_chw`` makes the squared
     distance that of the bare Grams over C H W. ``statistics``: ``gram`` as Gatys et al. 2016, or ``mean_covariance``, the
-    Wasserstein-2 distance between Gaussians. The defaults are Johnson et al.'s released recipe.
+    Wasserstein-2 distance between Gaussians. The layers are those of Johnson et al.'s released recipe.
+
+    ``strength``, 0 to 10, makes the weights mean the same for every painting, loss network and size: content, each style layer
+    and total variation are then measured in units of their own size (``calibrate``), 5 is a balanced picture, each 1 more
+    doubles the style, and the weights above multiply those units. Without it they are raw, as papers print them.
     """
 
+    strength: float | None = Field(None, ge=0, le=10)
     content_weight: float = Field(1.0, ge=0)
     content_layers: LayerWeights = {"relu3_3": 1.0}
-    style_weight: float = Field(5.0, ge=0)
+    style_weight: float = Field(1.0, ge=0)
     style_layers: LayerWeights = {"relu1_2": 1.0, "relu2_2": 1.0, "relu3_3": 1.0, "relu4_3": 1.0}
     distance: Distance = "mse"
     gram: Gram = "chw"
@@ -113,6 +118,32 @@ def distance(a: Tensor, b: Tensor, kind: Distance = "mse") -> Tensor:
     return (difference.square().flatten(1).mean(1) + 1e-12).sqrt().mean()
 
 
+def calibrate(loss: "PerceptualLoss", photos: Tensor) -> LossConfig:
+    """The raw weights that ``loss.config.strength`` stands for, measured on ``photos`` ``(N, 3, H, W)``; as it is where raw already.
+
+    The unit of content is the distance of a photo to itself moved by half its size, that is to a like photo of other content;
+    the unit of a style layer and of total variation is what the photos themselves have before any stylization.
+    """
+    config = loss.config
+    if config.strength is None:
+        return config
+    with torch.no_grad():
+        shifted = photos.roll((photos.shape[2] // 2, photos.shape[3] // 2), dims=(2, 3))
+        measured = loss.measure(photos, loss.content_targets(shifted))
+    content = sum(weight * float(measured.content[layer]) for layer, weight in config.content_layers.items())
+    styles = {layer: max(float(measured.style[layer]), 1e-12) for layer in config.style_layers}
+    whole = sum(config.style_layers.values()) or 1.0
+    return config.model_copy(
+        update={
+            "strength": None,
+            "content_weight": config.content_weight / max(content, 1e-12),
+            "style_weight": config.style_weight * 10 * 2.0 ** (config.strength - 5),
+            "style_layers": {layer: weight / whole / styles[layer] for layer, weight in config.style_layers.items()},
+            "tv_weight": config.tv_weight / max(float(measured.tv), 1e-12) if config.tv_weight else 0.0,
+        }
+    )
+
+
 @dataclass(frozen=True)
 class LossTerms:
     """The weighted summands of the objective, scalars with gradient; ``content`` and ``style`` by layer."""
@@ -154,18 +185,27 @@ class PerceptualLoss(nn.Module):
         return self.loss_network(content, self.config.content_layers)
 
     def forward(self, images: Tensor, content_targets: dict[str, Tensor]) -> LossTerms:
-        """The terms for ``(N, 3, H, W)`` RGB in [0, 1], against the ``content_targets`` of as many photos."""
+        """The weighted terms for ``(N, 3, H, W)`` RGB in [0, 1], against the ``content_targets`` of as many photos."""
+        c = self.config
+        if c.strength is not None:
+            raise ValueError("loss.strength stands for weights that are not measured yet: calibrate first")
+        bare = self.measure(images, content_targets)
+        return LossTerms(
+            {layer: c.content_weight * weight * bare.content[layer] for layer, weight in c.content_layers.items()},
+            {layer: c.style_weight * weight * bare.style[layer] for layer, weight in c.style_layers.items()},
+            c.tv_weight * bare.tv,
+        )
+
+    def measure(self, images: Tensor, content_targets: dict[str, Tensor]) -> LossTerms:
+        """The terms before any weight."""
         c = self.config
         features = self.loss_network(images, c.layers)
-        content = {
-            layer: c.content_weight * weight * distance(features[layer], content_targets[layer], c.distance)
-            for layer, weight in c.content_layers.items()
-        }
-        style = {layer: c.style_weight * weight * self._style_distance(layer, features[layer]) for layer, weight in c.style_layers.items()}
+        content = {layer: distance(features[layer], content_targets[layer], c.distance) for layer in c.content_layers}
+        style = {layer: self._style_distance(layer, features[layer]) for layer in c.style_layers}
         tv = images.new_zeros(())
         if c.tv_weight:
             units = (images - self.loss_network.mean) / self.loss_network.std if c.tv_units == "network" else images
-            tv = c.tv_weight * total_variation(units, c.tv_power, c.tv_reduction)
+            tv = total_variation(units, c.tv_power, c.tv_reduction)
         return LossTerms(content, style, tv)
 
     def _style_target(self, features: Tensor) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastnst.config import Config
 from fastnst.image import ImageSize, resize
 from fastnst.loss_network import LossNetwork
-from fastnst.losses import LossConfig, PerceptualLoss
+from fastnst.losses import LossConfig, PerceptualLoss, calibrate
 from fastnst.schedule import LearningRate, learning_rate_at
 
 
@@ -111,6 +111,7 @@ def optimize_image(
     for scale, count in plan:
         scaled_content, scaled_style = resize(content, _scaled(full, scale)), resize(style, _scaled(full_style, scale))
         loss = PerceptualLoss(loss_network, config.loss, scaled_style)
+        loss.config = calibrate(loss, scaled_content)
         targets = loss.content_targets(scaled_content)
         image = _initial_image(descent, scaled_content, scaled_style) if image is None else resize(image, _scaled(full, scale))
         if objective_scale is None or descent.optimizer == "lbfgs":

@@ -22,7 +22,7 @@ from fastnst.data import DataConfig, Photos, PhotoStream, list_photos, load_vali
 from fastnst.files import atomic_write
 from fastnst.image import ImageSize, load_image, resize, to_pil
 from fastnst.loss_network import load_loss_network
-from fastnst.losses import LossConfig, PerceptualLoss
+from fastnst.losses import LossConfig, PerceptualLoss, calibrate
 from fastnst.network import NetworkConfig, TransformNetwork
 from fastnst.runtime import autocast, resolve_precision
 from fastnst.schedule import LearningRate, learning_rate_at
@@ -144,6 +144,7 @@ def train(
     loss_network = load_loss_network(config.loss, config.loss.layers).to(device)
     loss = PerceptualLoss(loss_network, config.loss, style)
     validation_photos, unreadable_validation = load_validation(photos.validation, config.data)
+    loss.config = calibrate(loss, validation_photos[:8].to(device).float().div(255))
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(loop.seed)
@@ -156,6 +157,7 @@ def train(
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         step, unreadable = state["step"], state["unreadable"] | unreadable
+        loss.config = LossConfig(**state["loss"]) if state.get("loss") else loss.config
     with atomic_write(run_dir / CONFIG_NAME) as temporary:
         temporary.write_text(to_yaml(config), encoding="utf-8")
 
@@ -167,10 +169,12 @@ def train(
     validation: dict[str, float] = {}
     window_began = saved = time.monotonic()
     report(TrainProgress(step, loop.steps, message=_summary(config, run_dir, device, step, photos, style, network)))
+    report(TrainProgress(step, loop.steps, message=_raw_weights(config.loss, loss.config)))
 
     with SummaryWriter(str(run_dir), purge_step=step + 1 if resuming else None) as board:
         if not resuming:
             board.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
+            board.add_text("raw_weights", _raw_weights(config.loss, loss.config), 0)
             board.add_image("style", style[0].clamp(0, 1), 0)
         while True:
             stopping = step >= loop.steps or should_stop()
@@ -198,7 +202,7 @@ def train(
             if saving:
                 if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
                     raise TrainingDiverged(f"the weights are not finite at step {step}. {_ADVICE}")
-                save_training_state(run_dir / STATE_NAME, network, optimizer, step, unreadable)
+                save_training_state(run_dir / STATE_NAME, network, optimizer, step, unreadable, loss.config.model_dump())
                 board.flush()
                 saved = time.monotonic()
             if saving or (resuming and stopping):  # the state may be ahead of the model, if a crash fell between the two
@@ -287,3 +291,9 @@ def _summary(config: TrainConfig, run_dir: Path, device: torch.device, step: int
         f"network: {sum(parameter.numel() for parameter in network.parameters()):,} parameters\n"
         f"writes: {CONFIG_NAME}, {MODEL_NAME}, {STATE_NAME} and TensorBoard events in {run_dir}"
     )
+
+
+def _raw_weights(asked: LossConfig, raw: LossConfig) -> str:
+    dial = "raw weights" if asked.strength is None else f"strength {asked.strength:g} is here, in raw weights"
+    layers = ", ".join(f"{layer} {raw.style_weight * weight:.4g}" for layer, weight in raw.style_layers.items())
+    return f"{dial}: content {raw.content_weight:.4g}, style {layers}, tv {raw.tv_weight:.4g}"

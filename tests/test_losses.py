@@ -12,6 +12,7 @@ from fastnst.losses import (
     LossConfig,
     LossTerms,
     PerceptualLoss,
+    calibrate,
     distance,
     gaussian_wasserstein,
     gram_matrix,
@@ -243,12 +244,12 @@ def test_targets_carry_no_gradient():
     assert not any(target.requires_grad for target in loss.content_targets(image(1).requires_grad_()).values())
 
 
-def test_defaults_are_the_released_recipe_of_johnson():
+def test_default_layers_and_distances_are_those_of_johnson():
     config = LossConfig()
     assert (config.network, config.resolved_weights, config.content_layers) == ("vgg16", "imagenet_features", {"relu3_3": 1.0})
     assert (config.content_weight, config.style_weight, list(config.style_layers)) == (
         1.0,
-        5.0,
+        1.0,
         ["relu1_2", "relu2_2", "relu3_3", "relu4_3"],
     )
 
@@ -271,3 +272,57 @@ def test_layers_are_listed_once():
 def test_impossible_objective_is_refused(data, complaint):
     with pytest.raises(ConfigError, match=complaint):
         validate_config(LossConfig, data)
+
+
+def strength_of(strength, **changes):
+    return validate_config(LossConfig, {**TOY_LOSS, "style_weight": 1.0, "strength": strength, **changes})
+
+
+def calibrated(config, photos, style):
+    loss = PerceptualLoss(load_loss_network(config, config.layers), config, style)
+    loss.config = calibrate(loss, photos)
+    return loss
+
+
+@pytest.fixture
+def pictures():
+    """Two photos and a painting."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.rand(2, 3, 32, 32, generator=generator), torch.rand(1, 3, 24, 40, generator=generator)
+
+
+def test_at_strength_5_an_unstyled_photo_has_style_10_and_one_of_other_content_has_content_1(pictures):
+    photos, style = pictures
+    loss = calibrated(strength_of(5), photos, style)
+    terms = loss(photos, loss.content_targets(photos.roll((16, 16), dims=(2, 3))))
+    # Each of the two layers is 1 in its own unit, they share the weight 10 x 2^(5 - 5) = 10.
+    assert [float(term) for term in terms.style.values()] == pytest.approx([5, 5], rel=1e-4)
+    assert sum(float(term) for term in terms.content.values()) == pytest.approx(1, rel=1e-4)
+
+
+def test_each_step_of_strength_doubles_the_style(pictures):
+    photos, style = pictures
+    weights = [calibrated(strength_of(strength), photos, style).config.style_weight for strength in (0, 4, 5, 10)]
+    assert weights == pytest.approx([10 / 32, 5, 10, 320])
+
+
+def test_strength_means_the_same_whatever_the_loss_network_measures_in(pictures):
+    photos, style = pictures
+    losses = [calibrated(strength_of(5, std=[std] * 3), photos, style) for std in (1.0, 0.1)]
+    totals = [float(loss(photos * 0.9, loss.content_targets(photos)).total) for loss in losses]
+    # Features of a ReLU network without biases grow with its input: 10 times the input, 100 times content, 10,000 times style.
+    assert totals[0] == pytest.approx(totals[1], rel=1e-2)
+
+
+def test_strength_has_to_be_calibrated_first(pictures):
+    photos, style = pictures
+    config = strength_of(5)
+    loss = PerceptualLoss(load_loss_network(config, config.layers), config, style)
+    with pytest.raises(ValueError, match="calibrate"):
+        loss(photos, loss.content_targets(photos))
+
+
+def test_raw_weights_are_left_as_they_are(pictures):
+    photos, style = pictures
+    config = strength_of(None)
+    assert calibrate(PerceptualLoss(load_loss_network(config, config.layers), config, style), photos) is config
