@@ -1,6 +1,7 @@
 """What the commands share: finding a config, flags that mean the same everywhere, errors turned into exit codes."""
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
@@ -65,12 +66,31 @@ def add_config_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override any key of the config; may be repeated")
 
 
+def shipped_folder(name: str) -> Path:
+    """``configs`` or ``checkpoints``: they lie beside the scripts, in the repository as in an installed package."""
+    return Path(importlib.import_module("fastnst.scripts").__file__).parents[1] / name
+
+
+def shipped_styles() -> dict[str, Path]:
+    """The models that come with the project: ``{name: model file}``."""
+    return {path.parent.name: path for path in sorted(shipped_folder("checkpoints").glob("*/model.safetensors"))}
+
+
+def find_style(name: str) -> Path:
+    """The model file of a shipped style. Raises ``ValueError`` naming the nearest one."""
+    styles = shipped_styles()
+    if name not in styles:
+        near = difflib.get_close_matches(name, styles, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(styles) or 'none'}"
+        raise ValueError(f"--style: no shipped style {name!r}; {hint} Another model: --model FILE")
+    return styles[name]
+
+
 def find_config(name: str) -> Path:
     """The path itself where it exists, else the shipped config of that name. Raises ``FileNotFoundError`` listing them."""
     if Path(name).is_file():
         return Path(name)
-    # Beside the scripts, in the repository as in an installed package.
-    shipped = Path(importlib.import_module("fastnst.scripts").__file__).parents[1] / "configs"
+    shipped = shipped_folder("configs")
     candidate = shipped / f"{Path(name).stem}.yaml"
     if Path(name).parent in (Path("."), Path("configs")) and candidate.is_file():
         return candidate
