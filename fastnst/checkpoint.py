@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors.torch import save
+from torch import nn
 
 from fastnst import __version__
 from fastnst.config import ConfigError, validate_config
@@ -38,8 +38,8 @@ class ModelInfo:
     thumbnail: Image.Image | None
 
 
-def save_model(path: str | Path, network: TransformNetwork, step: int, recipe: dict[str, Any], thumbnail: Image.Image | None = None) -> None:
-    """Write the model file; ``thumbnail`` is a small picture of the style, stored as JPEG."""
+def save_model(path: str | Path, network: TransformNetwork, step: int, recipe: dict[str, Any], thumbnail: Image.Image | None = None, half: bool = False) -> None:
+    """Write the model file; ``thumbnail`` is a small picture of the style, stored as JPEG; ``half`` halves the file."""
     metadata = {
         "format": MODEL_FORMAT,
         "network": network.config.model_dump_json(),
@@ -51,9 +51,10 @@ def save_model(path: str | Path, network: TransformNetwork, step: int, recipe: d
         buffer = io.BytesIO()
         thumbnail.save(buffer, "JPEG", quality=85)
         metadata["style_thumbnail"] = base64.b64encode(buffer.getvalue()).decode("ascii")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    dtype = torch.float16 if half else torch.float32
+    tensors = {name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous() for name, tensor in network.state_dict().items()}
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        temporary.write_bytes(save(tensors, metadata))  # by Python, so that a full disk is an OSError
 
 
 def load_model(path: str | Path) -> tuple[TransformNetwork, ModelInfo]:
@@ -78,7 +79,7 @@ def load_model(path: str | Path) -> tuple[TransformNetwork, ModelInfo]:
         config = validate_config(NetworkConfig, json.loads(metadata["network"]), source="network")
         info = ModelInfo(config, int(metadata["step"]), json.loads(metadata["recipe"]), json.loads(metadata["versions"]), _thumbnail(metadata))
         network = TransformNetwork(config)
-        network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        network.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()})
     except (KeyError, ValueError, ConfigError, RuntimeError, OSError) as error:
         raise ValueError(f"{path}: the model file is damaged or of a newer fastnst than {__version__} ({' '.join(str(error).split())[:300]})") from error
     return network.eval(), info
@@ -98,16 +99,31 @@ def save_training_state(
     There is no random state to keep: photo order and crops are functions of the seed and the step.
     """
     state = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict(), "unreadable": unreadable, "loss": loss}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     with atomic_write(path) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
-def load_training_state(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Tensor | Any]:
+def load_training_state(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """What ``save_training_state`` wrote. Raises ``ValueError`` naming the file when it is damaged."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        if not {"step", "network", "optimizer", "unreadable"} <= set(state):
-            raise ValueError("keys are missing")
+        kinds = {"step": int, "network": dict, "optimizer": dict, "unreadable": dict}
+        wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
+        if wrong:
+            raise ValueError(f"no usable {', '.join(wrong)}")
     except Exception as error:  # torch raises many kinds for damaged files
-        raise ValueError(f"{path}: damaged or not a training state ({(str(error) or type(error).__name__).splitlines()[0]}); remove it to begin anew in another --run-dir") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: damaged or not a training state ({reason}); choose another --run-dir to begin anew") from error
     return state
+
+
+def restore(path: Path, state: dict[str, Any], network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a loaded training state into ``network`` and ``optimizer``. Raises ``ValueError`` naming the file where it does not fit."""
+    try:
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: does not fit this network ({reason}); choose another --run-dir to begin anew") from error

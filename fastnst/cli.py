@@ -14,6 +14,8 @@ VERBS = {
     "train": "fit a network to one painting, on a folder of photos",
     "stylize": "apply a trained model to photos",
     "optimize": "the reference: optimize a single picture, slowly (Gatys et al.)",
+    "preview": "see how a painting will come out, before training",
+    "publish": "turn a training run into a style to ship",
     "distill": "make the embedded loss network anew from VGG-19",
 }
 
@@ -46,6 +48,9 @@ def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | No
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, ArithmeticError) as error:
         if os.environ.get("FASTNST_DEBUG"):
             raise
@@ -97,7 +102,29 @@ def find_config(name: str) -> Path:
     raise FileNotFoundError(f"--config: no file at {name}; shipped: {', '.join(sorted(path.stem for path in shipped.glob('*.yaml')))}")
 
 
+class _PlainBar(tqdm):
+    """A progress bar for logs: a line of its own each time, no carriage returns."""
+
+    @staticmethod
+    def status_printer(file):
+        def write_line(status: str) -> None:
+            if status.strip():
+                file.write(status.strip() + "\n")
+                file.flush()
+
+        return write_line
+
+
 def progress_bar(total: int, initial: int = 0, unit: str = "step") -> tqdm:
     """A bar on stderr with rate and time left; where stderr is a file, a line every half minute."""
-    live = sys.stderr.isatty()
-    return tqdm(total=total, initial=initial, unit=unit, dynamic_ncols=live, mininterval=0.2 if live else 30, smoothing=0.1, ascii=None if live else True)
+    if sys.stderr.isatty():
+        return tqdm(total=total, initial=initial, unit=unit, dynamic_ncols=True, mininterval=0.2, smoothing=0.1)
+    return _PlainBar(total=total, initial=initial, unit=unit, mininterval=30, smoothing=0.1, ascii=True)
+
+
+def say(bar: tqdm | None, message: str) -> None:
+    """A line on stderr, above the progress bar where there is a live one."""
+    if bar is None or isinstance(bar, _PlainBar):
+        print(message, file=sys.stderr, flush=True)
+    else:
+        bar.write(message, file=sys.stderr)

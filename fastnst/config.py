@@ -169,7 +169,7 @@ def _known_keys(model: type[Config], prefix: str = "") -> list[str]:
 
 
 def _unknown_key(model: type[Config], key: str) -> str:
-    known = _known_keys(model)
+    known = [name for name in _known_keys(model) if not key.startswith(name + ".")]
     same_name = [candidate for candidate in known if candidate.rpartition(".")[2] == key.rpartition(".")[2]]
     near = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not near:
@@ -180,7 +180,10 @@ def _unknown_key(model: type[Config], key: str) -> str:
 
 
 def _explain(model: type[Config], detail: dict) -> str:
-    key = ".".join(str(part) for part in detail["loc"])
+    location = list(detail["loc"])
+    if len(location) > 1 and isinstance(location[-1], int):  # an entry of a list: the list is the key to mend
+        return f"{'.'.join(map(str, location[:-1]))}: entry {location[-1] + 1}: {detail['msg'].replace('Field required', 'is missing')}"
+    key = ".".join(str(part) for part in location)
     if detail["type"] == "extra_forbidden":
         return _unknown_key(model, key)
     if detail["type"] == "missing":

@@ -8,6 +8,7 @@ import json
 import random
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,13 +34,13 @@ class DataConfig(Config):
     content: Path = Field(description="folder of photos, searched recursively")
     annotations: Path | None = Field(None, description="COCO annotation JSON: only the photos that its `images` list names")
     validation: Path | None = Field(None, description="folder of held-out photos; none: validation_photos are set apart from content")
-    validation_photos: int = Field(16, ge=1)
-    crop_size: int = Field(256, ge=16)
+    validation_photos: int = Field(16, ge=1, le=100_000)
+    crop_size: int = Field(256, ge=16, le=8192)
     crop: Literal["random", "center", "squash"] = "random"
     min_scale: float = Field(0.5, gt=0, le=1)
     flip: bool = True
     shuffle: bool = True
-    workers: int | None = Field(None, ge=0, description="decoding processes; none: one fewer than the cores, 1 to 8")
+    workers: int | None = Field(None, ge=0, le=1024, description="decoding processes; none: one fewer than the cores, 1 to 8")
 
 
 @dataclass(frozen=True)
@@ -89,16 +90,16 @@ def crop(image: Image.Image, config: DataConfig, rng: random.Random | None) -> I
 
 
 class PhotoStream(Dataset):
-    """``stream[position]`` -> ``(uint8 (3, S, S), unreadable paths met)``, for every position from 0 up.
+    """``stream[position]`` -> ``(uint8 (3, S, S), complaints about unreadable photos met)``, for every position from 0 up.
 
     Positions run through the photos epoch by epoch, in a new order each time (``shuffle``). An unreadable photo is replaced
-    by the next one of the epoch.
+    by the next one of the epoch; where none can be read there is ``None`` instead of a crop.
     """
 
     def __init__(self, photos: list[Path], config: DataConfig, seed: int) -> None:
         self.photos, self.config, self.seed = photos, config, seed
 
-    def __getitem__(self, position: int) -> tuple[Tensor, list[str]]:
+    def __getitem__(self, position: int) -> tuple[Tensor | None, list[str]]:
         epoch, place = divmod(position, len(self.photos))
         order = _order(len(self.photos), self.seed, epoch) if self.config.shuffle else range(len(self.photos))
         unreadable: list[str] = []
@@ -112,22 +113,57 @@ class PhotoStream(Dataset):
                 continue
             cut = crop(image, self.config, random.Random(f"{self.seed}:{position}"))
             return to_uint8(cut), unreadable
-        raise OSError(f"none of the {len(self.photos)} photos can be read; the first: {unreadable[0]}")
+        return None, unreadable  # raised by `training_batches`: an exception out of a worker is a page long
 
 
-def training_batches(stream: PhotoStream, start: int, batch_size: int, steps: int, pin_memory: bool = False) -> Iterator[tuple[Tensor, list[str]]]:
-    """``steps`` batches ``(uint8 (N, 3, S, S), unreadable paths met)`` from position ``start`` on, loaded ahead by workers."""
-    positions = [range(first, first + batch_size) for first in range(start, start + steps * batch_size, batch_size)]
+@contextmanager
+def training_batches(
+    stream: PhotoStream, start: int, batch_size: int, steps: int, pin_memory: bool = False
+) -> Iterator[Iterator[tuple[Tensor, list[str]]]]:
+    """``steps`` batches ``(uint8 (N, 3, S, S), complaints)`` from position ``start`` on, loaded ahead by workers.
+
+    Leaving the context ends the workers, whatever happened inside. Raises ``OSError`` where no photo can be read.
+    """
     workers = default_workers() if stream.config.workers is None else stream.config.workers
-    loader = DataLoader(
-        stream,
-        batch_sampler=positions,
-        num_workers=min(workers, len(positions)),
-        collate_fn=_collate,
-        pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_parent,
+    loader = iter(
+        DataLoader(
+            stream,
+            batch_sampler=_Positions(start, batch_size, steps),
+            num_workers=min(workers, steps),
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            worker_init_fn=_leave_signals_to_parent,
+        )
     )
-    return iter(loader)
+
+    def batches() -> Iterator[tuple[Tensor, list[str]]]:
+        for images, complaints in loader:
+            if images is None:
+                raise OSError(f"none of the {len(stream.photos)} photos can be read; the first: {complaints[0]}")
+            yield images, complaints
+
+    try:
+        yield batches()
+    finally:
+        if hasattr(loader, "_shutdown_workers"):  # else an exception that holds the loader leaves them waiting forever
+            loader._shutdown_workers()
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """The positions of each batch, made as they are asked for."""
+
+    start: int
+    batch_size: int
+    steps: int
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[range]:
+        for step in range(self.steps):
+            first = self.start + step * self.batch_size
+            yield range(first, first + self.batch_size)
 
 
 def default_workers() -> int:
@@ -148,8 +184,11 @@ def load_validation(photos: list[Path], config: DataConfig) -> tuple[Tensor, lis
     return torch.stack(crops), unreadable
 
 
-def _collate(items: list[tuple[Tensor, list[str]]]) -> tuple[Tensor, list[str]]:
-    return torch.stack([image for image, _ in items]), [message for _, messages in items for message in messages]
+def _collate(items: list[tuple[Tensor | None, list[str]]]) -> tuple[Tensor | None, list[str]]:
+    complaints = [message for _, messages in items for message in messages]
+    if any(image is None for image, _ in items):
+        return None, complaints
+    return torch.stack([image for image, _ in items]), complaints
 
 
 def _leave_signals_to_parent(_worker: int) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from fastnst.checkpoint import STATE_NAME, load_training_state, save_training_state
+from fastnst.checkpoint import STATE_NAME, load_training_state, restore, save_training_state
 from fastnst.config import Config, flatten, load_config, to_yaml
 from fastnst.data import DataConfig, PhotoStream, list_photos, load_validation, training_batches
 from fastnst.files import atomic_write
@@ -46,15 +46,15 @@ class TeacherConfig(Config):
 class DistillLoop(Config):
     """How long, how fast, and how much each term weighs; each term is a relative squared error, about 1 at the start."""
 
-    steps: int = Field(12_000, ge=1)
-    batch_size: int = Field(4, ge=2, description="photos per step; as many pulled pictures come beside them")
+    steps: int = Field(12_000, ge=1, le=10**9)
+    batch_size: int = Field(4, ge=2, le=4096, description="photos per step; as many pulled pictures come beside them")
     learning_rate: LearningRate = LearningRate(initial=2e-3, warmup_steps=100, decay="cosine")
     feature_weight: float = Field(1.0, ge=0)
     gram_weight: float = Field(1.0, ge=0)
     gradient_weight: float = Field(0.0, ge=0, description="matches pixel gradients of the style loss; doubles the cost of a step")
     pull_rate: float = Field(0.03, ge=0, description="how far a pulled picture moves in a step, of [0, 1]")
     pull_steps: int = Field(20, ge=1, description="after so many a pulled picture makes room for a photo")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(20, ge=1)
     validate_every: int = Field(500, ge=1)
     save_every: int = Field(500, ge=1)
@@ -153,19 +153,18 @@ def distill(
     step = 0
     if resuming:
         state = load_training_state(run_dir / STATE_NAME, device)
-        student.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
+        restore(run_dir / STATE_NAME, state, student, optimizer)
         step = state["step"]
     with atomic_write(run_dir / CONFIG_NAME) as temporary:
         temporary.write_text(to_yaml(config), encoding="utf-8")
 
     precision = resolve_precision("auto", device)
-    batches = training_batches(stream, step * loop.batch_size, loop.batch_size, max(0, loop.steps - step))
+    loading = training_batches(stream, step * loop.batch_size, loop.batch_size, max(0, loop.steps - step))
     pulled: Tensor | None = None
     window: list[Tensor] = []
     names: list[str] = []
     first = step
-    with SummaryWriter(str(run_dir), purge_step=step + 1 if resuming else None) as board:
+    with loading as batches, SummaryWriter(str(run_dir), purge_step=step + 1 if resuming else None) as board:
         while True:
             stopping = step >= loop.steps or should_stop()
             if window and (step % loop.log_every == 0 or stopping):
@@ -238,7 +237,7 @@ def save_slim(path: Path, student: LossNetwork, units: dict[str, float], step: i
     metadata |= {key: ",".join(f"{value:.8f}" for value in getattr(student, key).flatten().tolist()) for key in ("mean", "std")}
     with atomic_write(path) as temporary:
         state = {key: value.float() * (units[key.split(".")[1]] if key.startswith("heads.") else 1) for key, value in student.state_dict().items()}
-        save_file({key: value.half().contiguous() for key, value in state.items()}, temporary, metadata)
+        temporary.write_bytes(save({key: value.half().contiguous() for key, value in state.items()}, metadata))
 
 
 def teach(teacher: LossNetwork, deep: DeepTeacher | None, images: Tensor, layers: list[str], units: dict[str, float] | None = None) -> dict[str, Tensor]:

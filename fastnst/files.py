@@ -1,10 +1,15 @@
-"""Writing files whole or not at all: a reader, or a crash, never sees half a file."""
+"""Writing files whole or not at all, and one writer at a time: a reader, or a crash, never sees half a file."""
 
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there two trainings in one folder are not noticed
+    fcntl = None
 
 
 @contextmanager
@@ -35,3 +40,24 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno is not None:
             raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
         raise
+
+
+@contextmanager
+def exclusive(folder: str | Path) -> Iterator[None]:
+    """Hold ``folder``, made when missing, for this process alone; the system lets go of it however the process ends.
+
+    Raises ``BlockingIOError`` naming the folder when another process holds it.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write in {folder}: {error.strerror}") from error
+    with lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BlockingIOError(f"{folder} is in use by another training; wait for it or choose another --run-dir") from None
+        yield

@@ -26,8 +26,8 @@ _WITH_ALPHA = (".png", ".webp", ".tif", ".tiff")
 class ImageSize(Config):
     """Scale so that the long or the short side has so many pixels; neither: the size it has."""
 
-    long_side: int | None = Field(None, ge=1)
-    short_side: int | None = Field(None, ge=1)
+    long_side: int | None = Field(None, ge=1, le=65_535)
+    short_side: int | None = Field(None, ge=1, le=65_535)
 
     @model_validator(mode="after")
     def _one_side(self):

@@ -163,7 +163,15 @@ class LossNetwork(nn.Module):
         found: dict[int, Tensor] = {}
         x = (images - self.mean) / self.std
         for index, module in enumerate(self.features[: max(wanted.values(), default=-1) + 1]):
-            x = module(x)
+            try:
+                x = module(x)
+            except RuntimeError as error:
+                if min(x.shape[-2:]) > 8:
+                    raise
+                raise ValueError(
+                    f"an image of {images.shape[3]}x{images.shape[2]} pixels is too small for {max(wanted, key=wanted.get)} of {self.network}; "
+                    "enlarge it, or use shallower layers"
+                ) from error
             if index in wanted.values():
                 found[index] = x
         return {layer: torch.relu(self.heads[layer](found[index])) if layer in self.heads else found[index] for layer, index in wanted.items()}

@@ -35,7 +35,7 @@ class DescentConfig(Config):
     init: Literal["content", "style", "noise"] = "content"
     noise: float = Field(0.02, gt=0, description="init: noise is normal, of this standard deviation, around mid-gray 0.5")
     optimizer: Literal["lbfgs", "adam"] = "lbfgs"
-    steps: int = Field(500, ge=1)
+    steps: int = Field(500, ge=1, le=10**9)
     learning_rate: LearningRate = LearningRate(initial=1.0)
     history: int = Field(100, ge=1, description="L-BFGS: updates remembered")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam: decay of the moments")
@@ -44,7 +44,7 @@ class DescentConfig(Config):
     average: float = Field(0.0, ge=0, lt=1)
     first_side: int | None = Field(None, ge=16)
     first_steps: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(10, ge=1, description="steps")
     save_every: int | None = Field(None, ge=1, description="steps between intermediate images; none: no such images")
 

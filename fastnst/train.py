@@ -16,10 +16,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from fastnst.checkpoint import MODEL_NAME, STATE_NAME, load_training_state, save_model, save_training_state
-from fastnst.config import Config, flatten, load_config, to_yaml
+from fastnst.checkpoint import MODEL_NAME, STATE_NAME, load_training_state, restore, save_model, save_training_state
+from fastnst.config import Config, ConfigError, flatten, load_config, to_yaml
 from fastnst.data import DataConfig, Photos, PhotoStream, list_photos, load_validation, training_batches
-from fastnst.files import atomic_write
+from fastnst.files import atomic_write, exclusive
 from fastnst.image import ImageSize, load_image, resize, to_pil
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import LossConfig, PerceptualLoss, calibrate
@@ -32,25 +32,25 @@ _SAVE_SECONDS = 300  # a slow machine saves this often, whatever save_every says
 # Keys that a resumed run may change: they alter how long or how watched it is, not what any step computes.
 _MAY_CHANGE = {"train.steps", "train.log_every", "train.validate_every", "train.save_every", "data.workers"}
 
-_ADVICE = "The last saved state is intact; lower train.learning_rate.initial or the weights of loss, or set train.clip_gradient"
+_ADVICE = "What was saved before is intact; lower train.learning_rate.initial or the weights of loss, or set train.clip_gradient"
 
 
 class StyleConfig(ImageSize):
     """The painting, and the size at which its strokes are learned: 512 px as most of Johnson et al.'s released models."""
 
     image: Path
-    long_side: int | None = Field(512, ge=16)
+    long_side: int | None = Field(512, ge=16, le=65_535)
 
 
 class LoopConfig(Config):
     """How long and how fast to learn; the defaults are Johnson et al. 2016."""
 
-    steps: int = Field(40_000, ge=1)
-    batch_size: int = Field(4, ge=1, description="photos per step")
+    steps: int = Field(40_000, ge=1, le=10**9)
+    batch_size: int = Field(4, ge=1, le=4096, description="photos per step")
     learning_rate: LearningRate = LearningRate()
     clip_gradient: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(20, ge=1, description="steps")
     validate_every: int = Field(500, ge=1, description="steps")
     save_every: int = Field(500, ge=1, description="steps")
@@ -102,7 +102,10 @@ def find_run(config: TrainConfig, run_dir: Path) -> bool:
     if (run_dir / STATE_NAME).exists():
         if not (run_dir / CONFIG_NAME).exists():
             raise ValueError(f"{run_dir} holds {STATE_NAME} but no {CONFIG_NAME} to compare with; choose another --run-dir")
-        old, new = flatten(load_config(TrainConfig, run_dir / CONFIG_NAME)), flatten(config)
+        try:
+            old, new = flatten(load_config(TrainConfig, run_dir / CONFIG_NAME)), flatten(config)
+        except ConfigError as error:
+            raise ValueError(f"{run_dir / CONFIG_NAME} is damaged or of another version, choose another --run-dir ({str(error).splitlines()[0]})") from None
         # With a cosine the rate of every step depends on how many there are.
         fixed = set(new) - _MAY_CHANGE | ({"train.steps"} if config.train.learning_rate.decay == "cosine" else set())
         changed = [f"{key}: {old[key]} in the run, {new[key]} asked for" for key in new if key in fixed and _resolved(old[key]) != _resolved(new[key])]
@@ -154,16 +157,13 @@ def train(
     step, unreadable = 0, {message: "validation" for message in unreadable_validation}
     if resuming:
         state = load_training_state(run_dir / STATE_NAME, device)
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
+        restore(run_dir / STATE_NAME, state, network, optimizer)
         step, unreadable = state["step"], state["unreadable"] | unreadable
         loss.config = LossConfig(**state["loss"]) if state.get("loss") else loss.config
-    with atomic_write(run_dir / CONFIG_NAME) as temporary:
-        temporary.write_text(to_yaml(config), encoding="utf-8")
 
     first, precision = step, resolve_precision(loop.precision, device)
     stream = PhotoStream(photos.train, config.data, loop.seed)
-    batches = training_batches(stream, step * loop.batch_size, loop.batch_size, max(0, loop.steps - step), device.type == "cuda")
+    loading = training_batches(stream, step * loop.batch_size, loop.batch_size, max(0, loop.steps - step), device.type == "cuda")
     window: list[Tensor] = []  # the terms of each step since the last log, still on the device
     names: list[str] = []
     validation: dict[str, float] = {}
@@ -171,7 +171,9 @@ def train(
     report(TrainProgress(step, loop.steps, message=_summary(config, run_dir, device, step, photos, style, network)))
     report(TrainProgress(step, loop.steps, message=_raw_weights(config.loss, loss.config)))
 
-    with SummaryWriter(str(run_dir), purge_step=step + 1 if resuming else None) as board:
+    with exclusive(run_dir), loading as batches, SummaryWriter(str(run_dir), purge_step=step + 1 if resuming else None) as board:
+        with atomic_write(run_dir / CONFIG_NAME) as temporary:
+            temporary.write_text(to_yaml(config), encoding="utf-8")
         if not resuming:
             board.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
             board.add_text("raw_weights", _raw_weights(config.loss, loss.config), 0)

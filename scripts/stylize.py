@@ -50,7 +50,7 @@ def main(argv=None) -> int:
                 stylizer.stylize_file(job.source, job.target, ImageSize(short_side=args.short_side), args.quality)
             except (OSError, ValueError) as error:
                 failures.append(error)
-                bar.write(f"error: {error}", file=sys.stderr)
+                cli.say(bar, f"error: {error}")
             bar.update()
         done = bar.n - len(failures)
     print(f"{done} of {len(jobs)} stylized" + (f", {len(failures)} failed" if failures else "") + f"; output: {args.output}")

@@ -1,5 +1,6 @@
 """Train a style network: fit one network to one painting, on a folder of photos."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -43,10 +44,10 @@ def main(argv=None) -> int:
         nonlocal bar
         bar = bar or cli.progress_bar(progress.steps, progress.step)
         if progress.message:
-            bar.write(progress.message, file=sys.stderr)
+            cli.say(bar, progress.message)
         if progress.validation:
             terms = "  ".join(f"{name.removeprefix('validation/')} {value:.4g}" for name, value in progress.validation.items() if "_" not in name)
-            bar.write(f"step {progress.step:,}: validation {terms}", file=sys.stderr)
+            cli.say(bar, f"step {progress.step:,}: validation {terms}")
         if progress.losses:
             bar.set_postfix_str(f"loss {progress.losses['loss/total']:.4g}, {progress.photos_per_second:.1f} photos/s", refresh=False)
         bar.update(progress.step - bar.n)
@@ -71,7 +72,8 @@ def main(argv=None) -> int:
         print(f"stopped at step {result.step:,} of {config.train.steps:,}, {where}")
         return stop.exit_code
     print(f"done: {result.step:,} steps, {result.seconds:.0f} s in this run\nmodel: {result.model}")
-    print(f"apply it: fastnst stylize --model {result.model} --input PHOTO --output OUT.jpg\nwatch it: tensorboard --logdir {run_dir.parent}")
+    model, logs = shlex.quote(str(result.model)), shlex.quote(str(run_dir.parent))
+    print(f"apply it: fastnst stylize --model {model} --input PHOTO --output OUT.jpg\nwatch it: tensorboard --logdir {logs}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """Models and training states come back bit for bit, and damaged files are named."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fastnst import __version__
-from fastnst.checkpoint import MODEL_FORMAT, load_model, load_training_state, save_model, save_training_state
+from fastnst.checkpoint import MODEL_FORMAT, load_model, load_training_state, restore, save_model, save_training_state
 from fastnst.network import NetworkConfig, TransformNetwork
 
 RECIPE = {"train": {"steps": 7}, "style": {"image": "wave.jpg"}}
@@ -140,20 +141,6 @@ def test_folder_in_place_of_a_model_says_which_file(tmp_path):
         load_model(tmp_path)
 
 
-def test_failed_save_keeps_the_old_model(model, monkeypatch):
-    before = model.read_bytes()
-
-    def half_a_save(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("fastnst.checkpoint.save_file", half_a_save)
-    with pytest.raises(OSError, match="cannot write .*model.safetensors"):
-        save_model(model, small(), 8, RECIPE)
-    assert model.read_bytes() == before
-    assert os.listdir(model.parent) == ["model.safetensors"]
-
-
 def trained(steps: int) -> tuple[TransformNetwork, torch.optim.Optimizer]:
     network = small()
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
@@ -221,3 +208,41 @@ def test_state_is_loaded_without_executing_code(tmp_path):
     with pytest.raises(ValueError, match=r"s\.pt: damaged or not a training state"):
         load_training_state(tmp_path / "s.pt")
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("save", ["model", "state"])
+def test_a_full_disk_is_named_and_the_old_file_kept(tmp_path, monkeypatch, save):
+    network = TransformNetwork(NetworkConfig(width=4, residual_blocks=0))
+    optimizer = torch.optim.Adam(network.parameters())
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(path), "write_bytes", full)
+    with pytest.raises(OSError, match="cannot write .*file.bin: No space left on device"):
+        save_model(path, network, 1, {}) if save == "model" else save_training_state(path, network, optimizer, 1, {})
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.bin"]
+
+
+@pytest.mark.parametrize("damage", [{"step": "x"}, {"network": {}}, {"optimizer": {}}])
+def test_a_state_that_does_not_fit_is_named(tmp_path, damage):
+    network = TransformNetwork(NetworkConfig(width=4, residual_blocks=0))
+    optimizer = torch.optim.Adam(network.parameters())
+    path = tmp_path / "training_state.pt"
+    torch.save({"step": 1, "network": network.state_dict(), "optimizer": optimizer.state_dict(), "unreadable": {}} | damage, path)
+    with pytest.raises(ValueError, match="training_state.pt: (damaged|does not fit)"):
+        restore(path, load_training_state(path), network, optimizer)
+
+
+def test_half_precision_halves_the_file_and_keeps_the_picture(tmp_path):
+    network = TransformNetwork(NetworkConfig(width=8, residual_blocks=1)).eval()
+    save_model(tmp_path / "full.safetensors", network, 1, {})
+    save_model(tmp_path / "half.safetensors", network, 1, {}, half=True)
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (tmp_path / "full.safetensors").stat().st_size
+    photo = torch.rand(1, 3, 24, 24)
+    network.requires_grad_(False)
+    half, _ = load_model(tmp_path / "half.safetensors")
+    assert float((half(photo) - network(photo)).abs().max().detach()) < 1 / 255

@@ -23,7 +23,8 @@ def stream(folder: Path, seed: int = 7, **options) -> PhotoStream:
 
 
 def crops(source: PhotoStream, start: int, batch_size: int, steps: int) -> torch.Tensor:
-    return torch.cat([images for images, _ in training_batches(source, start, batch_size, steps)])
+    with training_batches(source, start, batch_size, steps) as batches:
+        return torch.cat([images for images, _ in batches])
 
 
 @pytest.fixture
@@ -67,11 +68,13 @@ def test_batch_size_only_groups_the_stream(photos):
 
 
 def test_no_steps_left_gives_no_batches(photos):
-    assert list(training_batches(stream(photos), 10, 2, 0)) == []
+    with training_batches(stream(photos), 10, 2, 0) as batches:
+        assert list(batches) == []
 
 
 def test_batches_are_uint8_crops(photos):
-    images, unreadable = next(training_batches(stream(photos), 0, 3, 1))
+    with training_batches(stream(photos), 0, 3, 1) as batches:
+        images, unreadable = next(batches)
     assert (images.shape, images.dtype, unreadable) == ((3, 3, 32, 32), torch.uint8, [])
 
 
@@ -113,7 +116,8 @@ def test_replacement_wraps_around_the_epoch(grays):
 def test_unreadable_photos_are_reported_with_their_batch(grays, workers):
     source = stream(grays, shuffle=False, workers=workers)
     (grays / "2.png").unlink()
-    messages = [names for _, names in training_batches(source, 0, 3, 2)]
+    with training_batches(source, 0, 3, 2) as batches:
+        messages = [names for _, names in batches]
     assert [len(names) for names in messages] == [1, 0]
     assert "2.png" in messages[0][0]
 
@@ -123,7 +127,8 @@ def test_no_readable_photo_at_all_is_an_error(grays):
     for path in grays.iterdir():
         path.write_bytes(b"")
     with pytest.raises(OSError, match=r"none of the 9 photos can be read; the first: .*\.png: the file is empty"):
-        source[0]
+        with training_batches(source, 0, 2, 1) as batches:
+            next(batches)
 
 
 @pytest.mark.parametrize("mode", ["random", "center", "squash"])

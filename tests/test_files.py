@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from fastnst.files import atomic_write
+from fastnst.files import atomic_write, exclusive
 
 
 def test_result_replaces_the_old_file(tmp_path):
@@ -84,3 +84,19 @@ def test_long_names_fit(tmp_path):
     with atomic_write(path) as temporary:
         temporary.write_text("x")
     assert path.read_text() == "x"
+
+
+def test_a_folder_is_held_by_one_and_let_go_at_the_end(tmp_path):
+    with exclusive(tmp_path / "run"):
+        with pytest.raises(BlockingIOError, match="run is in use by another training"):
+            with exclusive(tmp_path / "run"):
+                pass
+    with exclusive(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write in .*file"):
+        with exclusive(tmp_path / "file"):
+            pass

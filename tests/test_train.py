@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -381,3 +382,54 @@ def test_validation_loss_falls_well_with_a_real_loss_network(shared, tmp_path):
     fit(data, tmp_path / "run")
     first, last = validation_curve(tmp_path / "run")
     assert last < 0.5 * first
+
+
+# Beside the way
+
+
+@pytest.mark.parametrize("sabotage", ["diverges", "no photo can be read"])
+def test_an_error_ends_the_process_with_its_workers(photos, painting, tmp_path, sabotage):
+    held_out = tmp_path / "held_out"
+    held_out.mkdir()
+    synthetic_photo(50).save(held_out / "a.png")
+    settings = ["data.workers=1", f"data.validation={held_out}"]
+    if sabotage == "diverges":
+        settings.append("train.learning_rate.initial=1e30")
+    else:
+        for photo in photos.rglob("*.*"):
+            photo.write_bytes(b"")
+    command = [sys.executable, "-m", "fastnst", "train", "--config", "smoke", "--content", photos, "--style", painting, "--run-dir", tmp_path / "run"]
+    done = subprocess.run([*map(str, command), *(f"--set={setting}" for setting in settings)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == (1 if sabotage == "diverges" else 2)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr
+    assert ("not finite" if sabotage == "diverges" else "can be read") in errors[0]
+
+
+def test_a_second_training_in_the_same_folder_is_refused(train_data, tmp_path):
+    refused = []
+
+    def start_another(progress):
+        if progress.step == 3 and not refused:
+            with pytest.raises(BlockingIOError, match="run is in use by another training"):
+                fit(train_data, tmp_path / "run")
+            refused.append(True)
+
+    assert fit(train_data, tmp_path / "run", report=start_another).finished
+    assert refused
+
+
+def test_a_painting_too_flat_for_the_loss_network_is_named(train_data, tmp_path, painting):
+    Image.new("RGB", (200, 1), "red").save(painting)
+    with pytest.raises(ValueError, match="64x1 pixels is too small for relu2_2 of vgg16"):
+        fit(train_data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_strength_is_calibrated_once_and_kept(train_data, tmp_path):
+    data = changed(train_data, loss__strength=5, loss__style_weight=1)
+    fit(data, tmp_path / "run", stop_at=3)
+    first = load_training_state(tmp_path / "run" / "training_state.pt")["loss"]
+    assert first["strength"] is None and first["style_weight"] == 10
+    fit(data, tmp_path / "run")
+    assert load_training_state(tmp_path / "run" / "training_state.pt")["loss"] == first

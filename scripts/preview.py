@@ -1,0 +1,134 @@
+"""See how a painting will come out before training: a sheet over strengths (rows) and style sizes (columns), in minutes."""
+
+import sys
+from pathlib import Path
+
+from fastnst import cli
+
+EPILOG = """\
+examples:
+  fastnst preview --style painting.jpg --output sheet.jpg
+  fastnst preview --style painting.jpg --output sheet.jpg --pick 2,1 --write configs/mine.yaml
+  fastnst train --config configs/mine.yaml --content photos/
+
+Each cell is a picture optimized under the very loss that training would use. --pick counts from 1 and only writes."""
+
+
+def main(argv=None) -> int:
+    p = cli.parser("preview", __doc__, EPILOG)
+    p.add_argument("--style", required=True, type=Path, metavar="PAINTING")
+    p.add_argument("--content", nargs="+", type=Path, default=[], metavar="PHOTO", help="photos to try it on (default: one that scikit-image carries)")
+    p.add_argument("--output", required=True, type=Path, metavar="FILE", help="the sheet to write")
+    p.add_argument("--config", default="own", metavar="FILE", help="the training config to start from (default: own)")
+    p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override any key of that config")
+    p.add_argument("--strengths", nargs="+", type=float, default=[4, 5, 6], metavar="S", help="rows (default: 4 5 6)")
+    p.add_argument("--style-sizes", nargs="+", type=int, default=[256, 384, 512], metavar="PX", help="columns: long side of the painting (default: 256 384 512)")
+    p.add_argument("--side", type=int, default=160, help="short side of the photos, in pixels; the painting is scaled along (default: 160)")
+    p.add_argument("--steps", type=int, default=60, help="L-BFGS iterations a cell (default: 60)")
+    p.add_argument("--pick", metavar="ROW,COLUMN", help="the cell to write as a training config, counted from 1; with --write")
+    p.add_argument("--write", type=Path, metavar="FILE", help="where to write it")
+    p.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    args = p.parse_args(argv)
+    if bool(args.pick) != bool(args.write):
+        p.error("--pick and --write go together")
+
+    from fastnst.config import load_config, parse_config
+    from fastnst.train import TrainConfig
+
+    path = cli.find_config(args.config)
+    if args.pick:
+        try:
+            row, column = (int(part) - 1 for part in args.pick.split(","))
+            strength, long_side = args.strengths[row], args.style_sizes[column]
+            if row < 0 or column < 0:
+                raise IndexError
+        except (ValueError, IndexError):
+            p.error(f"--pick: got {args.pick}, need ROW,COLUMN from 1,1 to {len(args.strengths)},{len(args.style_sizes)}")
+        if args.write.exists() and not args.overwrite:
+            raise FileExistsError(f"--write: {args.write} exists already; use --overwrite to replace it")
+        return _write(path, args, strength, long_side, parse_config, TrainConfig)
+
+    from tqdm import tqdm
+
+    from fastnst.files import atomic_write
+    from fastnst.image import ImageSize, check_writable, load_image, open_rgb, to_pil
+    from fastnst.loss_network import load_loss_network
+    from fastnst.optimize import DescentConfig, OptimizeConfig, optimize_image
+    from fastnst.runtime import keep_freed_memory, resolve_device
+    from fastnst.sheet import contact_sheet
+
+    check_writable(args.output)
+    if args.output.exists() and not args.overwrite:
+        raise FileExistsError(f"--output: {args.output} exists already; use --overwrite to replace it")
+    config = load_config(TrainConfig, path, [f"style.image={args.style}", "data.content=.", *args.set])
+    device = resolve_device(args.device)
+    keep_freed_memory()
+    contents = [load_image(photo).to(device) for photo in args.content] or [_cat().to(device)]
+    style = load_image(args.style).to(device)
+    loss_network = load_loss_network(config.loss, config.loss.layers).to(device)
+    scale = args.side / config.data.crop_size
+    rows = []
+    steps = len(args.strengths) * len(args.style_sizes) * len(contents) * args.steps
+    with tqdm(total=steps, unit="step") as bar:
+        for strength in args.strengths:
+            row = []
+            for long_side in args.style_sizes:
+                cell = OptimizeConfig(
+                    content=ImageSize(short_side=args.side),
+                    style=ImageSize(long_side=max(1, round(long_side * scale))),
+                    loss=config.loss.model_copy(update={"strength": strength}),
+                    optimize=DescentConfig(steps=args.steps, log_every=args.steps, clamp=True),
+                )
+                pictures = [to_pil(optimize_image(content, style, loss_network, cell)) for content in contents]
+                bar.update(args.steps * len(contents))
+                row.append(_side_by_side(pictures))
+            rows.append(row)
+    sheet = contact_sheet(
+        [[open_rgb(args.style)[0], *[None] * (len(args.style_sizes) - 1)], *rows],
+        ["painting", *(f"{index}: strength {strength:g}" for index, strength in enumerate(args.strengths, 1))],
+        [f"{index}: style {size} px" for index, size in enumerate(args.style_sizes, 1)],
+        height=args.side + 60,
+    )
+    with atomic_write(args.output) as temporary:
+        sheet.save(temporary, quality=92)
+    print(f"{args.output}\nPick a cell: the same command with --pick ROW,COLUMN --write configs/mine.yaml")
+    return 0
+
+
+def _write(path, args, strength, long_side, parse_config, model) -> int:
+    import yaml
+
+    from fastnst.files import atomic_write
+
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    data.setdefault("style", {}).update(image=str(args.style), long_side=long_side)
+    data["style"].pop("short_side", None)
+    data.setdefault("loss", {})["strength"] = strength
+    text = f"# {args.style.name}: row {args.pick.replace(',', ', column ')} of {args.output.name}, on top of {path.name}.\n{yaml.safe_dump(data, sort_keys=False)}"
+    parse_config(model, text, ["data.content=.", *args.set], source=str(args.write))
+    with atomic_write(args.write) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"{args.write}\nTrain it: fastnst train --config {args.write} --content PHOTOS/" + "".join(f" --set {change}" for change in args.set))
+    return 0
+
+
+def _cat():
+    import skimage.data
+    from PIL import Image
+
+    from fastnst.image import to_tensor
+
+    return to_tensor(Image.fromarray(skimage.data.chelsea()).convert("RGB"))
+
+
+def _side_by_side(pictures):
+    from PIL import Image
+
+    joined = Image.new("RGB", (sum(picture.width for picture in pictures), pictures[0].height))
+    for index, picture in enumerate(pictures):
+        joined.paste(picture, (sum(other.width for other in pictures[:index]), 0))
+    return joined
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

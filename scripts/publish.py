@@ -1,0 +1,88 @@
+"""Turn a finished training run into a style to ship: a small model, a preview, the config and its figures."""
+
+import json
+import platform
+import sys
+from pathlib import Path
+
+from fastnst import cli
+
+EPILOG = """\
+examples:
+  fastnst publish --run-dir runs/wave --output checkpoints/wave --validation photos_not_trained_on/
+
+The model is stored in half precision, after checking that pictures do not change by it."""
+
+
+def main(argv=None) -> int:
+    p = cli.parser("publish", __doc__, EPILOG)
+    p.add_argument("--run-dir", required=True, type=Path, metavar="FOLDER", help="a finished run of `fastnst train`")
+    p.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the style's folder; its name is the style's")
+    p.add_argument("--validation", type=Path, metavar="FOLDER", help="photos to measure on (default: those that the run held out)")
+    p.add_argument("--photos", type=int, default=16, help="how many of them (default: 16)")
+    p.add_argument("--thumbnail", action="store_true", help="keep the painting's thumbnail in the model")
+    p.add_argument("--overwrite", action="store_true", help="replace a style that exists")
+    args = p.parse_args(argv)
+
+    import skimage.data
+    import torch
+    import yaml
+    from PIL import Image
+
+    from fastnst.checkpoint import MODEL_NAME, STATE_NAME, load_model, load_training_state, save_model
+    from fastnst.config import load_config
+    from fastnst.data import list_photos, load_validation
+    from fastnst.files import atomic_write
+    from fastnst.image import load_image, to_pil, to_tensor
+    from fastnst.loss_network import load_loss_network
+    from fastnst.losses import LossConfig, PerceptualLoss
+    from fastnst.runtime import keep_freed_memory, resolve_device
+    from fastnst.sheet import contact_sheet
+    from fastnst.train import CONFIG_NAME, TrainConfig, validate
+
+    if (args.output / MODEL_NAME).exists() and not args.overwrite:
+        raise FileExistsError(f"--output: {args.output / MODEL_NAME} exists already; use --overwrite to replace it")
+    device = resolve_device(args.device)
+    keep_freed_memory()
+    config = load_config(TrainConfig, args.run_dir / CONFIG_NAME)
+    state = load_training_state(args.run_dir / STATE_NAME)
+    network, info = load_model(args.run_dir / MODEL_NAME)
+    loss_config = LossConfig(**state["loss"])
+    style = load_image(config.style.image, config.style).to(device)
+    loss = PerceptualLoss(load_loss_network(config.loss, config.loss.layers).to(device), loss_config, style)
+    data = config.data.model_copy(update={"validation": args.validation or config.data.validation, "validation_photos": args.photos})
+    found = list_photos(data)
+    held_out, _ = load_validation(found.validation, data)
+
+    save_model(args.output / MODEL_NAME, network, info.step, info.recipe, info.thumbnail if args.thumbnail else None, half=True)
+    shipped, _ = load_model(args.output / MODEL_NAME)
+    photos = [Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in ("astronaut", "chelsea", "coffee")]
+    stylized = []
+    largest = 0.0
+    with torch.inference_mode():
+        for photo in photos:
+            photo.thumbnail((512, 512), Image.Resampling.LANCZOS)
+            before, after = (net.to(device)(to_tensor(photo).to(device)).clamp(0, 1) for net in (network, shipped))
+            largest = max(largest, float((before - after).abs().max()))
+            stylized.append(to_pil(after))
+    metrics = {
+        "steps": info.step,
+        "photos_seen": info.step * config.train.batch_size,
+        "held_out_photos": len(held_out) if found.held_out else 0,
+        "objective": {name.removeprefix("validation/"): round(value, 6) for name, value in validate(shipped.to(device), loss, held_out, config.train.batch_size)[0].items()},
+        "raw_weights": {"content": loss_config.content_weight, "style": {k: loss_config.style_weight * w for k, w in loss_config.style_layers.items()}, "tv": loss_config.tv_weight},
+        "half_precision_largest_difference": round(largest, 6),
+        "machine": f"{torch.cuda.get_device_name() if device.type == 'cuda' else platform.machine() + ' CPU'}",
+    }
+    sheet = contact_sheet([photos, stylized], height=320)
+    with atomic_write(args.output / "preview.jpg") as temporary:
+        sheet.save(temporary, quality=88)
+    for name, text in (("config.yaml", yaml.safe_dump(info.recipe, sort_keys=False)), ("metrics.json", json.dumps(metrics, indent=1) + "\n")):
+        with atomic_write(args.output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    print(f"{args.output}: {(args.output / MODEL_NAME).stat().st_size / 1e6:.2f} MB, half precision changes a pixel by at most {largest * 255:.2f} of 255")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
