@@ -48,7 +48,7 @@ class DistillLoop(Config):
 
     steps: int = Field(12_000, ge=1, le=10**9)
     batch_size: int = Field(4, ge=2, le=4096, description="photos per step; as many pulled pictures come beside them")
-    learning_rate: LearningRate = LearningRate(initial=2e-3, warmup_steps=100, decay="cosine")
+    learning_rate: LearningRate = LearningRate(initial=3e-4, warmup_steps=50, decay="cosine")
     feature_weight: float = Field(1.0, ge=0)
     gram_weight: float = Field(1.0, ge=0)
     gradient_weight: float = Field(0.0, ge=0, description="matches pixel gradients of the style loss; doubles the cost of a step")
@@ -149,6 +149,8 @@ def distill(
         student = LossNetwork("vgg19_slim", layers, tuple(teacher.mean.flatten().tolist()), _STUDENT_STD).to(device).requires_grad_()
         some = torch.stack([stream[index][0] for index in range(_INITIAL_PHOTOS)]).to(device).float().div(255)
         units = initialize_from_teacher(student, teacher, deep, some)
+    if deep is not None:  # the layers whose teacher is an approximation learn from the others, but do not bend them
+        student.features[student._index["relu4_1"] - 1].register_forward_pre_hook(lambda module, inputs: inputs[0].detach())
     optimizer = torch.optim.Adam(student.parameters())
     step = 0
     if resuming:

@@ -24,8 +24,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _VGG_BLOCKS = {
     "vgg16": ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)),
     "vgg19": ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)),
-    # Ours: VGG-19 to relu5_1 in three eighths of the filters or fewer, distilled (`fastnst.distill`).
-    "vgg19_slim": ((24, 2), (48, 2), (96, 4), (128, 4), (128, 1)),
+    # Ours: VGG-19 to relu5_1 in half of the filters or fewer, distilled (`fastnst.distill`).
+    "vgg19_slim": ((32, 2), (64, 2), (128, 4), (128, 4), (128, 1)),
 }
 # 1x1 convolutions that turn the slim filters at a layer into VGG-19's channels there, so that features, Grams and weights mean the same.
 SLIM_HEADS = {

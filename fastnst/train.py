@@ -24,7 +24,7 @@ from fastnst.image import ImageSize, load_image, resize, to_pil
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import LossConfig, PerceptualLoss, calibrate
 from fastnst.network import NetworkConfig, TransformNetwork
-from fastnst.runtime import autocast, resolve_precision
+from fastnst.runtime import autocast, memory_format, resolve_precision
 from fastnst.schedule import LearningRate, learning_rate_at
 
 CONFIG_NAME = "config.yaml"
@@ -144,7 +144,8 @@ def train(
     resuming = find_run(config, run_dir)
     photos = list_photos(config.data)
     style = load_image(config.style.image, config.style).to(device)
-    loss_network = load_loss_network(config.loss, config.loss.layers).to(device)
+    layout = memory_format(device)
+    loss_network = load_loss_network(config.loss, config.loss.layers).to(device, memory_format=layout)
     loss = PerceptualLoss(loss_network, config.loss, style)
     validation_photos, unreadable_validation = load_validation(photos.validation, config.data)
     loss.config = calibrate(loss, validation_photos[:8].to(device).float().div(255))
@@ -152,7 +153,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(loop.seed)
         network = TransformNetwork(config.network)
-    network.to(device)
+    network.to(device, memory_format=layout)
     optimizer = torch.optim.Adam(network.parameters())
     step, unreadable = 0, {message: "validation" for message in unreadable_validation}
     if resuming:
@@ -217,7 +218,7 @@ def train(
                 if message not in unreadable:
                     unreadable[message] = f"step {step}"
                     report(TrainProgress(step, loop.steps, message=f"skipped {message}"))
-            content = content.to(device, non_blocking=True).float().div_(255)
+            content = content.to(device, non_blocking=True).float().div_(255).contiguous(memory_format=layout)
             with autocast(device, precision):
                 content_targets = loss.content_targets(content)
                 terms = loss(network(content), content_targets)

@@ -47,7 +47,7 @@ def main(argv=None) -> int:
     config = load_config(TrainConfig, args.run_dir / CONFIG_NAME)
     state = load_training_state(args.run_dir / STATE_NAME)
     network, info = load_model(args.run_dir / MODEL_NAME)
-    loss_config = LossConfig(**state["loss"])
+    loss_config = LossConfig(**state["loss"]) if state.get("loss") else config.loss
     style = load_image(config.style.image, config.style).to(device)
     loss = PerceptualLoss(load_loss_network(config.loss, config.loss.layers).to(device), loss_config, style)
     data = config.data.model_copy(update={"validation": args.validation or config.data.validation, "validation_photos": args.photos})

@@ -1,0 +1,135 @@
+"""The scripts that put verbs together: preview, publish, quickstart, and the project's own style image."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from conftest import TOY_LOSS
+from PIL import Image
+
+from fastnst import cli
+from fastnst.checkpoint import load_model
+from fastnst.config import load_config, validate_config
+from fastnst.scripts import draw_style, preview, publish, quickstart, stylize
+from fastnst.scripts import train as train_script
+from fastnst.train import TrainConfig, train
+
+pytest.importorskip("skimage", reason="needs the photos of scikit-image: pip install 'fastnst[test]'")
+TOY = ["--set", f"loss={json.dumps({**TOY_LOSS, 'style_weight': 1.0, 'strength': 5})}"]
+
+
+# Styles by name
+
+
+def test_a_shipped_style_is_found_by_name(tmp_path, monkeypatch, capsys, train_data):
+    train(validate_config(TrainConfig, train_data), tmp_path / "checkpoints" / "toy")
+    monkeypatch.setattr(cli, "shipped_folder", lambda name: tmp_path / name)
+    Image.new("RGB", (40, 30), "teal").save(tmp_path / "photo.png")
+    arguments = ["--input", str(tmp_path / "photo.png"), "--output", str(tmp_path / "out.png")]
+    assert cli.run(stylize.main, ["--style", "toy", *arguments]) == 0
+    assert Image.open(tmp_path / "out.png").size == (40, 30)
+    assert cli.run(stylize.main, ["--style", "toi", *arguments]) == 2
+    assert "did you mean toy?" in capsys.readouterr().err
+    assert cli.run(stylize.main, ["--list-styles"]) == 0
+    assert "toy" in capsys.readouterr().out
+
+
+def test_every_shipped_style_is_small_whole_and_free_of_paintings():
+    assert cli.shipped_styles()
+    for name, path in cli.shipped_styles().items():
+        if not (path.parent / "metrics.json").exists():
+            continue  # a run of the user's own
+        _, info = load_model(path)
+        assert path.stat().st_size <= 4e6, name
+        assert info.thumbnail is None, name
+        metrics = json.loads((path.parent / "metrics.json").read_text())
+        assert metrics["steps"] == info.step and metrics["objective"]["total"] > 0
+        assert yaml.safe_load((path.parent / "config.yaml").read_text())["style"]["image"].count("/") == 0
+        assert Image.open(path.parent / "preview.jpg").width > 600
+
+
+# Preview
+
+
+def test_a_preview_has_a_cell_for_each_strength_and_size(tmp_path, painting, photos):
+    sheet = tmp_path / "sheet.png"
+    arguments = ["--style", str(painting), "--content", str(photos / "photo_00.jpg"), "--output", str(sheet), "--side", "24", "--steps", "2"]
+    assert cli.run(preview.main, [*arguments, *TOY, "--strengths", "2", "8", "--style-sizes", "64"]) == 0
+    whole = Image.open(sheet)
+    assert cli.run(preview.main, [*arguments, *TOY, "--strengths", "2", "--style-sizes", "64"]) == 2  # exists
+    assert cli.run(preview.main, [*arguments, *TOY, "--overwrite", "--strengths", "2", "--style-sizes", "64"]) == 0
+    assert whole.height > Image.open(sheet).height
+
+
+def test_a_picked_cell_becomes_a_training_config(tmp_path, painting):
+    written = tmp_path / "mine.yaml"
+    arguments = ["--style", str(painting), "--output", str(tmp_path / "sheet.png"), "--strengths", "3", "7", "--style-sizes", "100", "200", "300"]
+    assert cli.run(preview.main, [*arguments, "--pick", "2,3", "--write", str(written)]) == 0
+    config = load_config(TrainConfig, written, ["data.content=photos"])
+    assert (config.loss.strength, config.style.long_side, config.style.image) == (7, 300, painting)
+    assert config.loss.network == "vgg19_slim"
+    assert cli.run(preview.main, [*arguments, "--pick", "1,1", "--write", str(written)]) == 2  # exists
+    assert load_config(TrainConfig, written, ["data.content=photos"]) == config
+
+
+@pytest.mark.parametrize("pick", ["3,1", "0,1", "1", "a,b"])
+def test_a_pick_outside_the_sheet_is_refused(tmp_path, painting, pick, capsys):
+    arguments = ["--style", str(painting), "--output", "sheet.png", "--strengths", "3", "7", "--style-sizes", "100"]
+    with pytest.raises(SystemExit) as stopped:
+        preview.main([*arguments, "--pick", pick, "--write", str(tmp_path / "mine.yaml")])
+    assert stopped.value.code == 2
+    assert "from 1,1 to 2,1" in capsys.readouterr().err
+
+
+# Publish
+
+
+def test_a_published_style_carries_its_figures_and_no_path_of_this_machine(tmp_path, train_data, photos):
+    train(validate_config(TrainConfig, train_data), tmp_path / "run")
+    style = tmp_path / "styles" / "toy"
+    arguments = ["--run-dir", str(tmp_path / "run"), "--output", str(style), "--device", "cpu"]
+    assert cli.run(publish.main, arguments) == 0
+    assert {path.name for path in style.iterdir()} == {"model.safetensors", "config.yaml", "metrics.json", "preview.jpg"}
+    metrics = json.loads((style / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["photos_seen"]) == (6, 12)
+    assert metrics["half_precision_largest_difference"] < 1 / 255
+    assert metrics["objective"]["total"] == pytest.approx(metrics["objective"]["content"] + metrics["objective"]["style"], rel=1e-3)
+    assert load_model(style / "model.safetensors")[1].thumbnail is None
+    for text in ((style / "config.yaml").read_text(), (style / "model.safetensors").read_bytes().decode("latin-1")):
+        assert str(tmp_path) not in text
+    assert cli.run(publish.main, arguments) == 2  # exists
+
+
+# Quickstart
+
+
+def test_the_quickstart_ends_in_a_contact_sheet_and_runs_again_quickly(tmp_path, monkeypatch, capsys, painting):
+    seen = []
+    original = train_script.main
+
+    def short(argv):
+        seen.append(argv)
+        tiny = ["train.steps=2", "data.crop_size=32", "network.width=4", "network.residual_blocks=0", "data.workers=0", f"loss={json.dumps(TOY_LOSS)}"]
+        return original([*argv, *(part for setting in tiny for part in ("--set", setting))])
+
+    monkeypatch.setattr(train_script, "main", short)
+    for _ in range(2):
+        assert cli.run(quickstart.main, ["--style", str(painting), "--output", str(tmp_path / "quick")]) == 0
+    assert Image.open(tmp_path / "quick" / "contact_sheet.jpg").height > 400
+    assert (tmp_path / "quick" / "painting" / "model.safetensors").exists()
+    assert seen[0][:2] == ["--config", "quickstart"]
+    printed = capsys.readouterr().out
+    assert "tensorboard --logdir" in printed and "fastnst stylize" in printed and "STYLE=" in printed
+
+
+def test_a_missing_painting_is_named(tmp_path, capsys):
+    assert cli.run(quickstart.main, ["--style", str(tmp_path / "none.jpg"), "--output", str(tmp_path / "quick")]) == 2
+    assert "none.jpg" in capsys.readouterr().err
+
+
+def test_our_style_image_is_what_the_script_draws():
+    shipped = np.asarray(Image.open(cli.shipped_folder("checkpoints") / "mosaic_sun" / "style.png").convert("RGB")).astype(int)
+    drawn = np.asarray(draw_style.draw(512)).astype(int)
+    assert shipped.shape == drawn.shape
+    assert np.abs(shipped - drawn).mean() < 1  # antialiasing may differ a little between versions of Pillow
