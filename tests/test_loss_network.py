@@ -11,7 +11,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastnst.config import ConfigError, validate_config
-from fastnst.loss_network import IMAGENET_MEAN, IMAGENET_STD, LossNetwork, LossNetworkConfig, layer_index, load_loss_network
+from fastnst.loss_network import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SLIM_HEADS,
+    SLIM_WEIGHTS,
+    LossNetwork,
+    LossNetworkConfig,
+    layer_index,
+    load_loss_network,
+)
 
 CAFFE_MEAN, CAFFE_STD = (0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255)
 
@@ -470,3 +479,26 @@ def test_real_weights(shared, network, file, layer, beyond):
     if beyond:
         with pytest.raises(ValueError, match="lacks features.19.weight .conv4_1."):
             load_loss_network(config, [beyond])
+
+
+def test_the_embedded_network_loads_without_a_download_and_knows_all_its_layers(monkeypatch):
+    monkeypatch.setattr("torchvision.models.get_model_weights", lambda *_: pytest.fail("must not be asked"))
+    assert SLIM_WEIGHTS.stat().st_size <= 4e6
+    network = load_loss_network(LossNetworkConfig(network="vgg19_slim"), list(SLIM_HEADS))
+    features = network(torch.rand(1, 3, 64, 64))
+    assert {layer: feature.shape[1] for layer, feature in features.items()} == SLIM_HEADS
+    assert all(feature.isfinite().all() and feature.max() > 0 for feature in features.values())
+
+
+def test_the_embedded_network_is_near_vgg19(shared):
+    from PIL import Image
+
+    from fastnst.image import to_tensor
+
+    layers = ["relu1_1", "relu1_2", "relu2_1", "relu2_2", "relu3_1", "relu3_3"]
+    exact = load_loss_network(LossNetworkConfig(network="vgg19", weights=str(shared / "weights" / "vgg19_to_relu3_4.safetensors")), layers)
+    slim = load_loss_network(LossNetworkConfig(network="vgg19_slim"), layers)
+    photo = to_tensor(Image.open(shared / "images" / "chicago.jpg").convert("RGB").resize((192, 128)))
+    wanted, found = exact(photo), slim(photo)
+    errors = {layer: float((found[layer] - wanted[layer]).square().sum() / wanted[layer].square().sum()) for layer in layers}
+    assert errors["relu1_1"] < 0.02 and max(errors.values()) < 0.25, errors
