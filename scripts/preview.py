@@ -21,7 +21,7 @@ def main(argv=None) -> int:
     p.add_argument("--output", required=True, type=Path, metavar="FILE", help="the sheet to write")
     p.add_argument("--config", default="own", metavar="FILE", help="the training config to start from (default: own)")
     p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override any key of that config")
-    p.add_argument("--strengths", nargs="+", type=float, default=[4, 5, 6], metavar="S", help="rows (default: 4 5 6)")
+    p.add_argument("--strengths", nargs="+", type=float, default=[3, 5, 7], metavar="S", help="rows (default: 3 5 7)")
     p.add_argument("--style-sizes", nargs="+", type=int, default=[256, 384, 512], metavar="PX", help="columns: long side of the painting (default: 256 384 512)")
     p.add_argument("--side", type=int, default=160, help="short side of the photos, in pixels; the painting is scaled along (default: 160)")
     p.add_argument("--steps", type=int, default=60, help="L-BFGS iterations a cell (default: 60)")
