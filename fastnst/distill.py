@@ -7,7 +7,6 @@ styles, so that it is right where an optimizer will go, too.
 """
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fastnst.checkpoint import STATE_NAME, load_training_state, restore, save_training_state
 from fastnst.config import Config, flatten, load_config, to_yaml
 from fastnst.data import DataConfig, PhotoStream, list_photos, load_validation, training_batches
-from fastnst.files import atomic_write
+from fastnst.files import atomic_write, exclusive
 from fastnst.loss_network import SLIM_HEADS, LossNetwork, LossNetworkConfig, load_loss_network
 from fastnst.losses import gram_matrix
 from fastnst.runtime import autocast, resolve_precision
@@ -157,8 +156,6 @@ def distill(
         state = load_training_state(run_dir / STATE_NAME, device)
         restore(run_dir / STATE_NAME, state, student, optimizer)
         step = state["step"]
-    with atomic_write(run_dir / CONFIG_NAME) as temporary:
-        temporary.write_text(to_yaml(config), encoding="utf-8")
 
     precision = resolve_precision("auto", device)
     loading = training_batches(stream, step * loop.batch_size, loop.batch_size, max(0, loop.steps - step))
@@ -166,10 +163,13 @@ def distill(
     window: list[Tensor] = []
     names: list[str] = []
     first = step
-    with loading as batches, SummaryWriter(str(run_dir), purge_step=step + 1 if resuming else None) as board:
+    with exclusive(run_dir), loading as batches, SummaryWriter(str(run_dir), purge_step=step + 1 if resuming else None) as board:
+        with atomic_write(run_dir / CONFIG_NAME) as temporary:
+            temporary.write_text(to_yaml(config), encoding="utf-8")
         while True:
             stopping = step >= loop.steps or should_stop()
-            if window and (step % loop.log_every == 0 or stopping):
+            saving = step > first and (step % loop.save_every == 0 or stopping)
+            if window and (step % loop.log_every == 0 or saving):  # ahead of saving, so that nothing that is not finite is saved
                 losses = dict(zip(names, torch.stack(window).mean(0).tolist()))
                 if not math.isfinite(losses["loss/total"]):
                     raise ArithmeticError(f"the loss is not finite near step {step}; lower distill.learning_rate.initial. The last saved state is intact")
@@ -182,7 +182,7 @@ def distill(
                 for name, value in found.items():
                     board.add_scalar(name, value, step)
                 report(DistillProgress(step, loop.steps, validation=found))
-            if step > first and (step % loop.save_every == 0 or stopping):
+            if saving:
                 save_training_state(run_dir / STATE_NAME, student, optimizer, step, {})
                 save_slim(run_dir / SLIM_NAME, student, units, step)
             if stopping:
