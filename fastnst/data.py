@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastnst.config import Config
-from fastnst.image import READABLE, count_kinds, find_images, open_rgb, to_uint8
+from fastnst.image import to_uint8
+from fastnst.picture import READABLE, count_kinds, find_images, open_rgb
 
 
 class DataConfig(Config):

@@ -6,26 +6,11 @@ convolution instead of once at the start, and nearest upsampling + convolution i
 which draws checkerboards (Odena et al. 2016).
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from fastnst.config import Config
-
-
-class NetworkConfig(Config):
-    """Size and shape of a ``TransformNetwork``; stored in the model file."""
-
-    width: int = Field(32, ge=1, le=512, description="filters of the first layer; the blocks have 4 times as many")
-    residual_blocks: int = Field(5, ge=0, le=32)
-    norm: Literal["instance", "batch"] = "instance"
-    padding: Literal["reflect", "replicate", "zeros", "start"] = "reflect"
-    upsampling: Literal["nearest", "transposed", "subpixel"] = "nearest"
-    output: Literal["tanh", "sigmoid", "linear"] = "tanh"
-    output_scale: float = Field(0.125, gt=0, description="multiplies the last convolution, ahead of `output`")
+from fastnst.model import NetworkConfig
 
 
 class TransformNetwork(nn.Module):

@@ -16,9 +16,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fastnst.config import Config
-from fastnst.image import ImageSize, resize
+from fastnst.image import resize
 from fastnst.loss_network import LossNetwork
 from fastnst.losses import LossConfig, PerceptualLoss, calibrate
+from fastnst.picture import ImageSize
 from fastnst.schedule import LearningRate, learning_rate_at
 
 

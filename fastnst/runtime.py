@@ -1,11 +1,15 @@
-"""Where we run: device, precision, memory allocator, and being asked to stop."""
+"""Where we run: device, precision, memory allocator, and being asked to stop. Imports torch only where it is asked about."""
+
+from __future__ import annotations
 
 import contextlib
 import ctypes
 import signal
 import sys
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -16,6 +20,8 @@ def resolve_device(name: str = "auto") -> torch.device:
 
     Raises ``ValueError`` when the device asked for is not there.
     """
+    import torch
+
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -36,6 +42,8 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of convolutions in training: ``auto`` is bfloat16 where the hardware multiplies it, else float32."""
+    import torch
+
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cuda":
@@ -47,11 +55,15 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 def memory_format(device: torch.device) -> torch.memory_format:
     """Channels-last on CUDA, whose half-precision convolutions want it; elsewhere instance norm would copy it back (0.84 times as fast)."""
+    import torch
+
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
     """Autocast to ``dtype``; for float32 a no-op of the same shape."""
+    import torch
+
     return torch.autocast(device.type, dtype=dtype if dtype != torch.float32 else torch.bfloat16, enabled=dtype != torch.float32)
 
 

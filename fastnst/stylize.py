@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastnst.checkpoint import ModelInfo, load_model
-from fastnst.image import READABLE, WRITABLE, ImageSize, check_writable, count_kinds, find_images, open_rgb, resize, save_image, to_tensor
+from fastnst.checkpoint import load_model
+from fastnst.image import resize, to_pil, to_tensor
+from fastnst.model import ModelInfo
 from fastnst.network import TransformNetwork
+from fastnst.picture import READABLE, WRITABLE, ImageSize, check_writable, count_kinds, find_images, open_rgb, save_picture
 from fastnst.runtime import resolve_device
 
 
@@ -41,7 +43,7 @@ class Stylizer:
             if isinstance(error, MemoryError) or "memory" in str(error).lower():
                 raise OSError(f"{source}: {shape[1]}x{shape[0]} pixels need more memory than {self.device} has free; use --short-side N") from error
             raise
-        save_image(stylized, target, None if alpha is None else resize(to_tensor(alpha), shape), quality)
+        save_picture(to_pil(stylized), target, None if alpha is None else alpha.resize((shape[1], shape[0])), quality)
 
 
 @dataclass(frozen=True)

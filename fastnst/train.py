@@ -16,14 +16,16 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from fastnst.checkpoint import MODEL_NAME, STATE_NAME, load_training_state, restore, save_model, save_training_state
+from fastnst.checkpoint import STATE_NAME, load_training_state, restore, save_model, save_training_state
 from fastnst.config import Config, ConfigError, flatten, load_config, to_yaml
 from fastnst.data import DataConfig, Photos, PhotoStream, list_photos, load_validation, training_batches
 from fastnst.files import atomic_write, exclusive
-from fastnst.image import ImageSize, load_image, resize, to_pil
+from fastnst.image import load_image, resize, to_pil
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import LossConfig, PerceptualLoss, calibrate
-from fastnst.network import NetworkConfig, TransformNetwork
+from fastnst.model import MODEL_NAME, NetworkConfig
+from fastnst.network import TransformNetwork
+from fastnst.picture import ImageSize
 from fastnst.runtime import autocast, memory_format, resolve_precision
 from fastnst.schedule import LearningRate, learning_rate_at
 

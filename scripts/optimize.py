@@ -27,9 +27,10 @@ def main(argv=None) -> int:
 
     from fastnst.config import load_config, to_yaml
     from fastnst.files import atomic_write
-    from fastnst.image import check_writable, load_image, save_image
+    from fastnst.image import load_image, save_image
     from fastnst.loss_network import load_loss_network
     from fastnst.optimize import OptimizeConfig, optimize_image
+    from fastnst.picture import check_writable
     from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
 
     config = load_config(OptimizeConfig, cli.find_config(args.config), args.set)

@@ -51,9 +51,10 @@ def main(argv=None) -> int:
     from tqdm import tqdm
 
     from fastnst.files import atomic_write
-    from fastnst.image import ImageSize, check_writable, load_image, open_rgb, to_pil
+    from fastnst.image import load_image, to_pil
     from fastnst.loss_network import load_loss_network
     from fastnst.optimize import DescentConfig, OptimizeConfig, optimize_image
+    from fastnst.picture import ImageSize, check_writable, open_rgb
     from fastnst.runtime import keep_freed_memory, resolve_device
     from fastnst.sheet import contact_sheet
 

@@ -29,13 +29,14 @@ def main(argv=None) -> int:
     import yaml
     from PIL import Image
 
-    from fastnst.checkpoint import MODEL_NAME, STATE_NAME, load_model, load_training_state, save_model
+    from fastnst.checkpoint import STATE_NAME, load_model, load_training_state, save_model
     from fastnst.config import load_config
     from fastnst.data import list_photos, load_validation
     from fastnst.files import atomic_write
     from fastnst.image import load_image, to_pil, to_tensor
     from fastnst.loss_network import load_loss_network
     from fastnst.losses import LossConfig, PerceptualLoss
+    from fastnst.model import MODEL_NAME
     from fastnst.runtime import keep_freed_memory, resolve_device
     from fastnst.sheet import contact_sheet
     from fastnst.train import CONFIG_NAME, TrainConfig, validate

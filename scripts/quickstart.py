@@ -20,12 +20,13 @@ def main(argv=None) -> int:
         raise FileNotFoundError(f"--style (STYLE=...): no picture at {style}")
 
     import skimage.data
+    from fastnst.scripts import train
     from PIL import Image
 
     from fastnst.files import atomic_write
-    from fastnst.image import open_rgb, to_pil, to_tensor
+    from fastnst.image import to_pil, to_tensor
+    from fastnst.picture import open_rgb
     from fastnst.runtime import keep_freed_memory
-    from fastnst.scripts import train
     from fastnst.sheet import contact_sheet
     from fastnst.stylize import Stylizer
 

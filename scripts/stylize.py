@@ -31,7 +31,7 @@ def main(argv=None) -> int:
     if args.short_side is not None and args.short_side < 1:
         p.error(f"--short-side: got {args.short_side}, need 1 or more")
 
-    from fastnst.image import ImageSize
+    from fastnst.picture import ImageSize
     from fastnst.runtime import StopRequest, keep_freed_memory
     from fastnst.stylize import Stylizer, plan_jobs
 

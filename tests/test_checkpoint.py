@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fastnst import __version__
-from fastnst.checkpoint import MODEL_FORMAT, load_model, load_training_state, restore, save_model, save_training_state
-from fastnst.network import NetworkConfig, TransformNetwork
+from fastnst.checkpoint import load_model, load_training_state, restore, save_model, save_training_state
+from fastnst.model import MODEL_FORMAT, NetworkConfig
+from fastnst.network import TransformNetwork
 
 RECIPE = {"train": {"steps": 7}, "style": {"image": "wave.jpg"}}
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import yaml
 from conftest import TOY_LOSS
+from fastnst.scripts import draw_style, preview, publish, quickstart, stylize
+from fastnst.scripts import train as train_script
 from PIL import Image
 
 from fastnst import cli
 from fastnst.checkpoint import load_model
 from fastnst.config import load_config, validate_config
-from fastnst.scripts import draw_style, preview, publish, quickstart, stylize
-from fastnst.scripts import train as train_script
 from fastnst.train import TrainConfig, train
 
 pytest.importorskip("skimage", reason="needs the photos of scikit-image: pip install 'fastnst[test]'")

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from conftest import synthetic_photo
 from safetensors.torch import save_file
 
-from conftest import synthetic_photo
 from fastnst.config import validate_config
 from fastnst.distill import (
     DistillConfig,

@@ -18,13 +18,15 @@ NOUNS = {
     "files": set(),
     "runtime": set(),
     "schedule": {"config"},
-    "image": {"config", "files"},
-    "video": {"config", "files", "image"},
-    "network": {"config"},
+    "picture": {"config", "files"},
+    "image": {"picture"},
+    "video": {"config", "files", "picture"},
+    "model": {"config", "files"},
+    "network": {"model"},
     "loss_network": {"config"},
     "losses": {"config", "loss_network"},
-    "data": {"config", "image"},
-    "checkpoint": {"config", "files", "network"},
+    "data": {"config", "image", "picture"},
+    "checkpoint": {"files", "model", "network"},
     "sheet": set(),
 }
 TRAINING = {"train", "losses", "loss_network", "data", "optimize", "distill", "evaluate", "export", "schedule"}
@@ -34,7 +36,7 @@ ALLOWED_TO_VERBS = {
     "optimize": set(NOUNS),
     "evaluate": set(NOUNS),
     "distill": set(NOUNS),
-    "stylize": {"config", "files", "runtime", "image", "video", "checkpoint", "network"},
+    "stylize": {"config", "files", "runtime", "image", "picture", "video", "checkpoint", "model", "network"},
     "export": {"config", "files", "runtime", "network", "checkpoint"},
 }
 # Scripts that are no verb of their own: they put verbs together, or draw.

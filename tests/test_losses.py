@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-
 from conftest import TOY_LOSS
+
 from fastnst.config import ConfigError, validate_config
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import (

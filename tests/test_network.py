@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastnst.config import ConfigError, validate_config
-from fastnst.network import NetworkConfig, ResidualBlock, TransformNetwork
+from fastnst.model import NetworkConfig
+from fastnst.network import ResidualBlock, TransformNetwork
 
 PADDINGS = ("reflect", "replicate", "zeros", "start")
 UPSAMPLINGS = ("nearest", "transposed", "subpixel")

@@ -12,8 +12,10 @@ from PIL import Image
 import fastnst
 from fastnst.checkpoint import save_model
 from fastnst.cli import run
-from fastnst.image import ImageSize, to_tensor
-from fastnst.network import NetworkConfig, TransformNetwork
+from fastnst.image import to_tensor
+from fastnst.model import NetworkConfig
+from fastnst.network import TransformNetwork
+from fastnst.picture import ImageSize
 from fastnst.stylize import Job, Stylizer, plan_jobs
 
 

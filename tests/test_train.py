@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import synthetic_photo
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fastnst.train
-from conftest import synthetic_photo
 from fastnst.checkpoint import load_model, load_training_state
 from fastnst.config import validate_config
 from fastnst.train import TrainConfig, TrainingDiverged, train

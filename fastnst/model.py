@@ -1,0 +1,107 @@
+"""The model file: weights for inference, and what they are. Without torch.
+
+A model file explains itself: network config, recipe, step, versions and a thumbnail of the style stand in its metadata.
+It is written atomically and read without executing code.
+"""
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from fastnst import __version__
+from fastnst.config import Config, ConfigError, validate_config
+from fastnst.files import atomic_write
+
+MODEL_FORMAT = "fastnst-model-1"
+MODEL_NAME = "model.safetensors"
+
+
+class NetworkConfig(Config):
+    """Size and shape of a ``TransformNetwork``; stored in the model file."""
+
+    width: int = Field(32, ge=1, le=512, description="filters of the first layer; the blocks have 4 times as many")
+    residual_blocks: int = Field(5, ge=0, le=32)
+    norm: Literal["instance", "batch"] = "instance"
+    padding: Literal["reflect", "replicate", "zeros", "start"] = "reflect"
+    upsampling: Literal["nearest", "transposed", "subpixel"] = "nearest"
+    output: Literal["tanh", "sigmoid", "linear"] = "tanh"
+    output_scale: float = Field(0.125, gt=0, description="multiplies the last convolution, ahead of `output`")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model file says of itself. ``recipe`` is the resolved training config, with paths cut to file names."""
+
+    network: NetworkConfig
+    step: int
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    thumbnail: Image.Image | None
+
+
+def write_model(path: str | Path, weights: dict[str, np.ndarray], info: ModelInfo) -> None:
+    """Write the model file, its thumbnail as JPEG. Raises ``OSError`` naming it."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(save(weights, model_metadata(info)))  # by Python, so that a full disk is an OSError
+
+
+def read_model(path: str | Path) -> tuple[dict[str, np.ndarray], ModelInfo]:
+    """The weights of a model file, floats as float32, and what the file says of itself.
+
+    Raises ``FileNotFoundError``, or ``ValueError`` naming the file and what is wrong with it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the model file, such as {path / MODEL_NAME}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no model file at {path}")
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            weights = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); is it damaged, or another project's .pth?") from error
+    info = parse_metadata(metadata, path)
+    return {name: array.astype(np.float32) if array.dtype.kind == "f" else array for name, array in weights.items()}, info
+
+
+def model_metadata(info: ModelInfo) -> dict[str, str]:
+    """What a model file, in whichever format, says of itself."""
+    metadata = {
+        "format": MODEL_FORMAT,
+        "network": info.network.model_dump_json(),
+        "step": str(info.step),
+        "recipe": json.dumps(info.recipe),
+        "versions": json.dumps(info.versions),
+    }
+    if info.thumbnail is not None:
+        buffer = io.BytesIO()
+        info.thumbnail.save(buffer, "JPEG", quality=85)
+        metadata["style_thumbnail"] = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return metadata
+
+
+def parse_metadata(metadata: dict[str, str], path: Path) -> ModelInfo:
+    """What ``model_metadata`` wrote. Raises ``ValueError`` naming ``path``."""
+    if metadata.get("format") != MODEL_FORMAT:
+        raise ValueError(f"{path}: not a fastnst model file: its metadata has format {metadata.get('format')!r}, need {MODEL_FORMAT!r}")
+    try:
+        config = validate_config(NetworkConfig, json.loads(metadata["network"]), source="network")
+        thumbnail = Image.open(io.BytesIO(base64.b64decode(metadata["style_thumbnail"]))) if "style_thumbnail" in metadata else None
+        return ModelInfo(config, int(metadata["step"]), json.loads(metadata["recipe"]), json.loads(metadata["versions"]), thumbnail)
+    except (KeyError, ValueError, ConfigError, OSError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> ValueError:
+    """The error for a model file whose parts do not fit together."""
+    return ValueError(f"{path}: the model file is damaged or of a newer fastnst than {__version__} ({' '.join(str(error).split())[:300]})")

@@ -1,0 +1,162 @@
+"""Picture file <-> upright sRGB picture of 8 bits, without torch.
+
+Guards the convention at the door: orientation applied, colour profile converted to sRGB, alpha set apart, 16 bits,
+palette, gray and CMYK read right.
+"""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from pydantic import Field, model_validator
+
+from fastnst.config import Config
+from fastnst.files import atomic_write
+
+READABLE = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+WRITABLE = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_WITH_ALPHA = (".png", ".webp", ".tif", ".tiff")
+
+
+class ImageSize(Config):
+    """Scale so that the long or the short side has so many pixels; neither: the size it has."""
+
+    long_side: int | None = Field(None, ge=1, le=65_535)
+    short_side: int | None = Field(None, ge=1, le=65_535)
+
+    @model_validator(mode="after")
+    def _one_side(self):
+        if self.long_side and self.short_side:
+            raise ValueError(f"got long_side {self.long_side} and short_side {self.short_side}; give one and set the other to null")
+        return self
+
+    def of(self, height: int, width: int) -> tuple[int, int]:
+        """The scaled ``(height, width)``, at least 1 px each."""
+        side = self.long_side or self.short_side
+        if not side:
+            return height, width
+        scale = side / (max if self.long_side else min)(height, width)
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def open_rgb(path: str | Path, at_least: int | None = None) -> tuple[Image.Image, Image.Image | None]:
+    """Decode ``path`` to an upright sRGB image of mode RGB, and its alpha of mode L where it has one.
+
+    ``at_least`` lets JPEGs be decoded at a reduced scale whose sides are still that long, where speed counts.
+    Raises ``FileNotFoundError``, or ``OSError`` naming the file and what is wrong with it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, need an image file")
+    try:
+        # A stream, as Pillow maps a named, uncompressed TIFF into memory and then turns it wrongly.
+        with open(path, "rb") as file, Image.open(file) as image:
+            if at_least:
+                image.draft("RGB", (at_least, at_least))
+            image.load()
+            image = ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image file at {path}") from None
+    except UnidentifiedImageError:
+        raise OSError(f"{path}: {_why_unreadable(path)}") from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... for damaged files
+        raise OSError(f"{path}: damaged or unsupported image ({error})") from error
+    try:
+        return _split(image)
+    except Exception as error:
+        raise OSError(f"{path}: cannot convert {image.mode} pixels to RGB ({error})") from error
+
+
+def _why_unreadable(path: Path) -> str:
+    if path.stat().st_size == 0:
+        return "the file is empty"
+    return f"not an image that can be read (kinds: {', '.join(suffix[1:] for suffix in READABLE)})"
+
+
+def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    profile = image.info.get("icc_profile")
+    alpha = None
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bit(image)
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        base = "L" if image.mode in ("LA", "La", "L") else "RGB"  # gray stays gray for a gray profile
+        alpha = image.convert("RGBA").getchannel("A")  # also palettes and a single transparent colour
+        image = image.convert("RGBA").convert(base)
+        if alpha.getextrema() == (255, 255):
+            alpha = None
+    if profile:
+        image = _to_srgb(image, profile)
+    return image.convert("RGB"), alpha
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.float64)
+    top = 255.0 if image.mode == "F" and 1 < values.max(initial=0) <= 255 else 1.0 if image.mode == "F" and values.max(initial=0) <= 1 else 65535.0
+    return Image.fromarray(np.clip(values * (255.0 / top) + 0.5, 0, 255).astype(np.uint8), "L")
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if image.mode not in ("RGB", "CMYK", "L", "LAB"):
+            image = image.convert("RGB")
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image  # a broken profile, or one for other channels (a gray profile on colour): the pixels as they are
+
+
+def save_picture(picture: Image.Image, path: str | Path, alpha: Image.Image | None = None, quality: int = 95) -> None:
+    """Write a picture of mode RGB, atomically, in the format of the suffix.
+
+    ``alpha``: mode L, kept where the format has it; JPEG and BMP show white where it is transparent.
+    Raises ``ValueError`` for a suffix that cannot be written.
+    """
+    path = Path(path)
+    check_writable(path)
+    suffix = path.suffix.lower()
+    if alpha is not None and suffix in _WITH_ALPHA:
+        picture = Image.merge("RGBA", (*picture.split(), alpha))
+    elif alpha is not None:
+        picture = Image.composite(picture, Image.new("RGB", picture.size, "white"), alpha)
+    options = {"quality": quality} if suffix in (".jpg", ".jpeg", ".webp") else {}
+    if suffix in (".jpg", ".jpeg"):
+        options["subsampling"] = 0  # strokes of saturated colour bleed with halved chroma
+    with atomic_write(path) as temporary:
+        try:
+            picture.save(temporary, **options)
+        except (ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise OSError(f"{path}: {picture.width}x{picture.height} pixels cannot be written as {suffix[1:]} ({error})") from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise ``ValueError`` unless the suffix of ``path`` is that of a format we write."""
+    if path.suffix.lower() not in WRITABLE:
+        raise ValueError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; use one of {', '.join(WRITABLE)}")
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """Every file below ``folder`` with an image suffix, sorted by name; hidden files and folders are passed over."""
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in seen:  # a link back to a folder above
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(root, name) for name in names if not name.startswith(".") and name.lower().endswith(READABLE)]
+    return sorted(found)
+
+
+def count_kinds(folder: str | Path) -> str:
+    """What lies below ``folder``, for messages: ``"3 .txt, 1 .json"`` or ``"no files"``."""
+    kinds: dict[str, int] = {}
+    for _, _, names in os.walk(folder):
+        for name in names:
+            suffix = Path(name).suffix.lower() or "without suffix"
+            kinds[suffix] = kinds.get(suffix, 0) + 1
+    most_first = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {kind}" for kind, count in most_first[:8]) or "no files"
