@@ -36,6 +36,16 @@ class NetworkConfig(Config):
     output: Literal["tanh", "sigmoid", "linear"] = "tanh"
     output_scale: float = Field(0.125, gt=0, description="multiplies the last convolution, ahead of `output`")
 
+    @property
+    def start_padding(self) -> int:
+        """Pixels that the blocks shave off each side with ``padding: start``, two 3x3 convolutions at quarter size each; else 0."""
+        return 2 * 4 * self.residual_blocks if self.padding == "start" else 0
+
+    @property
+    def smallest_side(self) -> int:
+        """Smaller images are padded to this side, so that reflection and instance statistics are defined."""
+        return max(16, self.start_padding + 1)
+
 
 @dataclass(frozen=True)
 class ModelInfo:

@@ -30,7 +30,7 @@ class TransformNetwork(nn.Module):
         w = config.width
         layers: list[nn.Module] = []
         if config.padding == "start":
-            layers.append(nn.ReflectionPad2d(self.start_padding))
+            layers.append(nn.ReflectionPad2d(config.start_padding))
         layers += [
             *_conv_block(config, 3, w, 9),
             *_conv_block(config, w, 2 * w, 3, stride=2),
@@ -42,20 +42,10 @@ class TransformNetwork(nn.Module):
         ]
         self.layers = nn.Sequential(*layers)
 
-    @property
-    def start_padding(self) -> int:
-        """Pixels that the blocks shave off each side with ``padding: start``: two 3x3 convolutions at quarter size."""
-        return 2 * 4 * self.config.residual_blocks
-
-    @property
-    def smallest_side(self) -> int:
-        """Smaller images are padded to this side, so that reflection and instance statistics are defined."""
-        return max(16, self.start_padding + 1 if self.config.padding == "start" else 0)
-
     def forward(self, images: Tensor) -> Tensor:
         """``(N, 3, H, W)`` in [0, 1], any H and W from 1 up -> the same shape, about [0, 1], not clamped."""
         height, width = images.shape[-2:]
-        short = [max(0, self.smallest_side - side) for side in (width, height)]
+        short = [max(0, self.config.smallest_side - side) for side in (width, height)]
         if any(short):
             images = F.pad(images, (0, short[0], 0, short[1]), mode="replicate")
         x = self.layers(images)[..., :height, :width]  # strides round sizes up to a multiple of 4

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import math
+import os
+import platform
+import re
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,7 +55,7 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and "avx512_bf16" in _cpu_flags()
+        fast = device.type == "cpu" and "avx512_bf16" in cpu_flags()
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -117,9 +123,45 @@ class StopRequest:
         self.signal = number
 
 
-def _cpu_flags() -> str:
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What the CPU says that it can do, in the words of /proc/cpuinfo; empty where that is not there."""
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as cpuinfo:
-            return next((line for line in cpuinfo if line.startswith("flags")), "")
+            return frozenset(next((line for line in cpuinfo if line.startswith("flags")), "").split())
     except OSError:
-        return ""
+        return frozenset()
+
+
+def cpu_threads() -> int:
+    """How many threads pay on this CPU: OMP_NUM_THREADS, else the cores that this process may use, less where its cgroup has a quota."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cores
+
+
+def free_memory() -> int:
+    """Bytes of main memory that this process may still take, by the system and by its cgroup; 2 GiB where neither tells."""
+    limits = []
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        limits.append(int(line.split()[1]) * 1024)
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):
+            folder = Path("/sys/fs/cgroup")
+            cached = re.search(r"^inactive_file (\d+)", (folder / limit).with_name("memory.stat").read_text(), re.MULTILINE)
+            limits.append(int((folder / limit).read_text()) - int((folder / used).read_text()) + int(cached[1] if cached else 0))
+    return max(0, min(limits)) if limits else 2 * 2**30
+
+
+def gpu_is_likely() -> bool:
+    """Whether this machine seems to have a GPU that torch could use, found out without importing torch."""
+    if sys.platform == "darwin":
+        return platform.machine() == "arm64"
+    return os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", r"C:\Windows\System32\nvcuda.dll")))

@@ -263,7 +263,7 @@ def test_a_recipe_has_the_numbers_of_its_source(name):
 
 def test_johnson_pads_40_pixels_at_the_start_and_has_the_published_size():
     network = TransformNetwork(load("johnson").network)
-    assert network.start_padding == 40
+    assert network.config.start_padding == 40
     # Their 1,679,235 parameters with a scale and a shift for each channel of the norms, and nothing else.
     assert sum(parameter.numel() for parameter in network.parameters()) == 1_679_235
 

@@ -63,7 +63,7 @@ def test_precision_asked_for_is_given(precision, dtype):
     "flags, dtype", [("flags: avx2 avx512f avx512_bf16", torch.bfloat16), ("flags: avx2 avx512f", torch.float32), ("", torch.float32)]
 )
 def test_auto_precision_on_the_cpu_follows_its_flags(monkeypatch, flags, dtype):
-    monkeypatch.setattr(runtime, "_cpu_flags", lambda: flags)
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: frozenset(flags.split()))
     assert resolve_precision("auto", torch.device("cpu")) == dtype
 
 

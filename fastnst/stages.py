@@ -1,0 +1,167 @@
+"""The network as a flat list of stages for inference, the exact rewrites folded in. Numpy only.
+
+A stage is a convolution (perhaps transposed, or followed by a pixel shuffle), an instance norm, a ReLU and the sum with a
+block's input, each but the first optional. Engines build what they run from this list; the model file is never changed.
+
+The rewrites, each the same function of the same weights:
+
+- nearest upsampling x2 + padding 1 + 3x3 convolution = padding 1 on the small grid + 4x4 transposed convolution of stride
+  2 with summed kernels: 4 multiplications an output instead of 9, and no upsampled tensor;
+- the last 9x9 convolution to 3 channels = 10x10 of stride 2 to 12 channels + pixel shuffle, which fills the machine;
+- batch norm goes into its convolution; an instance norm makes its convolution's bias, and any constant added to that
+  one's input, free: pixels come in as whole numbers -128..127, which bfloat16 holds exactly.
+"""
+
+import json
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from fastnst.model import ModelInfo
+
+EPSILON = 1e-5  # of torch's norms
+PIXEL_SHIFT = 128.0  # what is subtracted from pixels of 0..255
+ARRAYS = ("weight", "bias", "norm_weight", "norm_bias")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage; ``x`` is ``(N, C, H, W)``.
+
+    ``padding`` pixels of ``padding_mode`` on all sides (``value``: what ``constant`` puts there), then the convolution
+    with ``weight`` (``(O, I, k, k)``; ``(I, O, 4, 4)`` when ``transposed``: stride 2, 3 pixels cropped from each side, so that with
+    padding 1 the size doubles), ``bias``, pixel shuffle by ``shuffle``, instance norm, ReLU; ``skip`` adds the input of the
+    stage before, less ``shave`` pixels on each side.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray | None = None
+    norm_weight: np.ndarray | None = None
+    norm_bias: np.ndarray | None = None
+    padding: int = 0
+    padding_mode: Literal["reflect", "replicate", "constant"] = "constant"
+    value: float = 0.0
+    stride: int = 1
+    transposed: bool = False
+    shuffle: int = 1
+    relu: bool = False
+    skip: bool = False
+    shave: int = 0
+
+    @property
+    def channels(self) -> int:
+        """Of the output."""
+        return self.weight.shape[1] if self.transposed else self.weight.shape[0] // self.shuffle**2
+
+    def size(self, side: int) -> int:
+        """The output's height or width for an input's."""
+        padded = side + 2 * self.padding
+        if self.transposed:
+            return 2 * (padded - 1) + self.weight.shape[2] - 6
+        return ((padded - self.weight.shape[2]) // self.stride + 1) * self.shuffle
+
+
+@dataclass(frozen=True)
+class StagedNetwork:
+    """A network ready for inference: its stages and what its file says of it.
+
+    Sides shorter than ``info.network.smallest_side`` are padded by replication, then all by ``info.network.start_padding`` by
+    reflection; the first stage takes pixels of 0..255 less ``PIXEL_SHIFT``; ``info.network.output`` follows the last one, which
+    is then cropped to the size that came in.
+    """
+
+    stages: tuple[Stage, ...]
+    info: ModelInfo
+
+
+def fold(weights: dict[str, np.ndarray], info: ModelInfo) -> StagedNetwork:
+    """The stages of ``TransformNetwork`` with these weights, rewritten. Raises ``KeyError`` or ``ValueError`` where they do not fit."""
+    config = info.network
+    mode = "constant" if config.padding in ("zeros", "start") else config.padding
+    block = {"padding": 0} if config.padding == "start" else {"padding": 1, "padding_mode": mode}
+    start = 1 if config.padding == "start" else 0  # TransformNetwork.layers begins with that padding
+
+    def stage(conv: str, norm: str, **options: Any) -> Stage:
+        kernel, bias = weights[f"layers.{conv}.weight"], weights[f"layers.{conv}.bias"]
+        scale, shift = weights[f"layers.{norm}.weight"], weights[f"layers.{norm}.bias"]
+        shuffled = options.get("shuffle", 1) ** 2
+        if config.norm == "batch":
+            gain = scale / np.sqrt(weights[f"layers.{norm}.running_var"] + EPSILON)
+            shift = shift - weights[f"layers.{norm}.running_mean"] * gain
+            axis = (None, slice(None), None, None) if config.upsampling == "transposed" and options.get("transposed") else (slice(None), None, None, None)
+            kernel, bias = kernel * gain.repeat(shuffled)[axis], bias * gain.repeat(shuffled) + shift.repeat(shuffled)
+            return Stage(kernel, bias, **options)
+        return Stage(kernel, bias if shuffled > 1 else None, scale, shift, **options)
+
+    stages = [_take_pixels(stage(f"{start}", f"{start + 1}", padding=4, padding_mode=mode, relu=True))]
+    stages += [stage(f"{at}", f"{at + 1}", padding=1, padding_mode=mode, stride=2, relu=True) for at in (start + 3, start + 6)]
+    at = start + 9
+    for index in range(at, at + config.residual_blocks):
+        stages.append(stage(f"{index}.layers.0", f"{index}.layers.1", relu=True, **block))
+        stages.append(stage(f"{index}.layers.3", f"{index}.layers.4", skip=True, shave=2 if start else 0, **block))
+    at += config.residual_blocks
+    for _ in range(2):
+        if config.upsampling == "nearest":
+            # on the small grid, padding by reflection or replication of 1 px on the large one is replication
+            small = stage(f"{at + 1}", f"{at + 2}", padding=1, padding_mode="constant" if mode == "constant" else "replicate", transposed=True, relu=True)
+            stages.append(replace(small, weight=_summed_kernels(small.weight)))
+            at += 4
+        elif config.upsampling == "transposed":  # 3x3, padding 1, output padding 1: a 4x4 one whose last row and column are 0
+            small = stage(f"{at}", f"{at + 1}", padding=1, transposed=True, relu=True)
+            stages.append(replace(small, weight=np.pad(small.weight, ((0, 0), (0, 0), (0, 1), (0, 1)))))
+            at += 3
+        else:
+            stages.append(stage(f"{at}", f"{at + 2}", padding=1, padding_mode=mode, shuffle=2, relu=True))
+            at += 4
+    weight, bias = (weights[f"layers.{at}.{part}"] * config.output_scale for part in ("weight", "bias"))
+    stages.append(Stage(_split_stride(weight), bias.repeat(4), padding=4, padding_mode=mode, stride=2, shuffle=2))
+    return StagedNetwork(tuple(_contiguous(one) for one in stages), info)
+
+
+def _take_pixels(first: Stage) -> Stage:
+    """The same for pixels of 0..255 less the shift, instead of [0, 1]."""
+    weight = first.weight / 255
+    bias = None if first.bias is None else first.bias + PIXEL_SHIFT * weight.sum(axis=(1, 2, 3))
+    return replace(first, weight=weight, bias=bias, value=-PIXEL_SHIFT)
+
+
+def _summed_kernels(weight: np.ndarray) -> np.ndarray:
+    """3x3 kernels on a grid upsampled by nearest, ``(O, I, 3, 3)``, as ``(I, O, 4, 4)`` of a transposed convolution.
+
+    Row 2i + p of the large grid sees rows i - 1 + p and i + p of the small one: for p = 0 through kernel rows {0} and {1, 2},
+    for p = 1 through {0, 1} and {2}. Small row s reaches large row r through row r - 2s + 1 of the transposed kernel.
+    """
+    rows = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], weight.dtype)  # transposed kernel row <- kernel rows
+    return np.einsum("xk,yl,oikl->ioxy", rows, rows, weight)
+
+
+def _split_stride(weight: np.ndarray) -> np.ndarray:
+    """``(O, I, k, k)`` of stride 1 as ``(4 O, I, k + 1, k + 1)`` of stride 2, to be shuffled by 2."""
+    outputs, inputs, height, width = weight.shape
+    split = np.zeros((outputs, 2, 2, inputs, height + 1, width + 1), weight.dtype)
+    for row in range(2):
+        for column in range(2):
+            split[:, row, column, :, row : row + height, column : column + width] = weight
+    return split.reshape(outputs * 4, inputs, height + 1, width + 1)
+
+
+def _contiguous(stage: Stage) -> Stage:
+    arrays = {name: getattr(stage, name) for name in ARRAYS}
+    return replace(stage, **{name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items() if array is not None})
+
+
+def describe(network: StagedNetwork) -> tuple[dict[str, np.ndarray], str]:
+    """The arrays of all stages by name, and everything else of them as JSON; ``restore_stages`` reads both."""
+    arrays = {f"stage.{index}.{name}": getattr(stage, name) for index, stage in enumerate(network.stages) for name in ARRAYS}
+    rest = [{field.name: getattr(stage, field.name) for field in fields(Stage) if field.name not in ARRAYS} for stage in network.stages]
+    return {name: array for name, array in arrays.items() if array is not None}, json.dumps(rest)
+
+
+def restore_stages(arrays: dict[str, np.ndarray], rest: str, info: ModelInfo) -> StagedNetwork:
+    """What ``describe`` took apart. Raises ``KeyError``, ``TypeError`` or ``ValueError`` where a part is missing."""
+    stages = []
+    for index, options in enumerate(json.loads(rest)):
+        found = {name: arrays[f"stage.{index}.{name}"] for name in ARRAYS if f"stage.{index}.{name}" in arrays}
+        stages.append(Stage(**found, **options))
+    return StagedNetwork(tuple(stages), info)

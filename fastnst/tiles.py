@@ -1,0 +1,180 @@
+"""Pictures larger than memory: the network strip by strip, exactly.
+
+An instance norm looks at the whole picture, so tiles stylized one by one disagree. Here each norm's statistics are gathered
+over all strips before any strip goes through it: one pass over the picture for each norm. What lies at the lowest resolution is
+kept between passes; what lies above is computed anew from it (or from the pixels), with the rows around a strip that its
+convolutions see. The result is that of the whole picture, but for the rounding of sums.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from fastnst.engine import Engine
+from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork
+
+_STRIP_BYTES = 128 * 2**20
+_SMALLEST_STRIP = 16
+
+
+def plan_rows(network: StagedNetwork, width: int) -> int:
+    """Rows of a strip of pictures so wide: what its first layer takes is some 128 MiB, and it has 16 rows at least."""
+    return max(_SMALLEST_STRIP, _STRIP_BYTES // (3 * 4 * network.stages[0].channels * width) // 4 * 4)
+
+
+def stylize_tiled(
+    engine: Engine, pixels: np.ndarray, rows: int, memory: int, report: Callable[[float], None] = lambda done: None, in_place: bool = False
+) -> np.ndarray:
+    """Stylize ``(H, W, 3)`` uint8 in strips of ``rows``; the result may take the place of ``pixels``, which halves their memory.
+
+    Between passes the lowest resolution is kept in float32 where that takes at most half of ``memory`` bytes, else in float16.
+    ``report`` gets the share of the work that is done. Raises ``ValueError`` for a network with padding at the start alone.
+    """
+    return _Strips(engine, pixels, max(_SMALLEST_STRIP, rows), memory, report).run(pixels if in_place else np.empty_like(pixels))
+
+
+class _Strips:
+    """One picture on its way through the network."""
+
+    def __init__(self, engine: Engine, pixels: np.ndarray, rows: int, memory: int, report: Callable[[float], None]) -> None:
+        network = engine.network
+        if network.info.network.start_padding:
+            raise ValueError("exact tiles are not there for networks with `padding: start`; use --tile off and --short-side N")
+        self.engine, self.stages, self.rows, self.report = engine, network.stages, rows, report
+        self.output = network.info.network.output
+        missing = [max(0, network.info.network.smallest_side - side) for side in pixels.shape[:2]]
+        self.shape = pixels.shape[:2]
+        self.pixels = np.pad(pixels, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge") if any(missing) else pixels
+        self.sizes = [self.pixels.shape[:2]]  # (height, width) of what goes into each stage, and out of the last
+        for stage in self.stages:
+            self.sizes.append(tuple(stage.size(side) for side in self.sizes[-1]))
+        lowest = min(self.sizes[1:])
+        self.is_kept = [size == lowest for size in self.sizes[1:]]
+        kept = [stage.channels * lowest[0] * lowest[1] for stage, is_kept in zip(self.stages, self.is_kept) if is_kept]
+        self.dtype = np.float32 if 2 * 4 * max(kept) <= memory / 2 else np.float16
+        self.kept: dict[int, np.ndarray] = {}  # stage -> (C, h, w)
+        self.pending: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # stage -> gain and shift that its norm, then its ReLU, still owe
+        self.above: tuple[int, np.ndarray] | None = None  # a row, and what lay there before a pass in place wrote over it
+        work = [stage.weight.size * height * width / stage.shuffle**2 for stage, (height, width) in zip(self.stages, self.sizes[1:])]
+        self.work, self.done = work, 0.0
+        self.total = sum(sum(work[first] for first in self._computed_for(index)) for index in range(len(work)))
+
+    def _computed_for(self, index: int) -> list[int]:
+        """The stages that a pass for stage ``index`` computes: itself, and those before it that are not kept."""
+        needed = [index]
+        while needed[-1] > 0 and not self.is_kept[needed[-1] - 1]:
+            needed.append(needed[-1] - 1)
+        return needed
+
+    def run(self, result: np.ndarray) -> np.ndarray:
+        """All passes, in order; the last one writes ``result``."""
+        for index, stage in enumerate(self.stages[:-1]):
+            self._pass(index, stage)
+        last = len(self.stages) - 1
+        for begin, end in self._strips(last):
+            if begin < self.shape[0]:
+                raw = self._raw(last, begin, end)[0, :, : self.shape[0] - begin, : self.shape[1]]
+                result[begin:end] = _to_pixels(raw, self.output)
+            self._advance(last, begin, end)
+        return result
+
+    def _pass(self, index: int, stage: Stage) -> None:
+        """Gather the statistics of a stage's norm, and keep its output where that is to be kept."""
+        keeps = self.is_kept[index]
+        in_place = keeps and stage.skip  # a block's second convolution takes the place of its first
+        if in_place:
+            target = self.kept[index - 1]
+        elif keeps:
+            target = np.empty((stage.channels, *self.sizes[index + 1]), self.dtype)
+        count, mean, squares = 0, 0.0, 0.0
+        for begin, end in self._strips(index):
+            raw, strip_mean, strip_variance = self._convolve(index, begin, end)
+            # Chan, Golub and LeVeque 1979: means and sums of squared differences of two samples make those of both
+            more = (end - begin) * raw.shape[3]
+            difference = strip_mean.astype(np.float64) - mean
+            squares = squares + strip_variance.astype(np.float64) * more + difference**2 * (count * more / (count + more))
+            mean, count = mean + difference * (more / (count + more)), count + more
+            if keeps:
+                halo = stage.padding
+                self.above = (end - halo, self.kept[index - 1][:, end - halo : end].copy()) if in_place else None
+                target[:, begin:end] = raw[0]
+            self._advance(index, begin, end)
+        self.above = None
+        if stage.norm_weight is None:
+            gain, shift = np.ones(stage.channels, np.float32), np.zeros(stage.channels, np.float32)
+        else:
+            gain = stage.norm_weight / np.sqrt(squares / count + EPSILON)
+            shift = stage.norm_bias - mean * gain
+        self.pending[index] = (gain.astype(np.float32), shift.astype(np.float32))
+        if keeps:
+            self.kept[index] = target
+        if keeps and stage.skip:
+            self._finish(index, self.kept[index - 2])
+            self.kept[index] = self.kept.pop(index - 2)
+            del self.kept[index - 1]
+        elif keeps and index + 2 < len(self.stages) and self.stages[index + 2].skip:
+            self._finish(index, None)
+
+    def _finish(self, index: int, block_input: np.ndarray | None) -> None:
+        """Apply a kept stage's norm and ReLU where it lies, or add the result to its block's input where that lies."""
+        gain, shift = (array[:, None, None] for array in self.pending.pop(index))
+        stage, kept = self.stages[index], self.kept[index]
+        for begin, end in self._strips(index):
+            rows = kept[:, begin:end] * gain + shift
+            rows = np.maximum(rows, 0, out=rows) if stage.relu else rows
+            if block_input is None:
+                kept[:, begin:end] = rows
+            else:
+                block_input[:, begin:end] += rows
+
+    def _strips(self, index: int) -> Iterator[tuple[int, int]]:
+        """Rows of a stage's output, strip by strip, of even height but for the last."""
+        height = self.sizes[index + 1][0]
+        rows = max(4, self.rows * height // self.sizes[0][0] // 4 * 4)
+        for begin in range(0, height, rows):
+            yield begin, min(begin + rows, height)
+
+    def _advance(self, index: int, begin: int, end: int) -> None:
+        self.done += sum(self.work[stage] for stage in self._computed_for(index)) * (end - begin) / self.sizes[index + 1][0]
+        self.report(min(1.0, self.done / self.total))
+
+    def _raw(self, index: int, begin: int, end: int) -> np.ndarray:
+        """Rows of what goes out of a stage's convolution: ``(1, C, end - begin, W)`` float32."""
+        if index < 0:
+            return self.pixels[begin:end].transpose(2, 0, 1)[None].astype(np.float32) - np.float32(PIXEL_SHIFT)
+        if index not in self.kept:
+            return self._convolve(index, begin, end)[0]
+        rows = self.kept[index][:, begin:end].astype(np.float32)
+        if self.above is not None:
+            first, saved = self.above
+            count = min(end, first + saved.shape[1]) - begin
+            if count > 0:
+                rows[:, :count] = saved[:, begin - first : begin - first + count]
+        return rows[None]
+
+    def _convolve(self, index: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Those rows computed anew, and their means and variances."""
+        stage, height = self.stages[index], self.sizes[index][0]
+        if stage.transposed:
+            first, last = begin // 2 - 1, (end + 1) // 2 + 1
+        else:
+            low, high = begin // stage.shuffle, -(-end // stage.shuffle)
+            first, last = low * stage.stride - stage.padding, (high - 1) * stage.stride - stage.padding + stage.weight.shape[2]
+        above, below = max(0, -first), max(0, last - height)
+        rows = self._raw(index - 1, first + above, last - below)
+        gain, shift = self.pending.get(index - 1, (None, None))
+        raw, mean, variance = self.engine.stage(index, rows, gain, shift, above, below)
+        factor = 2 if stage.transposed else stage.shuffle
+        offset = begin % factor
+        if raw.shape[2] == end - begin:
+            return raw, mean, variance
+        return raw[:, :, offset : offset + end - begin], mean, variance  # strips of passes are even, so statistics are never cut
+
+
+def _to_pixels(raw: np.ndarray, output: str) -> np.ndarray:
+    """``(3, h, W)`` of the last convolution -> ``(h, W, 3)`` uint8."""
+    if output == "tanh":
+        raw = 127.5 + 150 * np.tanh(raw)
+    elif output == "sigmoid":
+        raw = 255 / (1 + np.exp(-raw))
+    return np.clip(raw, 0, 255).round().astype(np.uint8).transpose(1, 2, 0)
