@@ -13,6 +13,7 @@ from tqdm import tqdm
 VERBS = {
     "train": "fit a network to one painting, on a folder of photos",
     "stylize": "apply a trained model to photos",
+    "export": "write a model as ONNX, for other programs and machines without torch",
     "optimize": "the reference: optimize a single picture, slowly (Gatys et al.)",
     "preview": "see how a painting will come out, before training",
     "publish": "turn a training run into a style to ship",
@@ -58,10 +59,11 @@ def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | No
         return 2
 
 
-def parser(verb: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """A parser with the flags that every command has."""
+def parser(verb: str, description: str, epilog: str = "", device: bool = True) -> argparse.ArgumentParser:
+    """A parser with the flag that nearly every command has."""
     p = argparse.ArgumentParser(prog=f"fastnst {verb}", description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--device", default="auto", metavar="auto|cpu|cuda|mps", help="where to compute (auto: a GPU where there is one)")
+    if device:
+        p.add_argument("--device", default="auto", metavar="auto|cpu|cuda|mps", help="where to compute (auto: a GPU where there is one)")
     return p
 
 
@@ -115,10 +117,10 @@ class _PlainBar(tqdm):
         return write_line
 
 
-def progress_bar(total: int, initial: int = 0, unit: str = "step") -> tqdm:
+def progress_bar(total: int, initial: int = 0, unit: str = "step", shown: bool = True) -> tqdm:
     """A bar on stderr with rate and time left; where stderr is a file, a line every half minute."""
-    if sys.stderr.isatty():
-        return tqdm(total=total, initial=initial, unit=unit, dynamic_ncols=True, mininterval=0.2, smoothing=0.1)
+    if not shown or sys.stderr.isatty():
+        return tqdm(disable=not shown, total=total, initial=initial, unit=unit, dynamic_ncols=True, mininterval=0.2, smoothing=0.1)
     return _PlainBar(total=total, initial=initial, unit=unit, mininterval=30, smoothing=0.1, ascii=True)
 
 

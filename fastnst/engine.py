@@ -4,12 +4,13 @@ All engines take and give the same arrays, ``(N, H, W, 3)`` uint8 or ``(N, 3, H,
 """
 
 import importlib.util
+from collections.abc import Callable
 from functools import cache, cached_property
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from fastnst.runtime import cpu_flags, cpu_threads, gpu_is_likely, resolve_device
+from fastnst.runtime import cpu_flags, cpu_threads, free_memory, gpu_is_likely, keep_freed_memory, resolve_device
 from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork
 
 ENGINES = ("auto", "openvino", "onnxruntime", "torch")
@@ -24,6 +25,11 @@ class Engine(Protocol):
     device: str
     precision: str
     network: StagedNetwork
+    bytes_per_pixel: int  # that a picture takes in memory while it is stylized, measured
+    batch: int  # how many small pictures at once pay
+
+    def free_memory(self) -> int:
+        """Bytes that the device has free."""
 
     def run(self, pictures: np.ndarray, pixels: Pixels = "uint8") -> np.ndarray:
         """Stylize ``(N, H, W, 3)`` uint8 (``pixels`` uint8), or ``(N, 3, H, W)`` float32 in [0, 1] (float): the same kind and size."""
@@ -64,79 +70,66 @@ def is_installed(engine: str) -> bool:
     return all(importlib.util.find_spec(package) for package in ([engine] if engine == "torch" else [engine, "onnx"]))
 
 
-class OpenVinoEngine:
-    """OpenVINO on a CPU."""
+class _GraphEngine:
+    """What OpenVINO and ONNX Runtime share: both run ONNX graphs of the network, or of a stage, made when they are first needed."""
 
-    name, device = "openvino", "cpu"
+    device, batch = "cpu", 1
+    free_memory = staticmethod(free_memory)
 
     def __init__(self, network: StagedNetwork, precision: str = "auto") -> None:
-        import openvino
-
         self.network = network
         self.precision = _cpu_precision(self.name, precision)
-        self._core = openvino.Core()
-        self._run = cache(self._whole)
-        self._stage = cache(self._alone)
+        self._whole = cache(lambda pixels: self._load(onnx_graph().network_graph(network, pixels).SerializeToString()))
+        self._alone = cache(lambda index: self._load(onnx_graph().stage_graph(network.stages[index], network.stages[index - 1] if index else None).SerializeToString()))
 
-    def _compile(self, model: Any) -> Any:
-        hint = {"float32": "f32", "bfloat16": "bf16"}[self.precision]
-        options = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": cpu_threads(), "PERFORMANCE_HINT": "LATENCY"}
-        return self._core.compile_model(self._core.read_model(model.SerializeToString()), "CPU", options).create_infer_request()
-
-    def _whole(self, pixels: Pixels) -> Any:
-        from fastnst.onnx_graph import network_graph
-
-        return self._compile(network_graph(self.network, pixels))
-
-    def _alone(self, index: int) -> Any:
-        from fastnst.onnx_graph import stage_graph
-
-        return self._compile(stage_graph(self.network.stages[index], self.network.stages[index - 1] if index else None))
+    @property
+    def bytes_per_pixel(self) -> int:
+        return self.network.stages[0].channels * self._bytes[self.precision]
 
     def run(self, pictures: np.ndarray, pixels: Pixels = "uint8") -> np.ndarray:
-        return self._run(pixels).infer({"pixels": np.ascontiguousarray(pictures)}, share_inputs=True)["stylized"]
+        return self._whole(pixels)({"pixels": np.ascontiguousarray(pictures)})[0]
 
     def stage(self, index, rows, gain, shift, above, below):
-        found = self._stage(index).infer(_stage_inputs(self.network.stages[index], rows, gain, shift, above, below, bool(index)), share_inputs=True)
-        return found["raw"], found["mean"].ravel(), found["variance"].ravel()
+        side = self.network.stages[index].padding
+        inputs = {"rows": rows, "padding": np.array([0, 0, above, side, 0, 0, below, side], np.int64)}
+        if index:
+            gain = np.ones(rows.shape[1], np.float32) if gain is None else gain
+            shift = np.zeros(rows.shape[1], np.float32) if shift is None else shift
+            inputs |= {"gain": gain.reshape(1, -1, 1, 1), "shift": shift.reshape(1, -1, 1, 1)}
+        raw, mean, variance = self._alone(index)(inputs)
+        return raw, mean.ravel(), variance.ravel()
+
+    def _load(self, model: bytes) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
+        raise NotImplementedError
 
 
-class OnnxRuntimeEngine:
+class OpenVinoEngine(_GraphEngine):
+    """OpenVINO on a CPU."""
+
+    name, _bytes = "openvino", {"bfloat16": 5, "float32": 10}
+
+    def _load(self, model):
+        import openvino
+
+        options = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[self.precision], "INFERENCE_NUM_THREADS": cpu_threads()}
+        core = openvino.Core()
+        request = core.compile_model(core.read_model(model), "CPU", options).create_infer_request()
+        return lambda inputs: list(request.infer(inputs, share_inputs=True).values())
+
+
+class OnnxRuntimeEngine(_GraphEngine):
     """ONNX Runtime on a CPU."""
 
-    name, device = "onnxruntime", "cpu"
+    name, _bytes = "onnxruntime", {"float32": 46}
 
-    def __init__(self, network: StagedNetwork, precision: str = "auto") -> None:
-        self.network = network
-        self.precision = _cpu_precision(self.name, precision)
-        self._run = cache(self._whole)
-        self._stage = cache(self._alone)
-
-    def _session(self, model: Any) -> Any:
+    def _load(self, model):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = cpu_threads()
         options.log_severity_level = 3  # it warns of constants that it folded itself
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-    def _whole(self, pixels: Pixels) -> Any:
-        from fastnst.onnx_graph import network_graph
-
-        return self._session(network_graph(self.network, pixels))
-
-    def _alone(self, index: int) -> Any:
-        from fastnst.onnx_graph import stage_graph
-
-        return self._session(stage_graph(self.network.stages[index], self.network.stages[index - 1] if index else None))
-
-    def run(self, pictures: np.ndarray, pixels: Pixels = "uint8") -> np.ndarray:
-        return self._run(pixels).run(["stylized"], {"pixels": np.ascontiguousarray(pictures)})[0]
-
-    def stage(self, index, rows, gain, shift, above, below):
-        inputs = _stage_inputs(self.network.stages[index], rows, gain, shift, above, below, bool(index))
-        raw, mean, variance = self._stage(index).run(["raw", "mean", "variance"], inputs)
-        return raw, mean.ravel(), variance.ravel()
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return lambda inputs: session.run(None, inputs)
 
 
 class TorchEngine:
@@ -152,11 +145,19 @@ class TorchEngine:
         self.device = str(self._device)
         if self._device.type == "cpu":
             precision = _cpu_precision(self.name, precision)
+            keep_freed_memory()
         elif precision == "auto":
             precision = "float16" if self._device.type == "cuda" else "float32"
         self.precision = precision
         self._dtype = getattr(torch, precision)
+        self.bytes_per_pixel = network.stages[0].channels * (17 if precision == "float32" else 10)
+        self.batch = 1 if self._device.type == "cpu" else 16
         self._layout = torch.channels_last if self._device.type == "cuda" else torch.contiguous_format
+
+    def free_memory(self) -> int:
+        import torch
+
+        return torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else free_memory()
 
     @cached_property
     def _stages(self) -> list[dict[str, Any]]:
@@ -236,13 +237,11 @@ class TorchEngine:
             return x.cpu().numpy(), mean.cpu().numpy(), variance.cpu().numpy()
 
 
-def _stage_inputs(stage: Stage, rows: np.ndarray, gain: np.ndarray | None, shift: np.ndarray | None, above: int, below: int, normed: bool) -> dict[str, np.ndarray]:
-    inputs = {"rows": rows, "padding": np.array([0, 0, above, stage.padding, 0, 0, below, stage.padding], np.int64)}
-    if normed:
-        count = rows.shape[1]
-        inputs["gain"] = (np.ones(count, np.float32) if gain is None else gain).reshape(1, -1, 1, 1)
-        inputs["shift"] = (np.zeros(count, np.float32) if shift is None else shift).reshape(1, -1, 1, 1)
-    return inputs
+def onnx_graph():
+    """The module, imported when it is first needed: torch alone can do without the onnx package."""
+    from fastnst import onnx_graph
+
+    return onnx_graph
 
 
 def _cpu_precision(engine: str, precision: str) -> str:

@@ -90,6 +90,42 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
 
 
+class Ranks:
+    """Context of the processes that torchrun started; alone, one of one, without importing torch."""
+
+    def __init__(self) -> None:
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    def device(self, name: str) -> str:
+        """The device of this process: each takes a GPU of its own where they are asked for by kind."""
+        if self.count > 1 and (name == "cuda" or (name == "auto" and resolve_device(name).type == "cuda")):
+            return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        return name
+
+    def sum(self, *counts: int) -> list[int]:
+        """The sums over all processes; waits for them."""
+        if self.count == 1:
+            return list(counts)
+        import torch
+
+        sums = torch.tensor(counts)
+        torch.distributed.all_reduce(sums)
+        return sums.tolist()
+
+    def __enter__(self) -> Ranks:
+        if self.count > 1:
+            import torch
+
+            torch.distributed.init_process_group("gloo")
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self.count > 1 and kind is None:
+            import torch
+
+            torch.distributed.destroy_process_group()
+
+
 class StopRequest:
     """Context in which Ctrl-C and SIGTERM ask for a stop instead of killing; a second Ctrl-C kills.
 

@@ -162,6 +162,6 @@ def restore_stages(arrays: dict[str, np.ndarray], rest: str, info: ModelInfo) ->
     """What ``describe`` took apart. Raises ``KeyError``, ``TypeError`` or ``ValueError`` where a part is missing."""
     stages = []
     for index, options in enumerate(json.loads(rest)):
-        found = {name: arrays[f"stage.{index}.{name}"] for name in ARRAYS if f"stage.{index}.{name}" in arrays}
+        found = {name: arrays[f"stage.{index}.{name}"].copy() for name in ARRAYS if f"stage.{index}.{name}" in arrays}
         stages.append(Stage(**found, **options))
     return StagedNetwork(tuple(stages), info)

@@ -1,103 +1,216 @@
-"""Apply a trained model: one forward pass for each picture. Knows nothing of losses, data sets or training."""
+"""Apply a trained model: one forward pass for each picture. Knows nothing of losses, data sets or training, nor needs torch."""
 
-import glob
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from PIL import Image
 
-from fastnst.checkpoint import load_model
-from fastnst.image import resize, to_pil, to_tensor
-from fastnst.model import ModelInfo
-from fastnst.network import TransformNetwork
-from fastnst.picture import READABLE, WRITABLE, ImageSize, check_writable, count_kinds, find_images, open_rgb, save_picture
-from fastnst.runtime import resolve_device
+from fastnst.engine import Engine, load_engine
+from fastnst.jobs import Job
+from fastnst.model import ModelInfo, damaged, read_model
+from fastnst.picture import ImageSize, open_rgb, save_picture
+from fastnst.stages import StagedNetwork, fold
+from fastnst.tiles import plan_rows, stylize_tiled
+
+_MEMORY_SHARE = 0.8  # of what is free, for one picture
+_LARGE = 60_000_000  # bytes of a decoded picture from which on fewer are held ready
 
 
 class Stylizer:
-    """A model on a device, ready to be called: ``Stylizer.from_file("model.safetensors")(image)``."""
+    """A model on a device, ready to be called: ``Stylizer.from_file("model.safetensors")(image)``.
 
-    def __init__(self, network: TransformNetwork, info: ModelInfo, device: torch.device) -> None:
-        self.network = network.to(device).eval()
-        self.info = info
-        self.device = device
+    ``tile``: ``auto`` goes strip by strip where the whole picture needs more memory than is free, ``off`` never does, a number
+    always does, in strips of so many rows. Strips change no pixel by more than 1/255 (in float32). ``notice`` is called
+    with a sentence where something is done in another way than expected.
+    """
+
+    def __init__(self, engine: Engine, tile: str | int = "auto", notice: Callable[[str], None] = lambda message: None) -> None:
+        self.engine = engine
+        self.info: ModelInfo = engine.network.info
+        self.tile = _parse_tile(tile)
+        self.notice = notice
 
     @classmethod
-    def from_file(cls, model: str | Path, device: str = "auto") -> "Stylizer":
-        """Load a model file; raises as ``load_model`` and ``resolve_device``."""
-        return cls(*load_model(model), resolve_device(device))
+    def from_file(cls, model: str | Path, device: str = "auto", engine: str = "auto", precision: str = "auto", tile: str | int = "auto") -> Stylizer:
+        """Load a model file, ``.safetensors`` or ``.onnx``; raises as ``load_network`` and ``load_engine``."""
+        return cls(load_engine(load_network(model), device, engine, precision), tile)
 
-    @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Tensor:
-        """``(N, 3, H, W)`` RGB in [0, 1], any size -> the same shape, in [0, 1], on the device of ``images``."""
-        return self.network(images.to(self.device)).clamp_(0, 1).to(images.device)
+    def __call__(self, image: Any) -> Any:
+        """Stylize one or more pictures of any size; what comes out is of the kind and size that went in.
 
-    def stylize_file(self, source: Path, target: Path, size: ImageSize = ImageSize(), quality: int = 95) -> None:
-        """Stylize one picture file, alpha kept. Raises ``OSError`` or ``ValueError`` naming the file."""
-        picture, alpha = open_rgb(source)
-        shape = size.of(picture.height, picture.width)
-        try:
-            stylized = self(resize(to_tensor(picture), shape))
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError) or "memory" in str(error).lower():
-                raise OSError(f"{source}: {shape[1]}x{shape[0]} pixels need more memory than {self.device} has free; use --short-side N") from error
-            raise
-        save_picture(to_pil(stylized), target, None if alpha is None else alpha.resize((shape[1], shape[0])), quality)
+        A PIL image (alpha is kept), a numpy array ``(H, W, 3)`` or ``(N, H, W, 3)`` of uint8, a torch tensor
+        ``(N, 3, H, W)`` of RGB in [0, 1] on any device, or a path, which gives a PIL image. Raises ``TypeError`` or ``ValueError`` for anything else.
+        """
+        if isinstance(image, (str, Path)):
+            picture, alpha = open_rgb(image)
+            return self._with_alpha(picture, alpha)
+        if isinstance(image, Image.Image):
+            alpha = image.convert("RGBA").getchannel("A") if "A" in image.getbands() or "transparency" in image.info else None
+            return self._with_alpha(image.convert("RGB"), alpha)
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != 3:
+                raise ValueError(f"got an array of {image.dtype} and shape {image.shape}, need uint8 (H, W, 3) or (N, H, W, 3)")
+            return self.pictures(image[None])[0] if image.ndim == 3 else self.pictures(image)
+        if type(image).__module__.split(".")[0] == "torch":
+            return self._tensor(image)
+        raise TypeError(f"got a {type(image).__name__}, need a path, a PIL image, a numpy array or a torch tensor")
+
+    def pictures(self, pixels: np.ndarray, report: Callable[[float], None] = lambda done: None, in_place: bool = False) -> np.ndarray:
+        """``(N, H, W, 3)`` uint8 -> the same; ``in_place`` lets strips overwrite ``pixels``. Raises ``MemoryError`` where even strips are too large."""
+        count, height, width = pixels.shape[:3]
+        free = self.engine.free_memory()
+        if self.tile == "off" or (self.tile == "auto" and height * width * count * self.engine.bytes_per_pixel <= _MEMORY_SHARE * free):
+            try:
+                return self.engine.run(pixels)
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if self.tile == "off":
+                    raise MemoryError(f"{width}x{height} pixels need more memory than {self.engine.device} has free; use --tile auto, or --short-side N") from error
+                self.notice(f"{width}x{height} pixels did not fit into the memory of {self.engine.device}; going on in strips")
+        rows = self.tile if isinstance(self.tile, int) else plan_rows(self.engine.network, width)
+        return np.stack([self._strips(one, rows, report, in_place) for one in pixels]) if count > 1 else self._strips(pixels[0], rows, report, in_place)[None]
+
+    def _strips(self, pixels: np.ndarray, rows: int, report: Callable[[float], None], in_place: bool) -> np.ndarray:
+        while True:
+            try:
+                return stylize_tiled(self.engine, pixels, rows, self.engine.free_memory(), report, in_place)
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error) or rows <= 16:
+                    raise
+                rows = max(16, rows // 2)
+                self.notice(f"strips did not fit either; going on with {rows} rows each")
+
+    def _with_alpha(self, picture: Image.Image, alpha: Image.Image | None) -> Image.Image:
+        stylized = Image.fromarray(self.pictures(np.asarray(picture)[None])[0])
+        return stylized if alpha is None else Image.merge("RGBA", (*stylized.split(), alpha))
+
+    def _tensor(self, images: Any) -> Any:
+        import torch
+
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(f"got a tensor of {images.dtype} and shape {tuple(images.shape)}, need floats (N, 3, H, W) in [0, 1]")
+        if hasattr(self.engine, "run_tensor"):
+            return self.engine.run_tensor(images.detach().to(self.engine.device, torch.float32), "float").to(images.device, images.dtype)
+        return torch.from_numpy(self.engine.run(images.detach().cpu().float().numpy(), "float")).to(images.device, images.dtype)
+
+
+def load_network(model: str | Path) -> StagedNetwork:
+    """The network of a model file, ready for an engine. Raises ``FileNotFoundError``, or ``ValueError`` naming the file and what is wrong."""
+    if Path(model).suffix.lower() == ".onnx":
+        from fastnst.onnx_graph import load_onnx
+
+        return load_onnx(model)
+    weights, info = read_model(model)
+    try:
+        return fold(weights, info)
+    except (KeyError, ValueError, IndexError) as error:
+        raise damaged(Path(model), error) from error
 
 
 @dataclass(frozen=True)
-class Job:
-    """One picture to read and where its stylized version goes."""
+class Done:
+    """What became of a job: ``error`` is None where its target was written."""
 
-    source: Path
-    target: Path
+    job: Job
+    error: Exception | None = None
 
 
-def plan_jobs(inputs: list[str], output: str) -> list[Job]:
-    """What ``--input`` and ``--output`` mean: a list of files to read and write.
+def stylize_files(
+    stylizer: Stylizer,
+    jobs: Iterable[Job],
+    size: ImageSize = ImageSize(),
+    quality: int = 95,
+    report: Callable[[float], None] = lambda done: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Done]:
+    """Stylize files, each alone or batched with its neighbours of the same size; alpha is kept, a failure costs its own file only.
 
-    Each input is a file, a folder (searched recursively, names below it kept) or a glob pattern. ``output`` is a file for a
-    single file, else a folder. In a folder a picture keeps its format where it can be written, else it becomes a PNG.
-    Raises ``ValueError`` or ``FileNotFoundError`` where an input names nothing, two pictures would share an output, or a
-    picture would overwrite one that is read.
+    Pictures are decoded ahead and written behind while the network runs; at most a handful is in memory.
+    ``report`` gets the share done of a picture that goes in strips.
     """
-    folder = Path(output)
-    found: list[tuple[Path, Path]] = []  # (source, name below the output folder)
-    for text in inputs:
-        path = Path(text)
-        if path.is_dir():
-            below = [image for image in find_images(path) if not _lies_in(image, folder) or _lies_in(path, folder)]
-            if not below:
-                raise FileNotFoundError(f"--input {text}: no pictures in this folder; looked for {', '.join(READABLE)}, found {count_kinds(path)}")
-            found += [(image, image.relative_to(path)) for image in below]
-        elif path.is_file():
-            found.append((path, Path(path.name)))
-        else:
-            matches = sorted(Path(match) for match in glob.glob(text, recursive=True) if Path(match).is_file())
-            if not matches:
-                raise FileNotFoundError(f"--input {text}: no such file or folder, and no file matches it as a pattern")
-            found += [(match, Path(match.name)) for match in matches]
-
-    single = len(found) == 1 and not Path(inputs[0]).is_dir()
-    if single and folder.suffix and not folder.is_dir() and not output.endswith("/"):
-        check_writable(folder)
-        jobs = [Job(found[0][0], folder)]
-    else:
-        if folder.is_file() or folder.suffix.lower() in WRITABLE:
-            raise ValueError(f"--output {output} is a file name, need a folder for {len(found)} pictures")
-        jobs = [Job(source, folder / (name if name.suffix.lower() in WRITABLE else name.with_suffix(".png"))) for source, name in found]
-
-    taken: dict[Path, Path] = {}
-    sources = {job.source.resolve() for job in jobs}
-    for job in jobs:
-        if job.target.resolve() in sources:
-            raise ValueError(f"--output would overwrite the input {job.target}; choose another --output")
-        other = taken.setdefault(job.target, job.source)
-        if other.resolve() != job.source.resolve():
-            raise ValueError(f"{other} and {job.source} would both be written to {job.target}; stylize them into separate folders")
-    return list({job.target: job for job in jobs}.values())
+    waiting, ahead = deque(jobs), 2 + stylizer.engine.batch
+    decoding: deque[tuple[Job, Future]] = deque()
+    writing: deque[tuple[Job, Future]] = deque()
+    with ThreadPoolExecutor(2) as readers, ThreadPoolExecutor(2) as writers:
+        try:
+            while (waiting or decoding) and not should_stop():
+                while waiting and len(decoding) < ahead:
+                    job = waiting.popleft()
+                    decoding.append((job, readers.submit(_decode, job.source, size)))
+                batch: list[tuple[Job, np.ndarray, Any]] = []
+                while decoding and (not batch or (len(batch) < _fitting(stylizer, batch[0][1]) and _is_alike(decoding[0], batch[0][1]))):
+                    job, future = decoding.popleft()
+                    try:
+                        batch.append((job, *future.result()))
+                    except (OSError, ValueError, MemoryError) as error:
+                        yield Done(job, _named(error, job))
+                if batch:
+                    ahead = 2 + stylizer.engine.batch if batch[0][1].size < _LARGE else 1
+                    try:
+                        stylized = stylizer.pictures(np.stack([pixels for _, pixels, _ in batch]) if len(batch) > 1 else batch[0][1][None], report, in_place=True)
+                    except (MemoryError, ValueError) as error:
+                        for job, _, _ in batch:
+                            yield Done(job, _named(error, job))
+                        continue
+                    for (job, _, alpha), pixels in zip(batch, stylized):
+                        writing.append((job, writers.submit(save_picture, Image.fromarray(pixels), job.target, alpha, quality)))
+                while len(writing) > ahead or (writing and writing[0][1].done()):
+                    yield _written(*writing.popleft())
+            while writing:
+                yield _written(*writing.popleft())
+        finally:
+            for _, future in decoding:
+                future.cancel()
 
 
-def _lies_in(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
+def _decode(source: Path, size: ImageSize) -> tuple[np.ndarray, Image.Image | None]:
+    picture, alpha = open_rgb(source)
+    height, width = size.of(picture.height, picture.width)
+    if (width, height) != picture.size:
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        alpha = alpha and alpha.resize((width, height), Image.Resampling.BICUBIC)
+    return np.array(picture), alpha
+
+
+def _fitting(stylizer: Stylizer, pixels: np.ndarray) -> int:
+    """How many pictures of this size make a batch: some 2 million pixels, where batches pay."""
+    return max(1, min(stylizer.engine.batch, 2_000_000 // (pixels.shape[0] * pixels.shape[1])))
+
+
+def _is_alike(next_one: tuple[Job, Future], pixels: np.ndarray) -> bool:
+    future = next_one[1]
+    return future.done() and future.exception() is None and future.result()[0].shape == pixels.shape
+
+
+def _written(job: Job, future: Future) -> Done:
+    try:
+        future.result()
+    except (OSError, ValueError) as error:
+        return Done(job, _named(error, job))
+    return Done(job)
+
+
+def _named(error: Exception, job: Job) -> Exception:
+    """The error, naming the file it is about."""
+    text = str(error) or type(error).__name__
+    return error if str(job.source) in text or str(job.target) in text else OSError(f"{job.source}: {text}")
+
+
+def _parse_tile(tile: str | int) -> str | int:
+    if tile in ("auto", "off"):
+        return tile
+    if str(tile).isdigit() and int(tile) >= 16:
+        return int(tile)
+    raise ValueError(f"--tile: got {tile!r}, need auto, off or the rows of a strip, 16 or more")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in ("out of memory", "allocate", "bad_alloc", "bad alloc", "memory"))

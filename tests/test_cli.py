@@ -47,7 +47,7 @@ def test_help_tells_flags_and_an_example(way, verb, tmp_path):
     done = run([*command(way, verb), "--help"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"usage: fastnst {verb}" in done.stdout
-    assert "--device" in done.stdout and "examples:" in done.stdout
+    assert ("--device" in done.stdout or verb == "export") and "examples:" in done.stdout
 
 
 @pytest.mark.parametrize(

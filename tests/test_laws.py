@@ -22,6 +22,11 @@ NOUNS = {
     "image": {"picture"},
     "video": {"config", "files", "picture"},
     "model": {"config", "files"},
+    "stages": {"model"},
+    "onnx_graph": {"files", "model", "stages"},
+    "engine": {"onnx_graph", "runtime", "stages"},
+    "tiles": {"engine", "stages"},
+    "jobs": {"picture"},
     "network": {"model"},
     "loss_network": {"config"},
     "losses": {"config", "loss_network"},
@@ -36,8 +41,8 @@ ALLOWED_TO_VERBS = {
     "optimize": set(NOUNS),
     "evaluate": set(NOUNS),
     "distill": set(NOUNS),
-    "stylize": {"config", "files", "runtime", "image", "picture", "video", "checkpoint", "model", "network"},
-    "export": {"config", "files", "runtime", "network", "checkpoint"},
+    "stylize": {"engine", "jobs", "model", "onnx_graph", "picture", "stages", "tiles", "video"},
+    "export": {"checkpoint", "engine", "model", "onnx_graph", "stages"},
 }
 # Scripts that are no verb of their own: they put verbs together, or draw.
 COMPOSED = {"preview": {"train", "optimize"}, "publish": {"train"}, "quickstart": {"stylize", "scripts"}, "draw_style": set()}

@@ -1,4 +1,4 @@
-"""Applying a model: which files are read and written, and what comes out of the network."""
+"""Applying a model: every kind of picture in and out, and files as a user has them."""
 
 import importlib
 from pathlib import Path
@@ -13,10 +13,11 @@ import fastnst
 from fastnst.checkpoint import save_model
 from fastnst.cli import run
 from fastnst.image import to_tensor
+from fastnst.jobs import Job
 from fastnst.model import NetworkConfig
 from fastnst.network import TransformNetwork
 from fastnst.picture import ImageSize
-from fastnst.stylize import Job, Stylizer, plan_jobs
+from fastnst.stylize import Stylizer, stylize_files
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +31,13 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def stylizer(model) -> Stylizer:
-    return Stylizer.from_file(model, "cpu")
+    return Stylizer.from_file(model, "cpu", precision="float32")
 
 
-def names(jobs: list[Job], output: Path) -> dict[str, str]:
-    """Source name -> target below the output folder."""
-    return {job.source.name: job.target.relative_to(output).as_posix() for job in jobs}
+def stylize_file(stylizer, source, target, size=ImageSize()):
+    (done,) = stylize_files(stylizer, [Job(source, target)], size)
+    if done.error:
+        raise done.error
 
 
 @pytest.fixture
@@ -43,110 +45,6 @@ def stylize_command(model):
     """The command in this process: ``stylize_command("--input", ...)`` gives its exit code."""
     main = importlib.import_module("fastnst.scripts.stylize").main
     return lambda *arguments: run(main, ["--model", str(model), "--device", "cpu", *map(str, arguments)])
-
-
-# Which file goes where
-
-
-def test_one_file_to_one_file(photos, tmp_path):
-    source, target = photos / "photo_00.jpg", tmp_path / "out.png"
-    assert plan_jobs([str(source)], str(target)) == [Job(source, target)]
-
-
-@pytest.mark.parametrize("output", ["out", "out/", "out.d/"])
-def test_one_file_to_a_folder_keeps_its_name(photos, tmp_path, output):
-    (job,) = plan_jobs([str(photos / "photo_00.jpg")], f"{tmp_path}/{output}")
-    assert job.target == tmp_path / output / "photo_00.jpg"
-
-
-def test_one_file_to_an_existing_folder_with_a_dot(photos, tmp_path):
-    (tmp_path / "v1.0").mkdir()
-    (job,) = plan_jobs([str(photos / "photo_00.jpg")], str(tmp_path / "v1.0"))
-    assert job.target == tmp_path / "v1.0" / "photo_00.jpg"
-
-
-def test_a_folder_is_searched_recursively_and_keeps_its_tree(photos, tmp_path):
-    (photos / "notes.txt").write_text("not a picture")
-    (photos / ".hidden.jpg").write_bytes(b"")
-    found = names(plan_jobs([str(photos)], str(tmp_path / "out")), tmp_path / "out")
-    assert len(found) == 12
-    assert found["photo_11.bmp"] == "more/photo_11.bmp"
-    assert found["photo_02.webp"] == "photo_02.webp"
-
-
-@pytest.mark.parametrize("pattern, count", [("*.png", 4), ("photo_0[0-2].*", 3), ("**/*.bmp", 1)])
-def test_a_pattern_names_the_files_that_match(photos, tmp_path, pattern, count):
-    assert len(plan_jobs([str(photos / pattern)], str(tmp_path / "out"))) == count
-
-
-def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
-    source = tmp_path / "photo[1].png"
-    synthetic_photo(0).save(source)
-    assert plan_jobs([str(source)], str(tmp_path / "out.png")) == [Job(source, tmp_path / "out.png")]
-
-
-def test_a_kind_that_cannot_be_written_becomes_png(tmp_path):
-    synthetic_photo(0).save(tmp_path / "animation.gif")
-    (job,) = plan_jobs([str(tmp_path / "animation.gif")], str(tmp_path / "out"))
-    assert job.target == tmp_path / "out" / "animation.png"
-
-
-def test_the_same_picture_named_twice_is_stylized_once(photos, tmp_path):
-    inputs = [str(photos / "photo_00.jpg"), str(photos / "more" / ".." / "photo_00.jpg"), str(photos)]
-    jobs = plan_jobs(inputs, str(tmp_path / "out"))
-    assert len(jobs) == 12
-
-
-def test_results_inside_the_input_folder_are_not_stylized_again(photos):
-    output = photos / "stylized"
-    output.mkdir()
-    synthetic_photo(5).save(output / "photo_00.jpg")
-    jobs = plan_jobs([str(photos)], str(output))
-    assert len(jobs) == 12
-    assert all(output not in job.source.parents for job in jobs)
-
-
-def test_two_pictures_for_one_name_are_refused_naming_both(photos, tmp_path):
-    synthetic_photo(50).save(photos / "more" / "photo_00.jpg")
-    with pytest.raises(ValueError, match="(?s)photo_00.jpg and .*more.photo_00.jpg"):
-        plan_jobs([str(photos / "photo_00.jpg"), str(photos / "more" / "photo_00.jpg")], str(tmp_path / "out"))
-
-
-def test_gif_and_png_of_one_name_are_refused(tmp_path):
-    for suffix in ("gif", "png"):
-        synthetic_photo(0).save(tmp_path / f"a.{suffix}")
-    with pytest.raises(ValueError, match="a.gif and .*a.png"):
-        plan_jobs([str(tmp_path / "a.gif"), str(tmp_path / "a.png")], str(tmp_path / "out"))
-
-
-@pytest.mark.parametrize("inputs, output", [(["photo_00.jpg"], "photo_00.jpg"), (["photo_00.jpg"], "more/../photo_00.jpg"), ([""], "")])
-def test_an_input_is_never_overwritten(photos, inputs, output):
-    with pytest.raises(ValueError, match="overwrite the input"):
-        plan_jobs([str(photos / text) for text in inputs], str(photos / output))
-
-
-@pytest.mark.parametrize("output", ["out.jpg", "out.PNG"])
-def test_several_pictures_need_a_folder(photos, tmp_path, output):
-    with pytest.raises(ValueError, match="need a folder for 12 pictures"):
-        plan_jobs([str(photos)], str(tmp_path / output))
-
-
-def test_a_suffix_that_cannot_be_written_is_refused(photos, tmp_path):
-    with pytest.raises(ValueError, match=r"cannot write \.gif"):
-        plan_jobs([str(photos / "photo_00.jpg")], str(tmp_path / "out.gif"))
-
-
-@pytest.mark.parametrize("missing", ["nothing.jpg", "nothing/*.jpg"])
-def test_an_input_that_names_nothing_is_reported(tmp_path, missing):
-    with pytest.raises(FileNotFoundError, match="--input"):
-        plan_jobs([str(tmp_path / missing)], str(tmp_path / "out"))
-
-
-def test_a_folder_without_pictures_says_what_it_holds(tmp_path):
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.txt").write_text("a")
-    with pytest.raises(FileNotFoundError, match=r"found 1 \.txt"):
-        plan_jobs([str(tmp_path / "texts")], str(tmp_path / "out"))
 
 
 # What comes out
@@ -182,7 +80,7 @@ def test_the_package_offers_the_stylizer(model):
 
 def test_a_file_holds_what_the_network_gave(stylizer, tmp_path):
     synthetic_photo(0).save(tmp_path / "in.png")
-    stylizer.stylize_file(tmp_path / "in.png", tmp_path / "out.png")
+    stylize_file(stylizer, tmp_path / "in.png", tmp_path / "out.png")
     expected = stylizer(to_tensor(synthetic_photo(0))).mul(255).round()[0].permute(1, 2, 0).numpy()
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), expected.astype(np.uint8))
 
@@ -192,7 +90,7 @@ def test_transparency_is_kept(stylizer, tmp_path):
     alpha = Image.linear_gradient("L").resize(picture.size)
     picture.putalpha(alpha)
     picture.save(tmp_path / "in.png")
-    stylizer.stylize_file(tmp_path / "in.png", tmp_path / "out.png")
+    stylize_file(stylizer, tmp_path / "in.png", tmp_path / "out.png")
     out = Image.open(tmp_path / "out.png")
     assert out.mode == "RGBA"
     assert np.array_equal(np.asarray(out.getchannel("A")), np.asarray(alpha))
@@ -202,21 +100,109 @@ def test_transparency_is_scaled_with_the_picture(stylizer, tmp_path):
     picture = synthetic_photo(0, 64, 48)
     picture.putalpha(Image.new("L", picture.size, 100))
     picture.save(tmp_path / "in.png")
-    stylizer.stylize_file(tmp_path / "in.png", tmp_path / "out.png", ImageSize(short_side=24))
+    stylize_file(stylizer, tmp_path / "in.png", tmp_path / "out.png", ImageSize(short_side=24))
     out = Image.open(tmp_path / "out.png")
     assert out.size == (32, 24)
     assert out.getchannel("A").getextrema() == (100, 100)
 
 
-def test_too_little_memory_names_file_size_and_way_out(stylizer, tmp_path, monkeypatch):
-    synthetic_photo(0, 64, 48).save(tmp_path / "in.png")
+def test_too_little_memory_goes_on_in_strips_and_says_so(stylizer, tmp_path, monkeypatch):
+    picture = np.asarray(synthetic_photo(0, 64, 48))
+    whole = stylizer(picture)
 
-    def exhausted(_):
+    def exhausted(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr(stylizer.network, "forward", exhausted)
-    with pytest.raises(OSError, match=r"in\.png: 64x48 .*--short-side"):
-        stylizer.stylize_file(tmp_path / "in.png", tmp_path / "out.png")
+    said = []
+    monkeypatch.setattr(stylizer.engine, "run", exhausted)
+    monkeypatch.setattr(stylizer, "notice", said.append)
+    assert np.abs(stylizer(picture).astype(int) - whole).max() <= 1
+    assert len(said) == 1 and "64x48 pixels did not fit" in said[0]
+    monkeypatch.setattr(stylizer, "tile", "off")
+    with pytest.raises(MemoryError, match="64x48 .*--tile auto, or --short-side"):
+        stylizer(picture)
+
+
+def test_auto_goes_in_strips_where_the_picture_needs_more_than_is_free(stylizer, monkeypatch):
+    picture = np.asarray(synthetic_photo(0, 64, 48))
+    whole = stylizer(picture)
+    monkeypatch.setattr(stylizer.engine, "free_memory", lambda: 64 * 48 * stylizer.engine.bytes_per_pixel)  # four fifths of it are too little
+    monkeypatch.setattr(stylizer.engine, "run", lambda *_: pytest.fail("ran whole"))
+    assert np.abs(stylizer(picture).astype(int) - whole).max() <= 1
+
+
+@pytest.mark.parametrize("tile", ["often", "-4", "8", "1.5"])
+def test_a_tile_that_is_none_is_named(stylizer, tile):
+    with pytest.raises(ValueError, match=f"--tile: got '{tile}', need auto, off"):
+        Stylizer(stylizer.engine, tile)
+
+
+def test_the_same_kind_comes_out_as_went_in(stylizer, tmp_path):
+    picture = synthetic_photo(0, 40, 30)
+    picture.save(tmp_path / "in.png")
+    array = np.asarray(picture)
+    expected = stylizer(array)
+    assert (expected.shape, expected.dtype) == ((30, 40, 3), np.uint8)
+    assert np.array_equal(stylizer(array[None])[0], expected)
+    assert np.array_equal(np.asarray(stylizer(picture)), expected)
+    assert np.array_equal(np.asarray(stylizer(tmp_path / "in.png")), expected)
+    assert np.array_equal(np.asarray(stylizer(str(tmp_path / "in.png"))), expected)
+    tensor = stylizer(to_tensor(picture))
+    assert tensor.shape == (1, 3, 30, 40) and tensor.dtype == torch.float32
+    assert np.abs(tensor[0].permute(1, 2, 0).numpy() * 255 - expected).max() <= 0.51  # but for rounding
+    transparent = picture.copy()
+    transparent.putalpha(77)
+    assert stylizer(transparent).mode == "RGBA" and stylizer(transparent).getchannel("A").getextrema() == (77, 77)
+
+
+@pytest.mark.parametrize(
+    "image, error, message",
+    [
+        (np.zeros((4, 4, 3)), ValueError, "got an array of float64 and shape .4, 4, 3."),
+        (np.zeros((4, 4), np.uint8), ValueError, "need uint8 .H, W, 3."),
+        (torch.zeros(3, 4, 4), ValueError, "need floats .N, 3, H, W."),
+        (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), ValueError, "torch.uint8"),
+        (7, TypeError, "got a int, need a path"),
+    ],
+)
+def test_what_is_no_picture_is_named(stylizer, image, error, message):
+    with pytest.raises(error, match=message):
+        stylizer(image)
+
+
+def test_pictures_of_one_size_are_batched_where_that_pays(stylizer, photos, tmp_path, monkeypatch):
+    sources = []
+    for index, size in enumerate([(40, 30)] * 5 + [(30, 40)]):
+        sources.append(tmp_path / f"{index}.png")
+        synthetic_photo(index, *size).save(sources[-1])
+    (tmp_path / "2.png").write_bytes(b"damaged")
+    jobs = [Job(source, tmp_path / "out" / source.name) for source in sources]
+    counts, run = [], stylizer.engine.run
+    monkeypatch.setattr(stylizer.engine, "batch", 16)
+    monkeypatch.setattr(stylizer.engine, "run", lambda pictures: counts.append(len(pictures)) or run(pictures))
+    found = {done.job.source.name: done.error for done in stylize_files(stylizer, jobs)}
+    assert [name for name, error in found.items() if error] == ["2.png"]
+    assert sum(counts) == 5
+    for index in (0, 1, 3, 4, 5):
+        alone = run(np.asarray(Image.open(sources[index]).convert("RGB"))[None])[0]
+        assert np.array_equal(np.asarray(Image.open(jobs[index].target)), alone)
+
+
+def test_memory_stays_flat_over_many_files(stylizer, tmp_path):
+    """At most a handful of decoded pictures is held: the generator has not read further than it has yielded."""
+    source = tmp_path / "in.png"
+    synthetic_photo(0).save(source)
+    read = []
+
+    class Jobs:
+        def __iter__(self):
+            for index in range(40):
+                read.append(index)
+                yield Job(source, tmp_path / "out" / f"{index}.png")
+
+    for number, _ in enumerate(stylize_files(stylizer, list(Jobs())), 1):
+        written = len(list((tmp_path / "out").glob("[0-9]*.png")))
+        assert written - number <= 8
 
 
 # The command
@@ -256,6 +242,23 @@ def test_an_output_that_exists_is_kept_without_the_flag(stylize_command, photos,
     assert Image.open(target).size == (60, 50)
 
 
+def test_skip_existing_goes_on_where_a_run_stopped(stylize_command, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert stylize_command("--input", photos / "photo_00.jpg", "--output", out) == 0
+    before = (out / "photo_00.jpg").stat().st_mtime_ns
+    assert stylize_command("--input", photos, "--output", out, "--skip-existing") == 0
+    assert "11 of 12 stylized, 1 there already" in capsys.readouterr().out
+    assert (out / "photo_00.jpg").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("tile", [16, "off", "auto"])
+def test_tile_changes_no_picture(stylize_command, photos, tmp_path, tile):
+    for name, flags in (("plain", []), ("tiled", ["--tile", tile])):
+        assert stylize_command("--input", photos / "photo_01.png", "--output", tmp_path / f"{name}.png", "--precision", "float32", *flags) == 0
+    plain, tiled = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("plain", "tiled"))
+    assert np.abs(plain - tiled).max() <= 1
+
+
 def test_quality_changes_the_size_of_a_jpeg(stylize_command, photos, tmp_path):
     for quality in (10, 95):
         assert stylize_command("--input", photos / "photo_00.jpg", "--output", tmp_path / f"{quality}.jpg", "--quality", quality) == 0
@@ -271,6 +274,9 @@ def test_quality_changes_the_size_of_a_jpeg(stylize_command, photos, tmp_path):
         (["--input", "in.png", "--output", "out.png", "--model", "nothing.safetensors"], "nothing.safetensors"),
         (["--input", "in.png", "--output", "out.png", "--model", "in.png"], "in.png"),
         (["--input", "in.png", "--output", "out.png", "--device", "toaster"], "toaster"),
+        (["--input", "in.png", "--output", "out.png", "--engine", "steam"], "--engine: got 'steam'"),
+        (["--input", "in.png", "--output", "out.png", "--precision", "int3"], "--precision: got 'int3'"),
+        (["--input", "in.png", "--output", "out.png", "--tile", "3"], "--tile: got '3'"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(stylize_command, tmp_path, monkeypatch, capsys, arguments, message):

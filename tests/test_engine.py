@@ -1,0 +1,126 @@
+"""Every engine gives the pictures of TransformNetwork in eager float32, whatever the architecture and the size."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_stages import staged
+
+from fastnst import engine as engines
+from fastnst.engine import ENGINES, is_installed, load_engine
+
+ARCHITECTURES = [
+    {"norm": norm, "padding": padding, "upsampling": upsampling}
+    for norm, padding, upsampling in itertools.product(("instance", "batch"), ("reflect", "replicate", "zeros", "start"), ("nearest", "transposed", "subpixel"))
+] + [{"output": "sigmoid"}, {"output": "linear", "output_scale": 20.0}, {"residual_blocks": 0}]
+NAMES = [name for name in ENGINES if name != "auto"]
+
+
+def photo(height: int, width: int, count: int = 1) -> np.ndarray:
+    return np.random.default_rng(height).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def eager(network: torch.nn.Module, pictures: np.ndarray) -> np.ndarray:
+    """``(N, H, W, 3)`` in 0..255, not rounded."""
+    with torch.inference_mode():
+        return network(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255
+
+
+def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.mean((picture.astype(float) - reference) ** 2)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda options: "-".join(map(str, options.values())))
+def test_an_engine_is_the_network(name, architecture):
+    network, stages = staged(**architecture)
+    engine = load_engine(stages, "cpu", name, "float32")
+    for height, width in ((37, 53), (3, 20)):
+        pictures = photo(height, width, 2)
+        assert np.abs(engine.run(pictures) - eager(network, pictures)).max() <= 0.51  # rounding to whole levels
+    images = np.ascontiguousarray(pictures.transpose(0, 3, 1, 2), np.float32) / 255
+    assert np.abs(engine.run(images, "float").transpose(0, 2, 3, 1) * 255 - eager(network, pictures)).max() <= 0.02
+
+
+@pytest.mark.parametrize("name", ["openvino", "torch"])
+def test_bfloat16_is_above_45_db(name):
+    network, stages = staged(width=16, residual_blocks=3, output_scale=0.125)
+    picture = photo(64, 96)
+    engine = load_engine(stages, "cpu", name, "bfloat16")
+    assert engine.precision == "bfloat16"
+    assert psnr(engine.run(picture), eager(network, picture)) > 45
+
+
+def test_shipped_styles_are_above_45_db_in_what_auto_chooses():
+    from skimage import data
+
+    from fastnst.checkpoint import load_model
+    from fastnst.cli import shipped_styles
+    from fastnst.stylize import load_network
+
+    picture = data.astronaut()[None, 100:300, 100:340]
+    for path in shipped_styles().values():
+        assert psnr(load_engine(load_network(path), "cpu").run(picture), eager(load_model(path)[0], picture)) > 45, path
+
+
+@pytest.mark.parametrize("flags, expected", [(frozenset({"avx512_bf16"}), "bfloat16"), (frozenset({"amx_bf16"}), "bfloat16"), (frozenset({"avx2"}), "float32")])
+def test_auto_precision_follows_the_cpu(monkeypatch, flags, expected):
+    monkeypatch.setattr(engines, "cpu_flags", lambda: flags)
+    _, stages = staged()
+    assert load_engine(stages, "cpu", "openvino").precision == expected
+    assert load_engine(stages, "cpu", "torch").precision == expected
+    assert load_engine(stages, "cpu", "onnxruntime").precision == "float32"  # it has no bfloat16 convolutions
+
+
+@pytest.mark.parametrize("missing, expected", [((), "openvino"), (("openvino",), "onnxruntime"), (("onnx",), "torch"), (("openvino", "onnxruntime"), "torch")])
+def test_auto_takes_the_best_engine_that_is_installed(monkeypatch, missing, expected):
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None if name in missing else name)
+    _, stages = staged()
+    assert load_engine(stages, "cpu").name == expected
+
+
+def test_auto_on_a_gpu_is_torch(monkeypatch):
+    monkeypatch.setattr(engines, "gpu_is_likely", lambda: True)
+    _, stages = staged()
+    assert load_engine(stages).name == "torch"
+    assert load_engine(stages, "cpu").name == "openvino"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("cpu", "steam"), "--engine: got 'steam', need one of auto, openvino"),
+        (("cpu", "auto", "int3"), "--precision: got 'int3'"),
+        (("cpu", "openvino", "float16"), "--precision float16 is not there on a CPU .*use auto, float32 or bfloat16"),
+        (("cpu", "onnxruntime", "bfloat16"), "--precision bfloat16 .*use auto, float32$"),
+        (("cuda", "openvino"), "--engine openvino computes on the CPU, got --device cuda"),
+        (("toaster",), "device 'toaster' is not known"),
+    ],
+)
+def test_what_is_not_there_is_named(arguments, message):
+    _, stages = staged()
+    with pytest.raises(ValueError, match=message):
+        load_engine(stages, *arguments)
+
+
+def test_an_engine_that_is_not_installed_says_how_to(monkeypatch):
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    _, stages = staged()
+    assert not is_installed("openvino")
+    with pytest.raises(ValueError, match=r"pip install 'fastnst\[openvino\]'"):
+        load_engine(stages, "cpu", "openvino")
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_a_photo_is_stylized_without_importing_torch(name, tmp_path):
+    code = (
+        "import sys; from fastnst.cli import run, shipped_styles; from fastnst.scripts import stylize; import numpy as np; from PIL import Image\n"
+        f"Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(r'{tmp_path}/in.png')\n"
+        f"code = run(stylize.main, ['--style', 'wave', '--device', 'cpu', '--engine', '{name}', '--input', r'{tmp_path}/in.png', '--output', r'{tmp_path}/out.png'])\n"
+        "assert code == 0 and not {'torch', 'torchvision', 'tensorboard'} & set(sys.modules), code"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert (tmp_path / "out.png").exists()

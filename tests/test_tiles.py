@@ -1,0 +1,85 @@
+"""Strips of a picture make the picture: statistics over all of it, no seams."""
+
+import itertools
+
+import numpy as np
+import pytest
+from test_engine import photo
+from test_stages import staged
+
+from fastnst.engine import load_engine
+from fastnst.tiles import plan_rows, stylize_tiled
+
+PLENTY, LITTLE = 10**12, 0  # of memory: float32 between passes, float16
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime", "torch"])
+@pytest.mark.parametrize("height, width", [(137, 53), (300, 16), (64, 48), (33, 9)])
+def test_strips_are_the_whole(name, height, width):
+    _, stages = staged(residual_blocks=2)
+    engine = load_engine(stages, "cpu", name, "float32")
+    picture = photo(height, width)[0]
+    whole = engine.run(picture[None])[0].astype(int)
+    for memory in (PLENTY, LITTLE):
+        assert np.abs(stylize_tiled(engine, picture, 16, memory) - whole).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "norm, padding, upsampling", list(itertools.product(("instance", "batch"), ("reflect", "replicate", "zeros"), ("nearest", "transposed", "subpixel")))
+)
+def test_every_architecture(norm, padding, upsampling):
+    _, stages = staged(norm=norm, padding=padding, upsampling=upsampling)
+    engine = load_engine(stages, "cpu", "torch", "float32")
+    picture = photo(101, 37)[0]
+    assert np.abs(stylize_tiled(engine, picture, 16, PLENTY) - engine.run(picture[None])[0].astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("blocks", [0, 5])
+def test_every_depth_and_strip(blocks):
+    _, stages = staged(residual_blocks=blocks)
+    engine = load_engine(stages, "cpu", "torch", "float32")
+    picture = photo(120, 24)[0]
+    whole = engine.run(picture[None])[0].astype(int)
+    for rows in (16, 20, 64, 500):
+        assert np.abs(stylize_tiled(engine, picture, rows, PLENTY) - whole).max() <= 1
+
+
+def test_strips_without_common_statistics_would_differ():
+    """The test above can fail: strips stylized one by one are another picture."""
+    _, stages = staged()
+    engine = load_engine(stages, "cpu", "torch", "float32")
+    picture = photo(96, 32)[0]
+    picture[:48] //= 4
+    alone = np.concatenate([engine.run(half[None])[0] for half in (picture[:48], picture[48:])])
+    assert np.abs(alone.astype(int) - engine.run(picture[None])[0]).max() > 10
+
+
+def test_in_place_writes_over_the_picture_and_else_leaves_it():
+    _, stages = staged()
+    engine = load_engine(stages, "cpu", "torch", "float32")
+    picture = photo(60, 20)[0]
+    before = picture.copy()
+    result = stylize_tiled(engine, picture, 16, PLENTY)
+    assert np.array_equal(picture, before)
+    assert stylize_tiled(engine, picture, 16, PLENTY, in_place=True) is picture
+    assert np.array_equal(picture, result)
+
+
+def test_progress_goes_up_to_one():
+    _, stages = staged()
+    shares = []
+    stylize_tiled(load_engine(stages, "cpu", "torch", "float32"), photo(60, 20)[0], 16, PLENTY, shares.append)
+    assert shares == sorted(shares) and shares[0] < 0.2 and shares[-1] == pytest.approx(1)
+
+
+def test_padding_at_the_start_alone_is_refused_with_a_way_out():
+    _, stages = staged(padding="start")
+    with pytest.raises(ValueError, match="padding: start.*--tile off and --short-side"):
+        stylize_tiled(load_engine(stages, "cpu", "torch"), photo(60, 20)[0], 16, PLENTY)
+
+
+def test_rows_of_a_strip():
+    _, stages = staged(width=32)
+    # 128 MiB / (3 tensors x 4 bytes x 32 channels x 12,000 px) = 29.1, a multiple of 4
+    assert plan_rows(stages, 12_000) == 28
+    assert plan_rows(stages, 10**6) == 16
