@@ -20,7 +20,11 @@ NOUNS = {
     "schedule": {"config"},
     "picture": {"config", "files"},
     "image": {"picture"},
-    "video": {"config", "files", "picture"},
+    "video_input": {"picture"},
+    "video_output": {"config", "files", "picture", "video_input"},
+    "streaming": {"picture", "video_input", "video_output"},
+    "motion": set(),
+    "preview_page": set(),
     "model": {"config", "files"},
     "network": {"model"},
     "loss_network": {"config"},
@@ -36,7 +40,7 @@ ALLOWED_TO_VERBS = {
     "optimize": set(NOUNS),
     "evaluate": set(NOUNS),
     "distill": set(NOUNS),
-    "stylize": {"config", "files", "runtime", "image", "picture", "video", "checkpoint", "model", "network"},
+    "stylize": {"config", "files", "runtime", "image", "picture", "checkpoint", "model", "network"},
     "export": {"config", "files", "runtime", "network", "checkpoint"},
 }
 # Scripts that are no verb of their own: they put verbs together, or draw.
@@ -119,8 +123,13 @@ def modules_after(statement: str) -> set[str]:
 def test_applying_a_model_loads_nothing_of_training():
     loaded = modules_after("import fastnst.stylize")
     assert "fastnst.stylize" in loaded
-    foreign = {"torchvision", "tensorboard", "torch.utils.tensorboard", "onnx", "onnxruntime", "av"}
+    foreign = {"torchvision", "tensorboard", "torch.utils.tensorboard", "onnx", "onnxruntime", "av", "cv2"}
     assert loaded & (foreign | {f"fastnst.{module}" for module in TRAINING}) == set()
+
+
+@pytest.mark.parametrize("module", ["video_input", "video_output", "streaming", "motion", "preview_page"])
+def test_video_modules_load_neither_torch_nor_what_they_may_not_need(module):
+    assert modules_after(f"import fastnst.{module}") & {"torch", "av", "cv2"} == set()
 
 
 @pytest.mark.parametrize("statement", ["import fastnst", "import fastnst.cli", "import fastnst.scripts.train, fastnst.scripts.stylize"])
