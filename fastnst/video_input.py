@@ -19,7 +19,7 @@ from fastnst.picture import READABLE, ImageSize, open_rgb
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp", ".flv", ".wmv", ".ogv", ".y4m")
 PICTURES_PER_SECOND = Fraction(25)
 _NUMBERED = re.compile(r"%0?(\d*)d")
-_BT709, _BT601, _BT2020 = 1, 5, 9  # matrix coefficients and primaries, as ITU-T H.273 numbers them
+_BT709, _BT601 = 1, 5  # matrix coefficients, as ITU-T H.273 numbers them
 _PQ, _HLG = 16, 18  # transfer characteristics of high dynamic range, ITU-T H.273
 _LIMITED, _FULL = 1, 2  # FFmpeg's color ranges
 
@@ -138,8 +138,9 @@ def _open_container(name: str, size: ImageSize, say: Callable[[str], None], form
     # A cover picture of a sound file is a video stream of one frame, and no video.
     streams = [stream for stream in container.streams.video if not stream.disposition & av.stream.Disposition.attached_pic]
     if not streams:
+        found = ", ".join(stream.type for stream in container.streams)
         container.close()
-        raise OSError(f"{name}: there is no video in it, only {', '.join(stream.type for stream in container.streams) or 'nothing'}")
+        raise OSError(f"{name}: there is no video in it, only {found or 'nothing'}")
     stream = streams[0]
     stream.thread_type = "AUTO"
     rate = stream.average_rate or stream.guessed_rate or PICTURES_PER_SECOND
@@ -161,7 +162,7 @@ def _open_container(name: str, size: ImageSize, say: Callable[[str], None], form
 
 def _decoded(container, stream, video: VideoInput, size: ImageSize, say: Callable[[str], None]) -> Iterator[Frame]:
     av = import_av()
-    info = video.info
+    info, reformat = video.info, av.video.reformatter.VideoReformatter().reformat
     shape, number, last = None, 0, None
     last_duration = 1 / info.rate
     packets = container.demux(stream)
@@ -199,18 +200,21 @@ def _decoded(container, stream, video: VideoInput, size: ImageSize, say: Callabl
                 time = last + info.time_base  # clocks that stand still or run backwards: encoders need them to advance
             last_duration = frame.duration * frame.time_base if frame.duration else 1 / info.rate
             last = time
-            yield Frame(_upright(_to_rgb(frame, shape), frame), time, last_duration, number)
+            yield Frame(_upright(_to_rgb(frame, shape, reformat), frame), time, last_duration, number)
 
 
-def _to_rgb(frame, shape: tuple[int, int]) -> np.ndarray:
-    """A decoded frame -> uint8 RGB of ``shape``, by the frame's own matrix and range, or the usual ones where it tells none."""
+def _to_rgb(frame, shape: tuple[int, int], reformat: Callable) -> np.ndarray:
+    """A decoded frame -> uint8 RGB of ``shape``, by the frame's own matrix and range, or the usual ones where it tells none.
+
+    ``reformat``: of one ``VideoReformatter`` for the whole video, which keeps its tables.
+    """
     from av.video.reformatter import Interpolation
 
     # Without these flags FFmpeg cuts off instead of rounding (0.7 of 255 too dark) and repeats chroma instead of interpolating it.
     options = {"interpolation": Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP}
     options.update(width=shape[1], height=shape[0], dst_color_range=_FULL)
     if any(component.is_alpha for component in frame.format.components) or frame.format.has_palette:
-        rgba = frame.reformat(format="rgba", **options).to_ndarray()
+        rgba = reformat(frame, format="rgba", **options).to_ndarray()
         if (rgba[..., 3] == 255).all():
             return np.ascontiguousarray(rgba[..., :3])
         alpha = rgba[..., 3:].astype(np.uint16)
@@ -219,9 +223,27 @@ def _to_rgb(frame, shape: tuple[int, int]) -> np.ndarray:
         full = frame.color_range == _FULL or frame.format.name.startswith(("yuvj", "gray"))
         known = frame.colorspace not in (0, 2, 3)  # RGB, unspecified, reserved
         options.update(src_colorspace=frame.colorspace if known else _BT709 if frame.height >= 720 else _BT601, src_color_range=_FULL if full else _LIMITED)
-    if frame.color_trc in (_PQ, _HLG) or frame.color_primaries == _BT2020:
-        options.update(dst_color_trc=1, dst_color_primaries=1)  # BT.709
-    return frame.reformat(format="rgb24", **options).to_ndarray()
+    if frame.color_trc in (_PQ, _HLG):
+        return _standard_range(reformat(frame, format="rgb48le", **options).to_ndarray(), frame.color_trc)
+    return reformat(frame, format="rgb24", **options).to_ndarray()
+
+
+def _standard_range(pixels: np.ndarray, transfer: int) -> np.ndarray:
+    """uint16 RGB of BT.2100 (high dynamic range) -> uint8 sRGB: reference white of 203 cd/m2 (BT.2408) becomes 255, brighter is cut off."""
+    signal = np.linspace(0, 1, 65536)
+    if transfer == _PQ:  # SMPTE ST 2084
+        power = signal ** (1 / 78.84375)
+        nits = 10_000 * (np.maximum(power - 0.8359375, 0) / (18.8515625 - 18.6875 * power)) ** (1 / 0.1593017578125)
+        light = (nits / 203).astype(np.float32)[pixels]
+    else:
+        scene = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - 0.55991073) / 0.17883277) + 0.28466892) / 12)
+        light = scene.astype(np.float32)[pixels]
+        luminance = light @ np.array((0.2627, 0.6780, 0.0593), np.float32)
+        light *= (luminance**0.2 * (1000 / 203))[..., None]  # the system gamma of 1.2 of a display of 1,000 cd/m2
+    to_bt709 = np.array(((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187)), np.float32)  # BT.2087
+    linear = np.linspace(0, 1, 4096)
+    srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return (srgb * 255 + 0.5).astype(np.uint8)[(np.clip(light @ to_bt709.T, 0, 1) * 4095 + 0.5).astype(np.uint16)]
 
 
 def _upright(pixels: np.ndarray, frame) -> np.ndarray:

@@ -131,7 +131,7 @@ class _VideoFile:
             context.time_base = stream.time_base = info.time_base
             context.colorspace = context.color_primaries = context.color_trc = _BT709
             context.color_range = _LIMITED
-            self.stream = stream
+            self.stream, self.reformat = stream, av.video.reformatter.VideoReformatter().reformat
             self.sound = _Sound(info, self.container, path, say) if info.audio else None
             try:
                 self.container.start_encoding()
@@ -148,8 +148,9 @@ class _VideoFile:
 
         pixels = np.pad(frame.pixels, self.padding, mode="edge") if any(sum(side) for side in self.padding) else frame.pixels
         accurate = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
-        picture = VideoFrame.from_ndarray(np.ascontiguousarray(pixels)).reformat(
-            format="yuv420p", dst_colorspace=_BT709, src_color_range=_FULL, dst_color_range=_LIMITED, interpolation=accurate
+        picture = VideoFrame.from_ndarray(np.ascontiguousarray(pixels))
+        picture = self.reformat(
+            picture, format="yuv420p", dst_colorspace=_BT709, src_color_range=_FULL, dst_color_range=_LIMITED, interpolation=accurate
         )
         base = self.stream.codec_context.time_base
         picture.time_base, picture.pts = base, round(frame.time / base)
