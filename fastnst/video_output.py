@@ -76,6 +76,8 @@ def create_video(
     """
     path = Path(path)
     check_writable_video(path)
+    if info.audio and (is_numbered(path) or path.suffix.lower() == ".gif"):
+        say(f"{path}: the sound is left out, as {'pictures have' if is_numbered(path) else 'a GIF has'} none")
     if is_numbered(path):
         yield _picture_writer(path, overwrite, picture_quality)
         return
@@ -274,8 +276,6 @@ class _GifFile:
 
     def __init__(self, path: Path, temporary: Path, info: VideoInfo, encoding: Encoding, say: Callable[[str], None], first: Frame) -> None:
         av = import_av()
-        if info.audio:
-            say(f"{path}: a GIF has no sound; it is left out")
         height, width = first.pixels.shape[:2]
         self.begin, self.waiting = first.time, None
         self.graph = av.filter.Graph()

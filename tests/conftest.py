@@ -109,10 +109,10 @@ def write_clip(path: Path, frames, times=None, *, rate=25, codec="libx264", pix_
             packet.duration = times[index + 1] - times[index]
             container.mux(packet)
         if tone:
-            wave = (0.3 * np.sin(2 * np.pi * 440 * np.arange(48 * times[-1]) / 48_000)).astype(np.float32)
+            wave = (0.3 * np.sin(2 * np.pi * 440 * np.arange(48 * (times[-1] - times[0])) / 48_000)).astype(np.float32)
             for begin in range(0, len(wave), 1024):
                 piece = av.AudioFrame.from_ndarray(wave[None, begin : begin + 1024], format="fltp", layout="mono")
-                piece.sample_rate, piece.pts, piece.time_base = 48_000, begin, Fraction(1, 48_000)
+                piece.sample_rate, piece.pts, piece.time_base = 48_000, begin + 48 * times[0], Fraction(1, 48_000)
                 container.mux(tone.encode(piece))
             container.mux(tone.encode(None))
     return path

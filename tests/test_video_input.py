@@ -84,9 +84,9 @@ def test_without_a_matrix_high_definition_is_bt709(tmp_path):
     assert np.abs(frame.pixels.astype(int) - (200, 60, 30)).max() <= 3
 
 
-@pytest.mark.parametrize("transfer, signal, gray", [(16, 0.58, 255), (18, 0.75, 255), (16, 0.413, 118), (16, 0, 0), (18, 0, 0)])
+@pytest.mark.parametrize("transfer, signal, gray", [(16, 0.58, 255), (18, 0.75, 255), (16, 0.411, 118), (16, 0, 0), (18, 0, 0)])
 def test_high_dynamic_range_is_brought_down(tmp_path, transfer, signal, gray):
-    """BT.2408: reference white lies at 58 % of the PQ and 75 % of the HLG signal; 41.3 % of PQ is 37 cd/m2, 0.18 of it, in sRGB 118."""
+    """BT.2408: reference white lies at 58 % of the PQ and 75 % of the HLG signal; 41.1 % of PQ is 37 cd/m2, 0.18 of it, in sRGB 118."""
     luma, chroma = round((16 + 219 * signal) * 4), 512
     planes = (np.full((32, 32), luma, np.uint16), *(np.full((16, 16), chroma, np.uint16),) * 2)
     clip = write_clip(tmp_path / "clip.mkv", [planes], codec="ffv1", pix_fmt="yuv420p10le", colorspace=9, color_range=1, color_trc=transfer, color_primaries=9)
