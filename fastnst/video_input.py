@@ -20,6 +20,9 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif", ".avi", ".mpg
 PICTURES_PER_SECOND = Fraction(25)
 _NUMBERED = re.compile(r"%0?(\d*)d")
 _BT709, _BT601 = 1, 5  # matrix coefficients, as ITU-T H.273 numbers them
+# FFmpeg's SWS_BICUBIC, _FULL_CHR_H_INT, _FULL_CHR_H_INP and _ACCURATE_RND. Without them it cuts off instead of rounding, 0.7 of 255
+# too dark, and repeats chroma instead of interpolating it.
+ACCURATE = 0x4 | 0x2000 | 0x4000 | 0x40000
 _PQ, _HLG = 16, 18  # transfer characteristics of high dynamic range, ITU-T H.273
 _LIMITED, _FULL = 1, 2  # FFmpeg's color ranges
 
@@ -192,6 +195,8 @@ def _decoded(container, stream, video: VideoInput, size: ImageSize, say: Callabl
             if shape is None:
                 width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
                 shape = size.of(frame.height, width)
+                if shape != (frame.height, width):
+                    shape = tuple(max(2, 2 * round(side / 2)) for side in shape)  # video files want even sides
             if frame.pts is None:
                 time = last + last_duration if last is not None else Fraction(0)
             else:
@@ -208,11 +213,7 @@ def _to_rgb(frame, shape: tuple[int, int], reformat: Callable) -> np.ndarray:
 
     ``reformat``: of one ``VideoReformatter`` for the whole video, which keeps its tables.
     """
-    from av.video.reformatter import Interpolation
-
-    # Without these flags FFmpeg cuts off instead of rounding (0.7 of 255 too dark) and repeats chroma instead of interpolating it.
-    options = {"interpolation": Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP}
-    options.update(width=shape[1], height=shape[0], dst_color_range=_FULL)
+    options = {"width": shape[1], "height": shape[0], "dst_color_range": _FULL, "interpolation": ACCURATE}
     if any(component.is_alpha for component in frame.format.components) or frame.format.has_palette:
         rgba = reformat(frame, format="rgba", **options).to_ndarray()
         if (rgba[..., 3] == 255).all():

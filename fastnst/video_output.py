@@ -16,7 +16,7 @@ from pydantic import Field
 from fastnst.config import Config
 from fastnst.files import atomic_write
 from fastnst.picture import check_writable, save_picture
-from fastnst.video_input import Frame, VideoInfo, import_av, is_numbered
+from fastnst.video_input import ACCURATE, Frame, VideoInfo, import_av, is_numbered
 
 WRITABLE_VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif")
 _BT709, _LIMITED, _FULL = 1, 1, 2  # ITU-T H.273; FFmpeg's color ranges
@@ -146,13 +146,11 @@ class _VideoFile:
 
     def write(self, frame: Frame) -> None:
         from av import VideoFrame
-        from av.video.reformatter import Interpolation
 
         pixels = np.pad(frame.pixels, self.padding, mode="edge") if any(sum(side) for side in self.padding) else frame.pixels
-        accurate = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
         picture = VideoFrame.from_ndarray(np.ascontiguousarray(pixels))
         picture = self.reformat(
-            picture, format="yuv420p", dst_colorspace=_BT709, src_color_range=_FULL, dst_color_range=_LIMITED, interpolation=accurate
+            picture, format="yuv420p", dst_colorspace=_BT709, src_color_range=_FULL, dst_color_range=_LIMITED, interpolation=ACCURATE
         )
         base = self.stream.codec_context.time_base
         picture.time_base, picture.pts = base, round(frame.time / base)
