@@ -149,9 +149,8 @@ class _VideoFile:
 
         pixels = np.pad(frame.pixels, self.padding, mode="edge") if any(sum(side) for side in self.padding) else frame.pixels
         picture = VideoFrame.from_ndarray(np.ascontiguousarray(pixels))
-        picture = self.reformat(
-            picture, format="yuv420p", dst_colorspace=_BT709, src_color_range=_FULL, dst_color_range=_LIMITED, interpolation=ACCURATE
-        )
+        colors = {"dst_colorspace": _BT709, "src_color_range": _FULL, "dst_color_range": _LIMITED}
+        picture = self.reformat(picture, format="yuv420p", interpolation=ACCURATE, **colors)
         base = self.stream.codec_context.time_base
         picture.time_base, picture.pts = base, round(frame.time / base)
         self.durations[picture.pts] = max(1, round(frame.duration / base))
@@ -193,7 +192,7 @@ def _encoder(path: Path, encoding: Encoding) -> str:
                     return name
             except ValueError:  # it can be decoded only
                 pass
-    raise ValueError(f"codec {codec!r}: no such video encoder in this FFmpeg; use one of auto, {', '.join(ENCODERS)}, or an encoder that `ffmpeg -encoders` names")
+    raise ValueError(f"codec {codec!r}: no such video encoder in this FFmpeg; use auto, {', '.join(ENCODERS)}, or an encoder that `ffmpeg -encoders` names")
 
 
 def _options(encoder: str, encoding: Encoding, info: VideoInfo, pixels: int) -> dict[str, str]:

@@ -50,7 +50,9 @@ def test_two_browsers_see_the_same():
         assert [next_picture(stream).mean().round() for stream in streams] == [80, 80]
 
 
-@pytest.mark.parametrize("path, host, status", [("/", "evil.example", 403), ("/stream", "evil.example:80", 403), ("/etc/passwd", "localhost", 404), ("/", "localhost", 200)])
+@pytest.mark.parametrize(
+    "path, host, status", [("/", "evil.example", 403), ("/stream", "evil.example:80", 403), ("/etc/passwd", "localhost", 404), ("/", "localhost", 200)]
+)
 def test_only_this_machine_by_its_own_name_is_answered(path, host, status):
     with PreviewPage(port=0) as page:
         assert page.url.startswith("http://127.0.0.1:")
