@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 VERBS = {
     "train": "fit a network to one painting, on a folder of photos",
-    "stylize": "apply a trained model to photos",
+    "stylize": "apply a trained model to photos, videos or a camera",
     "export": "write a model as ONNX, for other programs and machines without torch",
     "optimize": "the reference: optimize a single picture, slowly (Gatys et al.)",
     "preview": "see how a painting will come out, before training",
@@ -117,7 +117,7 @@ class _PlainBar(tqdm):
         return write_line
 
 
-def progress_bar(total: int, initial: int = 0, unit: str = "step", shown: bool = True) -> tqdm:
+def progress_bar(total: int | None, initial: int = 0, unit: str = "step", shown: bool = True) -> tqdm:
     """A bar on stderr with rate and time left; where stderr is a file, a line every half minute."""
     if not shown or sys.stderr.isatty():
         return tqdm(disable=not shown, total=total, initial=initial, unit=unit, dynamic_ncols=True, mininterval=0.2, smoothing=0.1)

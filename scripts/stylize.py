@@ -1,4 +1,4 @@
-"""Apply a trained model to photos: one forward pass each."""
+"""Apply a trained model to photos, videos or a camera: one forward pass each."""
 
 import sys
 
@@ -8,6 +8,8 @@ EPILOG = """\
 examples:
   fastnst stylize --style wave --input photo.jpg --output out.jpg
   fastnst stylize --model checkpoints/wave/model.safetensors --input photos/ 'more/*.png' --output stylized/
+  fastnst stylize --style wave --input clip.mp4 --output out.mp4 --stabilize
+  fastnst stylize --style wave --camera 0 --short-side 360
   torchrun --nproc-per-node=4 scripts/stylize.py --style wave --input photos/ --output stylized/   # a folder over four GPUs"""
 
 
@@ -17,64 +19,148 @@ def main(argv=None) -> int:
     which.add_argument("--model", metavar="FILE", help="a model.safetensors that `fastnst train` wrote, or an .onnx of `fastnst export`")
     which.add_argument("--style", metavar="NAME", help="a style that comes with the project")
     which.add_argument("--list-styles", action="store_true", help="name the styles that come with the project, and stop")
-    p.add_argument("--input", nargs="+", metavar="PHOTO|FOLDER|GLOB", help="what to stylize; folders are searched recursively")
-    p.add_argument("--output", metavar="FILE|FOLDER", help="a file for one photo, else a folder; the suffix chooses the format")
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--input", nargs="+", metavar="PHOTO|FOLDER|GLOB|VIDEO", help="what to stylize; folders are searched recursively")
+    source.add_argument("--camera", metavar="N|DEVICE|URL", help="stylize a camera live, on a page of this machine")
+    p.add_argument("--output", metavar="FILE|FOLDER", help="a file for one photo or video, else a folder; the suffix chooses the format")
     p.add_argument("--short-side", type=int, metavar="N", help="scale so that the short side has N pixels (default: the photo's size)")
     p.add_argument("--quality", type=int, default=95, choices=range(1, 101), metavar="1-100", help="of JPEG and WebP (default: 95)")
     existing = p.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
-    existing.add_argument("--skip-existing", action="store_true", help="go on where an interrupted run stopped: outputs that exist are not made again")
+    existing.add_argument("--skip-existing", action="store_true", help="go on where an interrupted run stopped: photos whose output exists are not made again")
     p.add_argument("--engine", default="auto", metavar="auto|openvino|onnxruntime|torch", help="what computes (auto: the fastest that is installed)")
     p.add_argument("--precision", default="auto", metavar="auto|float32|bfloat16|float16", help="auto: the fastest that the eye cannot tell from float32")
     p.add_argument("--tile", default="auto", metavar="auto|off|ROWS", help="strip by strip, with the same result: where memory is short, never, or always")
+    video = p.add_argument_group("video and camera (pip install 'fastnst[video]')")
+    video.add_argument("--stabilize", action="store_true", help="less flicker: blend frames along the motion")
+    video.add_argument("--codec", default="auto", help="h264, hevc, av1, vp9 or an encoder of FFmpeg (auto: H.264, VP9 in .webm)")
+    video.add_argument("--crf", type=int, metavar="0-63", help="constant rate factor of the codec: lower is better and larger (default: 18 for H.264)")
+    video.add_argument("--preset", help="speed against size, in the encoder's words, such as veryfast or slow")
+    video.add_argument("--frames-per-second", metavar="N", help="of numbered pictures (default: 25)")
+    video.add_argument("--port", type=int, default=8765, help="of the camera's page (default: 8765)")
     args = p.parse_args(argv)
     if args.list_styles:
         for name, path in cli.shipped_styles().items():
             print(f"{name:16} {path}")
         return 0
-    if not args.input or not args.output:
-        p.error("--input and --output are needed")
+    if not args.camera and not (args.input and args.output):
+        p.error("--input and --output are needed, or --camera")
     if args.short_side is not None and args.short_side < 1:
         p.error(f"--short-side: got {args.short_side}, need 1 or more")
 
-    from PIL import Image
-
     from fastnst.engine import load_engine
-    from fastnst.jobs import plan_jobs
-    from fastnst.picture import ImageSize
     from fastnst.runtime import Ranks, StopRequest
-    from fastnst.stylize import Stylizer, load_network, stylize_files
+    from fastnst.stylize import Stylizer, load_network
+    from fastnst.video_input import is_video
 
-    Image.MAX_IMAGE_PIXELS = 2**29  # Pillow warns from 89 megapixels on; strips take more
-    planned = plan_jobs(args.input, args.output)
     with Ranks() as ranks, StopRequest() as stop:
         network = load_network(args.model or cli.find_style(args.style))
         stylizer = Stylizer(load_engine(network, ranks.device(args.device), args.engine, args.precision), args.tile)
-        mine = planned[ranks.rank :: ranks.count]
-        jobs, failures = [], 0
-        with cli.progress_bar(len(mine), unit="photo", shown=ranks.rank == 0) as bar:
-            stylizer.notice = lambda message: cli.say(bar, message)
-            for job in mine:
-                if not job.target.exists() or args.overwrite:
-                    jobs.append(job)
-                    continue
-                bar.update()
-                if not args.skip_existing:
-                    failures += 1
-                    cli.say(bar, f"error: {job.source}: {job.target} exists already; use --overwrite to replace it, or --skip-existing")
-            size = ImageSize(short_side=args.short_side)
-            done = 0
-            for result in stylize_files(stylizer, jobs, size, args.quality, lambda part: bar.set_postfix_str(f"{part:.0%} of this one"), stop):
-                if result.error is not None:
-                    failures += 1
-                    cli.say(bar, f"error: {result.error}")
-                done += result.error is None
-                bar.update()
-        done, failures, skipped = ranks.sum(done, failures, (len(mine) - len(jobs)) if args.skip_existing else 0)
+        if args.camera:
+            return camera(args, stylizer, stop)
+        moving = [name for name in [*args.input, args.output] if is_video(name)]
+        if moving and (len(args.input) > 1 or not is_video(args.output)) and any(not name.lower().endswith(".gif") for name in moving):
+            raise ValueError(f"{moving[0]} is a video or numbered pictures: give one --input and a video or numbered pictures as --output")
+        return clip(args, stylizer, stop) if is_video(args.output) else photos(args, stylizer, ranks, stop)
+
+
+def photos(args, stylizer, ranks, stop) -> int:
+    """Every photo that --input names, shared out over the processes of torchrun."""
+    from PIL import Image
+
+    from fastnst.jobs import plan_jobs
+    from fastnst.picture import ImageSize
+    from fastnst.stylize import stylize_files
+
+    Image.MAX_IMAGE_PIXELS = 2**29  # Pillow warns from 89 megapixels on; strips take more
+    planned = plan_jobs(args.input, args.output)
+    mine = planned[ranks.rank :: ranks.count]
+    jobs, failures, done = [], 0, 0
+    with cli.progress_bar(len(mine), unit="photo", shown=ranks.rank == 0) as bar:
+        stylizer.notice = lambda message: cli.say(bar, message)
+        for job in mine:
+            if not job.target.exists() or args.overwrite:
+                jobs.append(job)
+                continue
+            bar.update()
+            if not args.skip_existing:
+                failures += 1
+                cli.say(bar, f"error: {job.source}: {job.target} exists already; use --overwrite to replace it, or --skip-existing")
+        size = ImageSize(short_side=args.short_side)
+        for result in stylize_files(stylizer, jobs, size, args.quality, lambda part: bar.set_postfix_str(f"{part:.0%} of this one"), stop):
+            if result.error is not None:
+                failures += 1
+                cli.say(bar, f"error: {result.error}")
+            done += result.error is None
+            bar.update()
+    done, failures, skipped = ranks.sum(done, failures, (len(mine) - len(jobs)) if args.skip_existing else 0)
     if ranks.rank == 0:
         parts = [f"{done} of {len(planned)} stylized", *([f"{skipped} there already"] if skipped else []), *([f"{failures} failed"] if failures else [])]
         print(f"{', '.join(parts)}; output: {args.output}")
     return stop.exit_code or (1 if failures else 0)
+
+
+def clip(args, stylizer, stop) -> int:
+    """One video, or numbered pictures, into another."""
+    from fractions import Fraction
+
+    from fastnst.motion import Stabilizer
+    from fastnst.picture import ImageSize
+    from fastnst.streaming import stylize_video
+    from fastnst.video_output import Encoding
+
+    bar = cli.progress_bar(None, unit="frame")
+
+    def report(progress):
+        bar.total = progress.total
+        bar.update(progress.done - bar.n)
+
+    with bar:
+        stylizer.notice = lambda message: cli.say(bar, message)
+        found = stylize_video(
+            args.input[0],
+            args.output,
+            stylizer,
+            size=ImageSize(short_side=args.short_side),
+            batch_size=min(8, stylizer.engine.batch),
+            stabilize=Stabilizer() if args.stabilize else None,
+            encoding=Encoding(codec=args.codec, quality=args.crf, preset=args.preset),
+            picture_quality=args.quality,
+            pictures_per_second=Fraction(args.frames_per_second) if args.frames_per_second else None,
+            overwrite=args.overwrite,
+            on_progress=report,
+            say=lambda message: cli.say(bar, message),
+            should_stop=stop,
+        )
+    broken = f", {found.broken} broken ones left out" if found.broken else ""
+    print(f"{found.done} frames{' (stopped)' if stop() else ''}{broken}, {found.frames_per_second:.1f} a second; output: {args.output}")
+    return stop.exit_code or (1 if found.broken else 0)
+
+
+def camera(args, stylizer, stop) -> int:
+    """A camera live on a page, recorded where --output is given."""
+    from fastnst.motion import Stabilizer
+    from fastnst.picture import ImageSize
+    from fastnst.preview_page import PreviewPage
+    from fastnst.streaming import stylize_live
+    from fastnst.video_output import Encoding
+
+    with PreviewPage(args.port) as page:
+        print(f"{page.url} shows it; Ctrl-C ends it", flush=True)
+        found = stylize_live(
+            args.camera,
+            stylizer,
+            lambda pixels, progress: page.show(pixels, f"{progress.frames_per_second:.1f} frames/s, {progress.dropped} dropped"),
+            size=ImageSize(short_side=args.short_side),
+            target=args.output,
+            stabilize=Stabilizer() if args.stabilize else None,
+            encoding=Encoding(codec=args.codec, quality=args.crf, preset=args.preset),
+            overwrite=args.overwrite,
+            say=lambda message: cli.say(None, message),
+            should_stop=stop,
+        )
+    print(f"{found.shown} frames shown, {found.dropped} dropped" + (f"; output: {args.output}" if args.output else ""))
+    return 0
 
 
 if __name__ == "__main__":

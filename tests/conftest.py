@@ -1,6 +1,7 @@
 """Shared fixtures: tiny synthetic photos, a painting, a toy objective without downloads, and the optional shared folder."""
 
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +74,51 @@ def shared() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("needs real weights and photos: set FASTNST_SHARED to their folder")
     return Path(folder).resolve()
+
+
+def write_clip(path: Path, frames, times=None, *, rate=25, codec="libx264", pix_fmt="yuv420p", sound: str | None = None, **stream_attributes) -> Path:
+    """A small video. ``frames``: uint8 RGB arrays, or tuples of planes as they are to be stored; ``times``: in ms, one more than frames.
+
+    ``sound``: the codec of a 440 Hz tone as long as the video. Quality is the best that the codec has.
+    """
+    av = pytest.importorskip("av")
+    times = times or [round(1000 * index / rate) for index in range(len(frames) + 1)]
+    options = {"libx264": {"crf": "1", "preset": "ultrafast", "bf": "0", "g": "1"}}.get(codec, {})
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        first = frames[0][0] if isinstance(frames[0], tuple) else frames[0]
+        stream.height, stream.width, stream.pix_fmt = *first.shape[:2], pix_fmt
+        stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        for name, value in stream_attributes.items():
+            setattr(stream.codec_context, name, value)
+        tone = container.add_stream(sound, rate=48_000, layout="mono") if sound else None
+        packets = []
+        for index, frame in enumerate(frames):
+            if isinstance(frame, tuple):
+                picture = av.VideoFrame(first.shape[1], first.shape[0], pix_fmt)
+                for plane, values in zip(picture.planes, frame, strict=True):
+                    rows = np.zeros((plane.height, plane.line_size // values.itemsize), values.dtype)
+                    rows[:, : values.shape[1]] = values
+                    plane.update(rows.tobytes())
+            else:
+                picture = av.VideoFrame.from_ndarray(frame).reformat(format=pix_fmt)
+            picture.pts, picture.time_base = times[index], Fraction(1, 1000)
+            packets += stream.encode(picture)
+        for packet in packets + stream.encode(None):
+            index = times.index(packet.pts)
+            packet.duration = times[index + 1] - times[index]
+            container.mux(packet)
+        if tone:
+            wave = (0.3 * np.sin(2 * np.pi * 440 * np.arange(48 * (times[-1] - times[0])) / 48_000)).astype(np.float32)
+            for begin in range(0, len(wave), 1024):
+                piece = av.AudioFrame.from_ndarray(wave[None, begin : begin + 1024], format="fltp", layout="mono")
+                piece.sample_rate, piece.pts, piece.time_base = 48_000, begin + 48 * times[0], Fraction(1, 48_000)
+                container.mux(tone.encode(piece))
+            container.mux(tone.encode(None))
+    return path
+
+
+def moving_frames(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
+    """A smooth picture that moves by 2 px a frame, each a little brighter than the one before."""
+    wide = np.asarray(synthetic_photo(5, width + 2 * count, height)).astype(np.int16)
+    return [np.clip(wide[:, 2 * index : 2 * index + width] // 2 + 2 * index, 0, 255).astype(np.uint8) for index in range(count)]

@@ -20,7 +20,11 @@ NOUNS = {
     "schedule": {"config"},
     "picture": {"config", "files"},
     "image": {"picture"},
-    "video": {"config", "files", "picture"},
+    "video_input": {"picture"},
+    "video_output": {"config", "files", "picture", "video_input"},
+    "streaming": {"picture", "video_input", "video_output"},
+    "motion": set(),
+    "preview_page": set(),
     "model": {"config", "files"},
     "stages": {"model"},
     "onnx_graph": {"files", "model", "stages"},
@@ -41,7 +45,7 @@ ALLOWED_TO_VERBS = {
     "optimize": set(NOUNS),
     "evaluate": set(NOUNS),
     "distill": set(NOUNS),
-    "stylize": {"engine", "jobs", "model", "onnx_graph", "picture", "stages", "tiles", "video"},
+    "stylize": {"engine", "jobs", "model", "onnx_graph", "picture", "stages", "tiles"},
     "export": {"checkpoint", "engine", "model", "onnx_graph", "stages"},
 }
 # Scripts that are no verb of their own: they put verbs together, or draw.
@@ -124,8 +128,14 @@ def modules_after(statement: str) -> set[str]:
 def test_applying_a_model_loads_nothing_of_training():
     loaded = modules_after("import fastnst.stylize")
     assert "fastnst.stylize" in loaded
-    foreign = {"torchvision", "tensorboard", "torch.utils.tensorboard", "onnx", "onnxruntime", "av"}
+    foreign = {"torchvision", "tensorboard", "torch.utils.tensorboard", "onnx", "onnxruntime", "av", "cv2"}
     assert loaded & (foreign | {f"fastnst.{module}" for module in TRAINING}) == set()
+
+
+def test_video_needs_no_torch_and_loads_its_libraries_when_it_begins():
+    loaded = modules_after("import fastnst.streaming, fastnst.motion, fastnst.preview_page")
+    assert {"fastnst.video_input", "fastnst.video_output"} <= loaded
+    assert loaded & {"torch", "av", "cv2"} == set()
 
 
 @pytest.mark.parametrize("statement", ["import fastnst", "import fastnst.cli", "import fastnst.scripts.train, fastnst.scripts.stylize"])
