@@ -51,17 +51,28 @@ def main(argv=None) -> int:
     from fastnst.engine import load_engine
     from fastnst.runtime import Ranks, StopRequest
     from fastnst.stylize import Stylizer, load_network
-    from fastnst.video_input import is_video
 
     with Ranks() as ranks, StopRequest() as stop:
         network = load_network(args.model or cli.find_style(args.style))
         stylizer = Stylizer(load_engine(network, ranks.device(args.device), args.engine, args.precision), args.tile)
         if args.camera:
             return camera(args, stylizer, stop)
-        moving = [name for name in [*args.input, args.output] if is_video(name)]
-        if moving and (len(args.input) > 1 or not is_video(args.output)) and any(not name.lower().endswith(".gif") for name in moving):
-            raise ValueError(f"{moving[0]} is a video or numbered pictures: give one --input and a video or numbered pictures as --output")
-        return clip(args, stylizer, stop) if is_video(args.output) else photos(args, stylizer, ranks, stop)
+        return clip(args, stylizer, stop) if is_clip(args.input, args.output) else photos(args, stylizer, ranks, stop)
+
+
+def is_clip(inputs, output) -> bool:
+    """Whether a video, a GIF, numbered pictures or a folder is to become a video or numbered pictures; raises where half of it is."""
+    from pathlib import Path
+
+    from fastnst.video_input import is_video
+
+    moving = [name for name in inputs if is_video(name) or Path(name).is_dir()]
+    if is_video(output) and len(inputs) == 1 and moving:
+        return True
+    wrong = [name for name in [*inputs, output] if is_video(name) and not name.lower().endswith(".gif")]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is a video or numbered pictures: give one --input that moves, and a video or numbered pictures as --output")
+    return False
 
 
 def photos(args, stylizer, ranks, stop) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import synthetic_photo
+from conftest import moving_frames, synthetic_photo, write_clip
 from PIL import Image
 
 import fastnst
@@ -286,3 +286,51 @@ def test_a_mistake_is_one_line_and_exit_code_2(stylize_command, tmp_path, monkey
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
+
+
+# Moving pictures
+
+
+def test_a_clip_becomes_a_clip_of_its_stylized_frames(stylize_command, stylizer, tmp_path):
+    frames = moving_frames(6)
+    write_clip(tmp_path / "clip.mkv", frames, codec="ffv1", pix_fmt="bgr0")
+    assert stylize_command("--input", tmp_path / "clip.mkv", "--output", tmp_path / "out" / "%02d.png", "--precision", "float32") == 0
+    written = sorted((tmp_path / "out").glob("*.png"))
+    assert len(written) == 6
+    for path, frame in zip(written, frames):
+        assert np.abs(np.asarray(Image.open(path)).astype(int) - stylizer(frame)).max() <= 12  # BT.709 is not quite lossless
+
+
+@pytest.mark.parametrize("flags", [["--stabilize"], ["--crf", "40", "--preset", "ultrafast"], ["--codec", "vp9"], ["--short-side", "32"]])
+def test_flags_of_clips(stylize_command, tmp_path, flags):
+    write_clip(tmp_path / "clip.mp4", moving_frames(4))
+    assert stylize_command("--input", tmp_path / "clip.mp4", "--output", tmp_path / "plain.mkv") == 0
+    assert stylize_command("--input", tmp_path / "clip.mp4", "--output", tmp_path / "out.mkv", *flags) == 0
+    assert (tmp_path / "out.mkv").read_bytes() != (tmp_path / "plain.mkv").read_bytes()
+    assert stylize_command("--input", tmp_path / "clip.mp4", "--output", tmp_path / "out.mkv", *flags) == 2  # it exists
+
+
+def test_numbered_pictures_and_a_folder_become_a_clip(stylize_command, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for index, frame in enumerate(moving_frames(5)):
+        Image.fromarray(frame).save(tmp_path / "in" / f"{index:03d}.png")
+    for source, rate in ((tmp_path / "in", "10"), (tmp_path / "in" / "%03d.png", "5")):
+        assert stylize_command("--input", source, "--output", tmp_path / f"{rate}.gif", "--frames-per-second", rate) == 0
+        assert "5 frames" in capsys.readouterr().out
+        with Image.open(tmp_path / f"{rate}.gif") as gif:
+            assert (gif.n_frames, gif.info["duration"]) == (5, 1000 // int(rate))
+
+
+def test_a_camera_is_shown_and_recorded(stylize_command, tmp_path, capsys):
+    arguments = ("--camera", "lavfi:testsrc2=duration=0.5:rate=10:size=64x48", "--output", tmp_path / "out.mp4", "--port", 0)
+    assert stylize_command(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert "http://127.0.0.1:" in printed and "frames shown" in printed
+    assert (tmp_path / "out.mp4").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("inputs, output", [(["a.png"], "out.mp4"), (["a.mp4"], "out.png"), (["a.mp4", "b.mp4"], "out.mp4"), (["a.png"], "%d.png")])
+def test_half_a_video_is_refused(stylize_command, tmp_path, monkeypatch, capsys, inputs, output):
+    monkeypatch.chdir(tmp_path)
+    assert stylize_command("--input", *inputs, "--output", output) == 2
+    assert "give one --input that moves" in capsys.readouterr().err
