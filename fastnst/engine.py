@@ -6,12 +6,14 @@ All engines take and give the same arrays, ``(N, H, W, 3)`` uint8 or ``(N, 3, H,
 import importlib.util
 from collections.abc import Callable
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from fastnst.model import damaged, read_model
 from fastnst.runtime import cpu_flags, cpu_threads, free_memory, gpu_is_likely, keep_freed_memory, resolve_device
-from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork
+from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, fold
 
 ENGINES = ("auto", "openvino", "onnxruntime", "torch")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -41,6 +43,17 @@ class Engine(Protocol):
         come first (None: they are as they should be). The picture ends at their top where ``above`` is the stage's padding (else 0),
         and ``below`` likewise. Gives the convolution's output, not normalized, and its channels' means and variances, ``(C,)``.
         """
+
+
+def load_network(model: str | Path) -> StagedNetwork:
+    """The network of a model file, ready for an engine. Raises ``FileNotFoundError``, or ``ValueError`` naming the file and what is wrong."""
+    if Path(model).suffix.lower() == ".onnx":
+        return onnx_graph().load_onnx(model)
+    weights, info = read_model(model)
+    try:
+        return fold(weights, info)
+    except (KeyError, ValueError, IndexError) as error:
+        raise damaged(Path(model), error) from error
 
 
 def load_engine(network: StagedNetwork, device: str = "auto", engine: str = "auto", precision: str = "auto") -> Engine:

@@ -73,8 +73,8 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype=dtype if dtype != torch.float32 else torch.bfloat16, enabled=dtype != torch.float32)
 
 
-def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed memory in the process instead of giving each large block back to the kernel.
+def keep_freed_memory(keep: bool = True) -> bool:
+    """Ask glibc to keep freed memory in the process instead of giving each large block back to the kernel, or (False) not to.
 
     Activations of tens of megabytes are otherwise unmapped and faulted in again at every layer: on two CPU cores that
     took a quarter of a float32 training step at 256 px and half of a 1024 px stylization; at 128 px and in bfloat16 it took
@@ -83,11 +83,16 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        libc = ctypes.CDLL("libc.so.6")
+        mallopt = libc.mallopt
     except (OSError, AttributeError):
         return False
-    m_trim_threshold, m_mmap_max = -1, -4  # from glibc's malloc.h
-    return bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
+    m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4  # from glibc's malloc.h
+    if keep:
+        return bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
+    done = bool(mallopt(m_mmap_max, 65_536)) and bool(mallopt(m_trim_threshold, 128 * 1024)) and bool(mallopt(m_mmap_threshold, 128 * 1024))
+    libc.malloc_trim(0)
+    return done
 
 
 class Ranks:

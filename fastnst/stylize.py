@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastnst.engine import Engine, load_engine
+from fastnst.engine import Engine, load_engine, load_network
 from fastnst.jobs import Job
-from fastnst.model import ModelInfo, damaged, read_model
+from fastnst.model import ModelInfo
 from fastnst.picture import ImageSize, open_rgb, save_picture
-from fastnst.stages import StagedNetwork, fold
 from fastnst.tiles import plan_rows, stylize_tiled
 
 _MEMORY_SHARE = 0.8  # of what is free, for one picture
@@ -100,19 +99,6 @@ class Stylizer:
         if hasattr(self.engine, "run_tensor"):
             return self.engine.run_tensor(images.detach().to(self.engine.device, torch.float32), "float").to(images.device, images.dtype)
         return torch.from_numpy(self.engine.run(images.detach().cpu().float().numpy(), "float")).to(images.device, images.dtype)
-
-
-def load_network(model: str | Path) -> StagedNetwork:
-    """The network of a model file, ready for an engine. Raises ``FileNotFoundError``, or ``ValueError`` naming the file and what is wrong."""
-    if Path(model).suffix.lower() == ".onnx":
-        from fastnst.onnx_graph import load_onnx
-
-        return load_onnx(model)
-    weights, info = read_model(model)
-    try:
-        return fold(weights, info)
-    except (KeyError, ValueError, IndexError) as error:
-        raise damaged(Path(model), error) from error
 
 
 @dataclass(frozen=True)

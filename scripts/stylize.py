@@ -48,9 +48,9 @@ def main(argv=None) -> int:
     if args.short_side is not None and args.short_side < 1:
         p.error(f"--short-side: got {args.short_side}, need 1 or more")
 
-    from fastnst.engine import load_engine
+    from fastnst.engine import load_engine, load_network
     from fastnst.runtime import Ranks, StopRequest
-    from fastnst.stylize import Stylizer, load_network
+    from fastnst.stylize import Stylizer
 
     with Ranks() as ranks, StopRequest() as stop:
         network = load_network(args.model or cli.find_style(args.style))

@@ -59,7 +59,7 @@ def test_shipped_styles_are_above_45_db_in_what_auto_chooses():
 
     from fastnst.checkpoint import load_model
     from fastnst.cli import shipped_styles
-    from fastnst.stylize import load_network
+    from fastnst.engine import load_network
 
     picture = data.astronaut()[None, 100:300, 100:340]
     for path in shipped_styles().values():

@@ -28,7 +28,7 @@ NOUNS = {
     "model": {"config", "files"},
     "stages": {"model"},
     "onnx_graph": {"files", "model", "stages"},
-    "engine": {"onnx_graph", "runtime", "stages"},
+    "engine": {"model", "onnx_graph", "runtime", "stages"},
     "tiles": {"engine", "stages"},
     "jobs": {"picture"},
     "network": {"model"},
@@ -45,7 +45,8 @@ ALLOWED_TO_VERBS = {
     "optimize": set(NOUNS),
     "evaluate": set(NOUNS),
     "distill": set(NOUNS),
-    "stylize": {"engine", "jobs", "model", "onnx_graph", "picture", "stages", "tiles"},
+    "stylize": {"engine", "jobs", "model", "picture", "tiles"},
+    "benchmark_inference": {"checkpoint", "engine", "image", "picture", "runtime", "stages"},
     "export": {"checkpoint", "engine", "model", "onnx_graph", "stages"},
 }
 # Scripts that are no verb of their own: they put verbs together, or draw.

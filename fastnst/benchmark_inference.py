@@ -1,0 +1,242 @@
+"""How fast is a model applied, beside the published way of applying it: the same weights, photos and machine.
+
+The published way is that of pytorch/examples: their network (ours of the same layers), eager, float32, the allocator as it comes.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastnst.checkpoint import load_model
+from fastnst.engine import Engine, is_installed, load_engine, load_network
+from fastnst.picture import open_rgb
+from fastnst.runtime import cpu_threads, keep_freed_memory
+from fastnst.stages import StagedNetwork
+
+PUBLISHED = "published"
+# One photo in a fresh process, as the published script does it: torch and torchvision, decode, one pass, encode.
+_PUBLISHED_SCRIPT = """
+import sys, torch
+from torchvision import transforms
+from PIL import Image
+from fastnst.checkpoint import load_model
+network, _ = load_model(sys.argv[1])
+content = transforms.ToTensor()(Image.open(sys.argv[2]).convert("RGB")).unsqueeze(0)
+with torch.no_grad():
+    output = network(content).cpu()
+Image.fromarray(output[0].clone().clamp(0, 1).mul(255).numpy().transpose(1, 2, 0).astype("uint8")).save(sys.argv[3])
+"""
+_OUR_SCRIPT = "import sys; from fastnst.cli import run; from fastnst.scripts.stylize import main; sys.exit(run(main, sys.argv[1:]))"
+
+
+@dataclass
+class Row:
+    """One way of applying a model at one size."""
+
+    way: str
+    width: int
+    height: int
+    milliseconds: float = 0.0  # the median
+    fastest: float = 0.0
+    ratio: float = 1.0  # how many times as fast as the published way: the median over rounds
+    psnr: float | None = None  # dB to the published way's output; None: equal
+    floor_share: float = 0.0  # the arithmetic, at the rate that this machine multiplies matrices, over the time
+    times: list[float] = field(default_factory=list, repr=False)
+
+    @property
+    def megapixels_per_second(self) -> float:
+        return self.width * self.height / self.milliseconds / 1000
+
+
+@dataclass(frozen=True)
+class FreshProcess:
+    """One photo from the start of a process to its end."""
+
+    way: str
+    width: int
+    height: int
+    seconds: float  # the least of three
+    peak_megabytes: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told after every measured pass."""
+
+    done: int
+    total: int
+    message: str
+
+
+def ways_to_apply(model: str | Path, device: str, engines: list[str]) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray], Engine | None]]:
+    """Each way with a function of ``(1, H, W, 3)`` uint8; the published one first."""
+    network, _ = load_model(model)
+    place = torch.device("cpu" if device == "auto" and not torch.cuda.is_available() else "cuda" if device == "auto" else device)
+    network.to(place)
+
+    def published(pictures: np.ndarray, keep: bool) -> np.ndarray:
+        keep_freed_memory(keep)
+        with torch.no_grad():
+            output = network(torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(255).to(place))
+            return output.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+    yield PUBLISHED, lambda pictures: published(pictures, False), None
+    if place.type == "cpu":
+        yield "published, memory kept", lambda pictures: published(pictures, True), None
+    staged = load_network(model)
+    for name in engines:
+        engine, _, precision = name.partition(":")
+        made = load_engine(staged, str(place), engine, precision or "auto")
+        yield f"{made.name} {made.precision}", _keeping(made.run), made
+
+
+def _keeping(run: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    def kept(pictures: np.ndarray) -> np.ndarray:
+        keep_freed_memory(True)
+        return run(pictures)
+
+    return kept
+
+
+def default_engines(device: str) -> list[str]:
+    """``ENGINE:PRECISION`` of all that are installed, what ``auto`` chooses first."""
+    if device != "cpu" and torch.cuda.is_available():
+        return ["torch:float16", "torch:bfloat16", "torch:float32"]
+    found = ["auto:auto"]
+    found += ["openvino:float32"] if is_installed("openvino") else []
+    found += ["onnxruntime:float32"] if is_installed("onnxruntime") else []
+    return [*found, "torch:auto", "torch:float32"]
+
+
+def measure(
+    model: str | Path, photo: str | Path, sizes: list[tuple[int, int]], engines: list[str], device: str = "auto", rounds: int = 5, report: Callable[[Progress], None] = lambda progress: None
+) -> list[Row]:
+    """Each way at each ``(width, height)``, alternating, ``rounds`` times after one pass that does not count."""
+    ways = list(ways_to_apply(model, device, engines))
+    picture, _ = open_rgb(photo)
+    rows: list[Row] = []
+    done, total = 0, len(sizes) * len(ways) * (rounds + 1)
+    rates = {precision: _multiply_rate(precision, ways) for precision in {engine.precision if engine else "float32" for _, _, engine in ways}}
+    for width, height in sizes:
+        pixels = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))[None]
+        here = [Row(way, width, height) for way, _, _ in ways]
+        outputs = []
+        for turn in range(rounds + 1):
+            for row, (way, run, _) in zip(here, ways):
+                began = time.perf_counter()
+                output = run(pixels)
+                seconds = time.perf_counter() - began
+                if turn == 0:
+                    outputs.append(output)
+                else:
+                    row.times.append(seconds * 1000)
+                done += 1
+                report(Progress(done, total, f"{width}x{height} {way}"))
+        for row, output, (_, _, engine) in zip(here, outputs, ways):
+            row.milliseconds, row.fastest = float(np.median(row.times)), min(row.times)
+            row.ratio = float(np.median([theirs / ours for theirs, ours in zip(here[0].times, row.times)]))
+            row.psnr = psnr(output, outputs[0])
+            if engine is not None:
+                row.floor_share = operations(engine.network, height, width) / rates[engine.precision] / (row.milliseconds / 1000)
+        rows += here
+    return rows
+
+
+def operations(network: StagedNetwork, height: int, width: int) -> int:
+    """Floating-point operations of the convolutions of one picture: two for each multiplication with its sum."""
+    total, size = 0, (height, width)
+    for stage in network.stages:
+        size_in, size = size, tuple(stage.size(side) for side in size)
+        positions = size_in[0] * size_in[1] if stage.transposed else size[0] * size[1] // stage.shuffle**2
+        total += 2 * stage.weight.size * positions
+    return total
+
+
+def psnr(output: np.ndarray, reference: np.ndarray) -> float | None:
+    """dB between pictures of 0..255; None where they are equal."""
+    error = float(np.mean((output.astype(np.float64) - reference) ** 2))
+    return float(10 * np.log10(255**2 / error)) if error else None
+
+
+def _multiply_rate(precision: str, ways: list) -> float:
+    """Operations a second of a large matrix product: what the machine can do."""
+    device = next((engine.device for _, _, engine in ways if engine is not None), "cpu")
+    side = 2048 if device == "cpu" else 8192
+    a = torch.ones(side, side, dtype=getattr(torch, precision), device=device)
+
+    def once() -> float:
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()
+        return time.perf_counter() - began
+
+    return 2 * side**3 / min(once() for _ in range(6))
+
+
+def measure_fresh_processes(model: str | Path, photo: str | Path, sizes: list[tuple[int, int]], repeats: int = 3) -> list[FreshProcess]:
+    """One photo from command to file, decode and encode included, with the peak of resident memory."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        picture, _ = open_rgb(photo)
+        source, target = Path(folder) / "in.jpg", Path(folder) / "out.jpg"
+        for width, height in sizes:
+            picture.resize((width, height), Image.Resampling.BICUBIC).save(source, quality=95)
+            ours = [sys.executable, "-c", _OUR_SCRIPT, "--model", str(model), "--device", "cpu", "--input", str(source), "--output", str(target), "--overwrite"]
+            theirs = [sys.executable, "-c", _PUBLISHED_SCRIPT, str(model), str(source), str(target)]
+            for way, command in ((PUBLISHED, theirs), ("stylize.py", ours)):
+                runs = [_run(command) for _ in range(repeats)]
+                found.append(FreshProcess(way, width, height, min(seconds for seconds, _ in runs), max(peak for _, peak in runs)))
+    return found
+
+
+def _run(command: list[str]) -> tuple[float, int]:
+    """Seconds, and the peak of resident memory in MB, of a process of its own."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
+    if status:
+        raise RuntimeError(f"{command[:3]} failed: {process.stderr.read().decode()[-500:]}")
+    process.stderr.close()
+    process.returncode = 0
+    return seconds, usage.ru_maxrss // (1 if sys.platform == "darwin" else 1024) // (1024 * 1024 if sys.platform == "darwin" else 1)
+
+
+def machine() -> str:
+    """What was measured on, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    name = platform.processor() or platform.machine()
+    try:
+        name = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {cpu_threads()} threads, torch {torch.__version__}"
+
+
+def to_markdown(rows: list[Row], fresh: list[FreshProcess]) -> str:
+    """Both tables."""
+    lines = [f"On {machine()}.", "", "| size | way | ms (fastest) | megapixels/s | times as fast | PSNR, dB | of the floor |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        same = "" if row.way == PUBLISHED else "equal" if row.psnr is None else f"{row.psnr:.1f}"
+        share = f"{row.floor_share:.0%}" if row.floor_share else ""
+        lines.append(f"| {row.width}x{row.height} | {row.way} | {row.milliseconds:.0f} ({row.fastest:.0f}) | {row.megapixels_per_second:.2f} | {row.ratio:.2f} | {same} | {share} |")
+    if fresh:
+        lines += ["", "| one photo in a fresh process | way | s | peak MB |", "|---|---|---|---|"]
+        lines += [f"| {one.width}x{one.height} | {one.way} | {one.seconds:.2f} | {one.peak_megabytes:,} |" for one in fresh]
+    return "\n".join(lines) + "\n"
+
+
+def to_json(rows: list[Row], fresh: list[FreshProcess]) -> str:
+    """Everything measured."""
+    return json.dumps({"machine": machine(), "passes": [asdict(row) for row in rows], "fresh_processes": [asdict(one) for one in fresh]}, indent=1) + "\n"

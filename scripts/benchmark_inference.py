@@ -1,0 +1,73 @@
+"""Apply a model in every way that is installed, beside the published way: speed, memory and the pictures compared."""
+
+import sys
+from pathlib import Path
+
+from fastnst import cli
+
+EPILOG = """\
+examples:
+  fastnst benchmark --inference --style wave
+  fastnst benchmark --inference --model model.safetensors --sizes 512 1920x1080 --engines auto torch:float32 --output speed"""
+
+
+def main(argv=None) -> int:
+    p = cli.parser("benchmark --inference", __doc__, EPILOG)
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", metavar="FILE", help="a model.safetensors that `fastnst train` wrote")
+    which.add_argument("--style", metavar="NAME", help="a style that comes with the project")
+    p.add_argument("--photo", type=Path, metavar="PHOTO", help="what to stylize (default: a photo that scikit-image carries)")
+    p.add_argument("--sizes", nargs="+", metavar="N|WxH", help="default: 256 512 1024, on a GPU also 1920x1080 3840x2160")
+    p.add_argument("--engines", nargs="+", metavar="ENGINE:PRECISION", help="default: all that are installed")
+    p.add_argument("--rounds", type=int, default=5, metavar="N", help="alternating passes of each way (default: 5)")
+    p.add_argument("--fresh", nargs="*", default=["512", "2048"], metavar="N|WxH", help="sizes to measure in processes of their own (default: 512 2048; none: --fresh)")
+    p.add_argument("--output", type=Path, metavar="NAME", help="write NAME.md and NAME.json, too")
+    args = p.parse_args(argv)
+
+    import torch
+
+    from fastnst.benchmark_inference import default_engines, measure, measure_fresh_processes, to_json, to_markdown
+    from fastnst.files import atomic_write
+
+    model = args.model or cli.find_style(args.style)
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    sizes = [size_of(p, text) for text in args.sizes or ["256", "512", "1024", *(["1920x1080", "3840x2160"] if on_gpu else [])]]
+    photo = args.photo or astronaut()
+    bar = None
+
+    def report(progress):
+        nonlocal bar
+        bar = bar or cli.progress_bar(progress.total, unit="pass")
+        bar.set_postfix_str(progress.message, refresh=False)
+        bar.update(progress.done - bar.n)
+
+    rows = measure(model, photo, sizes, args.engines or default_engines(args.device), args.device, args.rounds, report)
+    if bar is not None:
+        bar.close()
+    fresh = measure_fresh_processes(model, photo, [size_of(p, text) for text in args.fresh])
+    table = to_markdown(rows, fresh)
+    print(table)
+    if args.output:
+        for suffix, text in ((".md", table), (".json", to_json(rows, fresh))):
+            with atomic_write(args.output.with_name(args.output.name + suffix)) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+    return 0
+
+
+def size_of(p, text) -> tuple[int, int]:
+    """``512`` or ``1920x1080`` -> width and height."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        p.error(f"got size {text}, need N or WIDTHxHEIGHT")
+    return int(parts[0]), int(parts[-1])
+
+
+def astronaut() -> Path:
+    """A photo of 512x512 that scikit-image carries."""
+    import skimage
+
+    return Path(skimage.__file__).parent / "data" / "astronaut.png"
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
