@@ -15,6 +15,7 @@ VERBS = {
     "stylize": "apply a trained model to photos",
     "optimize": "the reference: optimize a single picture, slowly (Gatys et al.)",
     "preview": "see how a painting will come out, before training",
+    "evaluate": "judge models: worth how many iterations of the reference, how fast, how clean",
     "publish": "turn a training run into a style to ship",
     "distill": "make the embedded loss network anew from VGG-19",
 }
