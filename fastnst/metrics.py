@@ -58,7 +58,7 @@ def border_error(stylize: Stylize, content: Tensor, stylized: Tensor) -> Tensor:
     """RMS of what padding does to the outer 16 px: the picture of a photo cut by 16 px against the same pixels of the whole
     photo's picture, in the outer 16 px less in the middle, where the cut makes itself felt through normalization alone.
     """
-    band = _border_of(content) // 4 * 4  # keeps the strides of the network aligned
+    band = _border_of(content) // 4 * 4 or _border_of(content)  # multiples of 4 keep the strides of the network aligned
     cut = slice(band, -band)
     change = stylize(content[..., cut, cut]) - stylized[..., cut, cut]
     middle = change[..., cut, cut]
@@ -76,7 +76,7 @@ def grid_energy(images: Tensor, period: int) -> Tensor:
     """
     if min(images.shape[-2:]) < 32:
         missing = [max(0, 32 - side) for side in (images.shape[-1], images.shape[-2])]
-        images = F.pad(images, (0, missing[0], 0, missing[1]), mode="reflect")
+        images = F.pad(images, (0, missing[0], 0, missing[1]), mode="circular")
     side = 64 if min(images.shape[-2:]) >= 64 else 32
     windows = images.unfold(2, side, side // 2).unfold(3, side, side // 2)  # (N, C, rows, columns, side, side)
     hann = torch.hann_window(side, periodic=True, dtype=images.dtype, device=images.device)
@@ -108,7 +108,7 @@ def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
 
     weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     grays = [(images.float().cpu() * weights).sum(1).numpy() for images in (a, b)]
-    return torch.tensor([ssim(x, y, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False) for x, y in zip(*grays)])
+    return torch.tensor([float(ssim(x, y, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)) for x, y in zip(*grays)])
 
 
 def _border_of(images: Tensor) -> int:

@@ -92,6 +92,9 @@ def curves(findings: dict[str, Any], path: Path) -> None:
             panel.axhline(middle, color="black", label="the model")
             panel.axhspan(low, high, color="black", alpha=0.12, linewidth=0)
             panel.set(xscale="log", yscale="log", title=f"{label}, {size} px", xlabel="iterations", ylabel="objective")
+            panel.set_xticks([point for point in _POINTS if 0 < point <= len(of_start["mean"])], minor=False)
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter("")
             panel.legend(fontsize=8)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=130)
