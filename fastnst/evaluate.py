@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,7 +130,7 @@ def evaluate(
                 runs = {start: read_run(PlannedRun(square, one.painting, one.loss, start, config.iterations, cache).file) for start in STARTS}
                 stylized, figures = _judge_photo(one, photo, runs, judges)
                 seen[one.label].append(figures)
-                row.append((to_pil(stylized), f"{one.label}: {figures['objective']:.4g} = {iterations(figures['worth']['content'], config.iterations)}"))
+                row.append((to_pil(stylized), f"{one.label}: {figures['objective']:.4g}, worth {iterations(figures['worth']['content'], config.iterations)}"))
                 reached = (to_pil(load_image(runs["content"].picture)), f"L-BFGS {config.iterations}: {runs['content'].objective[-1]:.4g}")
                 row += [reached] if reached not in row else []  # models of the same painting and loss share it
             rows += [row] if index < _SHOWN else []
@@ -231,7 +232,7 @@ def _gather(photos: list[dict[str, Any]], passes: dict[str, float], iterations: 
     optimizer = {}
     for start in STARTS:
         worths = [photo["worth"][start] for photo in photos]
-        by_iteration = list(zip(*(photo["runs"][start].objective for photo in photos)))
+        by_iteration = list(zip(*(accumulate(photo["runs"][start].objective, min) for photo in photos)))  # the best so far
         optimizer[start] = {
             "mean": [statistics.fmean(values) for values in by_iteration],
             "quartiles": [quartiles(values) for values in by_iteration],

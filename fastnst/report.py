@@ -37,7 +37,8 @@ def markdown(findings: dict[str, Any]) -> str:
         "# How good is it",
         "",
         f"{len(findings['photos'])} photos, {most} iterations of L-BFGS with the image kept in [0, 1], on {findings['machine']}, torch {findings['torch']}.",
-        "The objective is that of the model's training, of its clamped picture; central squares of each photo.",
+        "The objective is that of the model's training, of its clamped picture; for L-BFGS, without line search, that of its best picture so far. "
+        "Central squares of each photo.",
         "",
         *_table(
             ["model", "steps", "parameters", "painting", "loss network", "raw weights from"],

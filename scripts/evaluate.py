@@ -45,6 +45,8 @@ def main(argv=None) -> int:
 
     if (args.output / "report.json").exists() and not args.overwrite:
         raise FileExistsError(f"--output: {args.output / 'report.json'} exists already; use --overwrite to replace the report (the optimizer's runs are kept)")
+    if args.output.resolve().is_relative_to(args.content.resolve()) or (args.cache and args.cache.resolve().is_relative_to(args.content.resolve())):
+        raise ValueError(f"--output and --cache must lie outside of --content {args.content}: their pictures would be judged as photos")
     judges = [{"network": "vgg19_slim"}, *({"network": name, "weights": weights or "auto"} for name, _, weights in (judge.partition("=") for judge in args.judge))]
     config = validate_config(EvaluateConfig, {"sizes": args.sizes, "photos": args.photos, "iterations": args.iterations, "judges": judges}, source="--judge, --sizes, --photos or --iterations")
     shipped = cli.shipped_styles()
