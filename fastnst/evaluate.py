@@ -90,7 +90,10 @@ def evaluate(
     judges = [load_judge(judge, device) for judge in config.judges]
     squares = {size: load_validation(paths, DataConfig(content=content, crop="center", crop_size=size))[0] for size in config.sizes}
     plan = [
-        (f"{size} px, photo {index + 1} of {len(paths)}, {one.label}, L-BFGS from {start}", PlannedRun(photo, one.painting, one.loss, start, config.iterations, cache))
+        (
+            f"{size} px, photo {index + 1} of {len(paths)}, {one.label}, L-BFGS from {start}",
+            PlannedRun(photo, one.painting, one.loss, start, config.iterations, cache),
+        )
         for size in config.sizes
         for index, photo in enumerate(squares[size])
         for one in contenders
@@ -172,7 +175,8 @@ def _choose_photos(folder: Path, count: int) -> tuple[list[Path], list[str]]:
             except OSError as error:
                 unreadable.append(str(error))
     if not chosen:
-        raise ValueError(f"--content: no photo below {folder} can be read; found {count_kinds(folder)}" + (f"; the first: {unreadable[0]}" if unreadable else ""))
+        first = f"; the first: {unreadable[0]}" if unreadable else ""
+        raise ValueError(f"--content: no photo below {folder} can be read; found {count_kinds(folder)}{first}")
     return sorted(chosen), unreadable
 
 
@@ -243,10 +247,10 @@ def _gather(photos: list[dict[str, Any]], passes: dict[str, float], iterations: 
     runs = [run for photo in photos for run in photo["runs"].values()]
     runs = [run for run in runs if run.machine == here] or runs
     scaled = [run.seconds[-1] if iterations == 1 else (run.seconds[-1] - run.seconds[1]) / (iterations - 1) for run in runs]
-    speed = {
-        str(count): statistics.median(run.seconds[count] if count <= iterations else run.seconds[-1] + (count - iterations) * each for run, each in zip(runs, scaled))
-        for count in SPEED_AT
-    }
+    speed = {}
+    for count in SPEED_AT:
+        times = [run.seconds[count] if count <= iterations else run.seconds[-1] + (count - iterations) * each for run, each in zip(runs, scaled)]
+        speed[str(count)] = statistics.median(times)
     return {
         "objective": [photo["objective"] for photo in photos],
         "judged": _columns([photo["judged"] for photo in photos]),

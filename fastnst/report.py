@@ -61,9 +61,9 @@ def markdown(findings: dict[str, Any]) -> str:
     for size, found in findings["sizes"].items():
         lines += [f"Mean objective at {size} px:", ""]
         rows = [
-            [label, _number(statistics.fmean(of_model["objective"])) if start == "content" else "", start, *(_number(of_model["optimizer"][start]["mean"][point]) for point in points)]
+            [label, _number(statistics.fmean(of_model["objective"])), start, *(_number(of_start["mean"][point]) for point in points)]
             for label, of_model in found["models"].items()
-            for start in of_model["optimizer"]
+            for start, of_start in of_model["optimizer"].items()
         ]
         lines += _table(["model", "of the model", "L-BFGS from", *map(str, points)], rows)
     lines += ["## Speed", "", *_speed(findings), "## Judges", "", _LEGEND, ""]
@@ -142,7 +142,8 @@ def _speed(findings: dict[str, Any]) -> list[str]:
 
 def _judges(findings: dict[str, Any], found: dict[str, Any]) -> list[str]:
     columns = [f"{kind}/{judge}" for judge in findings["judges"] for kind in ("style", "content")]
-    untouched = {name: [1.0 if name.startswith("style") else 0.0] for name in columns} | {"ssim": [1.0], "flicker": [0.0], "noise_gain": [1.0], "border": [0.0]}
+    untouched = {name: [1.0 if name.startswith("style") else 0.0] for name in columns}
+    untouched |= {"ssim": [1.0], "flicker": [0.0], "noise_gain": [1.0], "border": [0.0]}
     rows = [_judged("the photo", untouched | found["photo"], columns)]
     most = findings["iterations"]
     for label, of_model in found["models"].items():

@@ -29,7 +29,15 @@ class Optimize(Protocol):
     """
 
     def __call__(
-        self, content: Tensor, style: Tensor, loss_network: LossNetwork, loss: LossConfig, start: str, iterations: int, report: Callable, should_stop: Callable[[], bool]
+        self,
+        content: Tensor,
+        style: Tensor,
+        loss_network: LossNetwork,
+        loss: LossConfig,
+        start: str,
+        iterations: int,
+        report: Callable,
+        should_stop: Callable[[], bool],
     ) -> Tensor: ...
 
 

@@ -21,12 +21,12 @@ def main(argv=None) -> int:
     p = cli.parser("evaluate", __doc__, EPILOG)
     p.add_argument("--model", required=True, nargs="+", metavar="MODEL", help="model files, or names of styles that come with the project")
     p.add_argument("--content", required=True, type=Path, metavar="FOLDER", help="photos that the models were not trained on")
-    p.add_argument("--style", type=Path, metavar="PAINTING|FOLDER", help="the painting, or a folder of several by the names in the models (default: beside the model)")
+    p.add_argument("--style", type=Path, metavar="PAINTING|FOLDER", help="the painting, or a folder of several by their names (default: beside the model)")
     p.add_argument("--sizes", nargs="+", type=int, default=[256, 512, 1024], metavar="PX", help="sides of the squares judged (default: 256 512 1024)")
     p.add_argument("--photos", type=int, default=50, metavar="N", help="how many of the photos (default: 50)")
     p.add_argument("--iterations", type=int, default=500, metavar="N", help="of the optimizer (default: 500)")
-    p.add_argument("--judge", action="append", default=[], metavar="NETWORK[=WEIGHTS]", help="a further loss network as a judge, beside vgg19_slim; may be repeated")
-    p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override the models' recipes: loss.weights=FILE says where they lie here")
+    p.add_argument("--judge", action="append", default=[], metavar="NETWORK[=WEIGHTS]", help="a further judge beside vgg19_slim; may be repeated")
+    p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override the recipes: loss.weights=FILE says where they lie here")
     p.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the report's folder")
     p.add_argument("--cache", type=Path, metavar="FOLDER", help="the optimizer's runs, to be shared by reports (default: OUTPUT/optimizer_runs)")
     p.add_argument("--overwrite", action="store_true", help="replace a report that exists; the optimizer's runs are kept")
@@ -44,11 +44,14 @@ def main(argv=None) -> int:
     from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
 
     if (args.output / "report.json").exists() and not args.overwrite:
-        raise FileExistsError(f"--output: {args.output / 'report.json'} exists already; use --overwrite to replace the report (the optimizer's runs are kept)")
-    if args.output.resolve().is_relative_to(args.content.resolve()) or (args.cache and args.cache.resolve().is_relative_to(args.content.resolve())):
+        raise FileExistsError(f"--output: {args.output / 'report.json'} exists already; use --overwrite to replace it, keeping the optimizer's runs")
+    cache = args.cache or args.output / "optimizer_runs"
+    if any(folder.resolve().is_relative_to(args.content.resolve()) for folder in (args.output, cache)):
         raise ValueError(f"--output and --cache must lie outside of --content {args.content}: their pictures would be judged as photos")
-    judges = [{"network": "vgg19_slim"}, *({"network": name, "weights": weights or "auto"} for name, _, weights in (judge.partition("=") for judge in args.judge))]
-    config = validate_config(EvaluateConfig, {"sizes": args.sizes, "photos": args.photos, "iterations": args.iterations, "judges": judges}, source="--judge, --sizes, --photos or --iterations")
+    named = [judge.partition("=") for judge in ("vgg19_slim", *args.judge)]
+    asked = {"sizes": args.sizes, "photos": args.photos, "iterations": args.iterations}
+    asked["judges"] = [{"network": network, "weights": weights or "auto"} for network, _, weights in named]
+    config = validate_config(EvaluateConfig, asked, source="--judge, --sizes, --photos or --iterations")
     shipped = cli.shipped_styles()
     models = [shipped.get(model, Path(model)) for model in args.model]
     device = resolve_device(args.device)
@@ -57,7 +60,8 @@ def main(argv=None) -> int:
 
     def optimize(content, style, loss_network, loss, start, iterations, watch, should_stop):
         descent = DescentConfig(init=start, steps=iterations, log_every=1, clamp=True)
-        return optimize_image(content, style, loss_network, OptimizeConfig(content=ImageSize(), style=ImageSize(), loss=loss, optimize=descent), watch, should_stop)
+        config = OptimizeConfig(content=ImageSize(), style=ImageSize(), loss=loss, optimize=descent)
+        return optimize_image(content, style, loss_network, config, watch, should_stop)
 
     def show(progress):
         nonlocal bar
@@ -67,7 +71,6 @@ def main(argv=None) -> int:
 
     try:
         with StopRequest() as stop:
-            cache = args.cache or args.output / "optimizer_runs"
             evaluation = evaluate(models, args.content, config, optimize, cache, args.style, args.set, device, show, stop)
     finally:
         if bar is not None:

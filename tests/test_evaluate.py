@@ -81,8 +81,8 @@ def test_the_report_tells_what_the_loss_itself_tells(command, model, held_out, p
                 targets = one.loss.content_targets(photo)
                 assert of_model["objective"][index] == pytest.approx(float(one.loss(network(photo).clamp(0, 1), targets).total), rel=1e-4)
                 untouched = float(one.loss(photo, targets).total)
-            first = json.loads(next(path for path in report.glob(f"optimizer_runs/{size}px_content*.json") if abs(json.loads(path.read_text())["objective"][0] / untouched - 1) < 1e-4).read_text())
-            assert len(first["objective"]) == N + 1
+            starts = [json.loads(path.read_text())["objective"][0] for path in report.glob(f"optimizer_runs/{size}px_content*.json")]
+            assert min(abs(start / untouched - 1) for start in starts) < 1e-4
         for start in ("content", "noise"):
             best = of_model["optimizer"][start]["mean"]
             assert len(best) == N + 1 and best == sorted(best, reverse=True)
@@ -209,7 +209,8 @@ def test_more_photos_take_in_those_of_fewer(model, tmp_path, painting):
 
 
 def test_numbers_in_words_and_quartiles():
-    assert [iterations(value, 500) for value in (None, float("inf"), 3.14159, 31.4159)] == ["> 500 iterations", "> 500 iterations", "3.1 iterations", "31 iterations"]
+    beyond = "> 500 iterations"
+    assert [iterations(value, 500) for value in (None, float("inf"), 3.14159, 31.4159)] == [beyond, beyond, "3.1 iterations", "31 iterations"]
     assert quartiles([1, 2, 3, 4]) == [1.75, 2.5, 3.25]
     assert quartiles([1, 2, 3, float("inf"), float("inf")]) == [2, 3, float("inf")]
     with pytest.raises(ConfigError, match="sizes.*once"):

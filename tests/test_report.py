@@ -8,7 +8,8 @@ from PIL import Image
 
 from fastnst.report import curves, markdown, sheet
 
-JUDGED = {"style/vgg19_slim": [0.2, 0.4], "content/vgg19_slim": [0.5, 0.5], "ssim": [0.5, 0.7], "grid_2": [1 / 255, 3 / 255], "grid_4": [0, 0], "clipped": [0.01, 0.03]}
+JUDGED = {"style/vgg19_slim": [0.2, 0.4], "content/vgg19_slim": [0.5, 0.5], "ssim": [0.5, 0.7]}
+JUDGED |= {"grid_2": [1 / 255, 3 / 255], "grid_4": [0, 0], "clipped": [0.01, 0.03]}
 START = {"mean": [8, 4, 2], "quartiles": [[7, 8, 9], [3, 4, 5], [1, 2, 3]], "worth": [1.5, None], "worth_quartiles": [1.5, 12.3, None], "judged": JUDGED}
 FINDINGS = {
     "machine": "abacus",
@@ -27,7 +28,14 @@ FINDINGS = {
                     "objective": [3.0, 5.0],
                     "judged": JUDGED | {"flicker": [2 / 255, 4 / 255], "noise_gain": [1.5, 2.5], "border": [0, 0]},
                     "optimizer": {"content": START, "noise": START},
-                    "speed": {"first_pass": 0.5, "pass": 0.01, "transfers": 0.001, "optimizer": {"100": 50.0, "300": 150.0}, "optimizer_first": 1.5, "optimizer_machine": "abacus"},
+                    "speed": {
+                        "first_pass": 0.5,
+                        "pass": 0.01,
+                        "transfers": 0.001,
+                        "optimizer": {"100": 50.0, "300": 150.0},
+                        "optimizer_first": 1.5,
+                        "optimizer_machine": "abacus",
+                    },
                 }
             },
         }
