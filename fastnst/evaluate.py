@@ -134,7 +134,7 @@ def evaluate(
                 stylized, figures = _judge_photo(one, photo, runs, judges)
                 seen[one.label].append(figures)
                 row.append((to_pil(stylized), f"{one.label}: {figures['objective']:.4g}, worth {iterations(figures['worth']['content'], config.iterations)}"))
-                reached = (to_pil(load_image(runs["content"].picture)), f"L-BFGS {config.iterations}: {runs['content'].objective[-1]:.4g}")
+                reached = (to_pil(load_image(runs["content"].picture)), f"L-BFGS {config.iterations}, last: {runs['content'].objective[-1]:.4g}")
                 row += [reached] if reached not in row else []  # models of the same painting and loss share it
             rows += [row] if index < _SHOWN else []
             done += judging[size]

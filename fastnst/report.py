@@ -23,7 +23,7 @@ _LOOKS = (
     ("clipped", "clipped %", 100, 2),
 )
 _LEGEND = """\
-Means over the photos. style: 0 is the painting's own statistics, 1 the photo untouched; content: 0 is the photo, 1 a like photo of other
+Means over the photos; of L-BFGS the last picture is judged, which need not be its best. style: 0 is the painting's own statistics, 1 the photo untouched; content: 0 is the photo, 1 a like photo of other
 content; both averaged over a judge's layers. A judge marked * is the network that the model was trained against, so not neutral.
 SSIM: of luminance, against the photo. flicker: RMS change of the output, in levels of 255, when the photo moves by 1 px, beyond moving along.
 noise gain: RMS change of the output over that of the input under noise of 2 levels; the photo itself has 1. border: RMS of what
