@@ -16,6 +16,7 @@ VERBS = {
     "export": "write a model as ONNX, for other programs and machines without torch",
     "optimize": "the reference: optimize a single picture, slowly (Gatys et al.)",
     "preview": "see how a painting will come out, before training",
+    "evaluate": "judge models: worth how many iterations of the reference, how fast, how clean",
     "publish": "turn a training run into a style to ship",
     "distill": "make the embedded loss network anew from VGG-19",
 }
