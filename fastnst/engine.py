@@ -201,7 +201,7 @@ class TorchEngine:
             x = x.permute(0, 3, 1, 2).float() if pixels == "uint8" else x * 255
             height, width = x.shape[-2:]
             x = (x - PIXEL_SHIFT).to(self._dtype)
-            missing = [max(0, config.smallest_side - side) for side in (width, height)]
+            missing = [max(config.smallest_side - side, -side % config.multiple) for side in (width, height)]
             if any(missing):
                 x = F.pad(x, (0, missing[0], 0, missing[1]), mode="replicate")
             if config.start_padding:

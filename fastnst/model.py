@@ -32,7 +32,8 @@ class NetworkConfig(Config):
     residual_blocks: int = Field(5, ge=0, le=32)
     norm: Literal["instance", "batch"] = "instance"
     padding: Literal["reflect", "replicate", "zeros", "start"] = "reflect"
-    upsampling: Literal["nearest", "transposed", "subpixel"] = "nearest"
+    upsampling: Literal["nearest", "bilinear", "transposed", "subpixel"] = "nearest"
+    stem: Literal["full", "half"] = Field("full", description="resolution of the first and last layer; half is the lean network")
     output: Literal["tanh", "sigmoid", "linear"] = "tanh"
     output_scale: float = Field(0.125, gt=0, description="multiplies the last convolution, ahead of `output`")
 
@@ -44,7 +45,12 @@ class NetworkConfig(Config):
     @property
     def smallest_side(self) -> int:
         """Smaller images are padded to this side, so that reflection and instance statistics are defined."""
-        return max(16, self.start_padding + 1)
+        return max(16, self.start_padding + 2)
+
+    @property
+    def multiple(self) -> int:
+        """Sides are padded by replication to a multiple of this, so that no row or column is lost to a stride."""
+        return 2 if self.stem == "half" else 1
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from fastnst.model import NetworkConfig
 class TransformNetwork(nn.Module):
     """The network that ``config`` describes.
 
-    ``padding: start`` is Johnson's: reflection padding of the whole image once, none inside the blocks (each of which
+    ``stem: half`` is lean: the first layer sees 10x10 pixels at every second one, the last gives 2x2 pixels by sub-pixel
+    convolution, and nothing is computed at full resolution in between.     ``padding: start`` is Johnson's: reflection padding of the whole image once, none inside the blocks (each of which
     then shaves 2 px off its skip), zeros elsewhere. ``output``: ``tanh`` is 0.5 + 150/255 tanh, ``sigmoid`` is itself,
     ``linear`` is the bare convolution in units of 1/255, as pytorch/examples has it; what leaves [0, 1] is the
     caller's to clamp, so that the loss still sees it. ``output_scale`` decides how far Adam moves the picture in a step: in the
@@ -31,21 +32,25 @@ class TransformNetwork(nn.Module):
         layers: list[nn.Module] = []
         if config.padding == "start":
             layers.append(nn.ReflectionPad2d(config.start_padding))
+        if config.stem == "full":
+            layers += [*_conv_block(config, 3, w, 9), *_conv_block(config, w, 2 * w, 3, stride=2)]
+        else:
+            layers += _conv_block(config, 3, 2 * w, 10, stride=2)
         layers += [
-            *_conv_block(config, 3, w, 9),
-            *_conv_block(config, w, 2 * w, 3, stride=2),
             *_conv_block(config, 2 * w, 4 * w, 3, stride=2),
             *(ResidualBlock(config, 4 * w) for _ in range(config.residual_blocks)),
             *_upsampling_block(config, 4 * w, 2 * w),
-            *_upsampling_block(config, 2 * w, w),
-            _conv(config, w, 3, 9),
         ]
+        if config.stem == "full":
+            layers += [*_upsampling_block(config, 2 * w, w), _conv(config, w, 3, 9)]
+        else:
+            layers += _subpixel(config, 2 * w, 3, 5)
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
         """``(N, 3, H, W)`` in [0, 1], any H and W from 1 up -> the same shape, about [0, 1], not clamped."""
         height, width = images.shape[-2:]
-        short = [max(0, self.config.smallest_side - side) for side in (width, height)]
+        short = [max(self.config.smallest_side - side, -side % self.config.multiple) for side in (width, height)]
         if any(short):
             images = F.pad(images, (0, short[0], 0, short[1]), mode="replicate")
         x = self.layers(images)[..., :height, :width]  # strides round sizes up to a multiple of 4
@@ -78,7 +83,7 @@ class ResidualBlock(nn.Module):
 
 def _conv(config: NetworkConfig, inputs: int, outputs: int, kernel: int, stride: int = 1, padded: bool = True) -> nn.Conv2d:
     mode = "zeros" if config.padding == "start" else config.padding
-    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2 if padded else 0, padding_mode=mode)
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - 1) // 2 if padded else 0, padding_mode=mode)
 
 
 def _norm(config: NetworkConfig, channels: int) -> nn.Module:
@@ -93,12 +98,20 @@ def _upsampling_block(config: NetworkConfig, inputs: int, outputs: int) -> list[
     """Twice the height and width."""
     if config.upsampling == "nearest":
         up: list[nn.Module] = [nn.Upsample(scale_factor=2, mode="nearest"), _conv(config, inputs, outputs, 3)]
+    elif config.upsampling == "bilinear":  # padded by replication, as the interpolation itself is
+        conv = nn.Conv2d(inputs, outputs, 3, padding=1, padding_mode="replicate")
+        up = [nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False), conv]
     elif config.upsampling == "transposed":
         up = [nn.ConvTranspose2d(inputs, outputs, 3, stride=2, padding=1, output_padding=1)]
     else:
-        conv = _conv(config, inputs, 4 * outputs, 3)
-        with torch.no_grad():  # all four sub-pixels start equal: no checkerboard at step 0 (Aitken et al. 2017)
-            conv.weight.copy_(conv.weight[::4].repeat_interleave(4, dim=0))
-            conv.bias.copy_(conv.bias[::4].repeat_interleave(4, dim=0))
-        up = [conv, nn.PixelShuffle(2)]
+        up = _subpixel(config, inputs, outputs, 3)
     return [*up, _norm(config, outputs), nn.ReLU(inplace=True)]
+
+
+def _subpixel(config: NetworkConfig, inputs: int, outputs: int, kernel: int) -> list[nn.Module]:
+    """Convolution and pixel shuffle; all four sub-pixels start equal: no checkerboard at step 0 (Aitken et al. 2017)."""
+    conv = _conv(config, inputs, 4 * outputs, kernel)
+    with torch.no_grad():
+        conv.weight.copy_(conv.weight[::4].repeat_interleave(4, dim=0))
+        conv.bias.copy_(conv.bias[::4].repeat_interleave(4, dim=0))
+    return [conv, nn.PixelShuffle(2)]

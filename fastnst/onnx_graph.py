@@ -62,7 +62,7 @@ def network_graph(network: StagedNetwork, pixels: str = "uint8", metadata: dict[
         x = g.add("Mul", "pixels", g.float(255))
     x = g.add("Sub", x, g.float(PIXEL_SHIFT))
     size = g.add("Slice", g.add("Shape", x), g.ints(2), g.ints(4))
-    missing = g.add("Max", g.add("Sub", g.ints(config.smallest_side), size), g.ints(0))
+    missing = g.add("Max", g.add("Sub", g.ints(config.smallest_side), size), g.add("Mod", g.add("Neg", size), g.ints(config.multiple)))
     x = g.add("Pad", x, g.add("Concat", g.ints(0, 0, 0, 0, 0, 0), missing, axis=0), mode="edge")
     if config.start_padding:
         s = config.start_padding

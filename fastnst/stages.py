@@ -66,7 +66,7 @@ class Stage:
 class StagedNetwork:
     """A network ready for inference: its stages and what its file says of it.
 
-    Sides shorter than ``info.network.smallest_side`` are padded by replication, then all by ``info.network.start_padding`` by
+    Sides shorter than ``info.network.smallest_side``, or no multiple of ``info.network.multiple``, are padded by replication, then all by ``info.network.start_padding`` by
     reflection; the first stage takes pixels of 0..255 less ``PIXEL_SHIFT``; ``info.network.output`` follows the last one, which
     is then cropped to the size that came in.
     """
@@ -94,18 +94,26 @@ def fold(weights: dict[str, np.ndarray], info: ModelInfo) -> StagedNetwork:
             return Stage(kernel, bias, **options)
         return Stage(kernel, bias if shuffled > 1 else None, scale, shift, **options)
 
-    stages = [_take_pixels(stage(f"{start}", f"{start + 1}", padding=4, padding_mode=mode, relu=True))]
-    stages += [stage(f"{at}", f"{at + 1}", padding=1, padding_mode=mode, stride=2, relu=True) for at in (start + 3, start + 6)]
-    at = start + 9
+    widths = [1] if config.stem == "half" else [1, 1]  # how often the stem halves the resolution, and the last layers double it
+    stages = [_take_pixels(stage(f"{start}", f"{start + 1}", padding=4, padding_mode=mode, relu=True, stride=3 - len(widths)))]
+    at = start + 3
+    for _ in widths:
+        stages.append(stage(f"{at}", f"{at + 1}", padding=1, padding_mode=mode, stride=2, relu=True))
+        at += 3
     for index in range(at, at + config.residual_blocks):
         stages.append(stage(f"{index}.layers.0", f"{index}.layers.1", relu=True, **block))
         stages.append(stage(f"{index}.layers.3", f"{index}.layers.4", skip=True, shave=2 if start else 0, **block))
     at += config.residual_blocks
-    for _ in range(2):
+    for _ in widths:
         if config.upsampling == "nearest":
             # on the small grid, padding by reflection or replication of 1 px on the large one is replication
             small = stage(f"{at + 1}", f"{at + 2}", padding=1, padding_mode="constant" if mode == "constant" else "replicate", transposed=True, relu=True)
             stages.append(replace(small, weight=_summed_kernels(small.weight)))
+            at += 4
+        elif config.upsampling == "bilinear":  # on the small grid each of the four sub-pixels sees 3x3, through kernels of its own
+            small = stage(f"{at + 1}", f"{at + 2}", padding=1, padding_mode="replicate", relu=True)
+            weight, bias = _interpolated_kernels(small.weight), None if small.bias is None else small.bias.repeat(4)
+            stages.append(replace(small, weight=weight, bias=bias, shuffle=2))
             at += 4
         elif config.upsampling == "transposed":  # 3x3, padding 1, output padding 1: a 4x4 one whose last row and column are 0
             small = stage(f"{at}", f"{at + 1}", padding=1, transposed=True, relu=True)
@@ -115,7 +123,10 @@ def fold(weights: dict[str, np.ndarray], info: ModelInfo) -> StagedNetwork:
             stages.append(stage(f"{at}", f"{at + 2}", padding=1, padding_mode=mode, shuffle=2, relu=True))
             at += 4
     weight, bias = (weights[f"layers.{at}.{part}"] * config.output_scale for part in ("weight", "bias"))
-    stages.append(Stage(_split_stride(weight), bias.repeat(4), padding=4, padding_mode=mode, stride=2, shuffle=2))
+    if config.stem == "half":
+        stages.append(Stage(weight, bias, padding=2, padding_mode=mode, shuffle=2))
+    else:
+        stages.append(Stage(_split_stride(weight), bias.repeat(4), padding=4, padding_mode=mode, stride=2, shuffle=2))
     return StagedNetwork(tuple(_contiguous(one) for one in stages), info)
 
 
@@ -134,6 +145,21 @@ def _summed_kernels(weight: np.ndarray) -> np.ndarray:
     """
     rows = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], weight.dtype)  # transposed kernel row <- kernel rows
     return np.einsum("xk,yl,oikl->ioxy", rows, rows, weight)
+
+
+def _interpolated_kernels(weight: np.ndarray) -> np.ndarray:
+    """3x3 kernels on a grid upsampled by bilinear interpolation, ``(O, I, 3, 3)``, as ``(4 O, I, 3, 3)`` on the small grid, to be shuffled by 2.
+
+    Large row 2j is 1/4 of small row j - 1 and 3/4 of j, row 2j + 1 is 3/4 of j and 1/4 of j + 1; kernel row k of large row 2i + p sees row 2i + p + k - 1.
+    """
+    rows = np.zeros((2, 3, 3), weight.dtype)  # p, small row (i - 1, i, i + 1), kernel row
+    for p in range(2):
+        for k in range(3):
+            j, odd = divmod(p + k - 1, 2)
+            rows[p, j + 1, k] += 0.75
+            rows[p, j + 2 if odd else j, k] += 0.25
+    split = np.einsum("pak,qbl,oikl->opqiab", rows, rows, weight)
+    return split.reshape(-1, *split.shape[3:])
 
 
 def _split_stride(weight: np.ndarray) -> np.ndarray:

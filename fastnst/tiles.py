@@ -42,7 +42,8 @@ class _Strips:
             raise ValueError("exact tiles are not there for networks with `padding: start`; use --tile off and --short-side N")
         self.engine, self.stages, self.rows, self.report = engine, network.stages, rows, report
         self.output = network.info.network.output
-        missing = [max(0, network.info.network.smallest_side - side) for side in pixels.shape[:2]]
+        config = network.info.network
+        missing = [max(config.smallest_side - side, -side % config.multiple) for side in pixels.shape[:2]]
         self.shape = pixels.shape[:2]
         self.pixels = np.pad(pixels, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge") if any(missing) else pixels
         self.sizes = [self.pixels.shape[:2]]  # (height, width) of what goes into each stage, and out of the last

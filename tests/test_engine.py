@@ -14,8 +14,8 @@ from fastnst.engine import ENGINES, is_installed, load_engine
 
 ARCHITECTURES = [
     {"norm": norm, "padding": padding, "upsampling": upsampling}
-    for norm, padding, upsampling in itertools.product(("instance", "batch"), ("reflect", "replicate", "zeros", "start"), ("nearest", "transposed", "subpixel"))
-] + [{"output": "sigmoid"}, {"output": "linear", "output_scale": 20.0}, {"residual_blocks": 0}]
+    for norm, padding, upsampling in itertools.product(("instance", "batch"), ("reflect", "replicate", "zeros", "start"), ("nearest", "bilinear", "transposed", "subpixel"))
+] + [{"output": "sigmoid"}, {"output": "linear", "output_scale": 20.0}, {"residual_blocks": 0}, {"stem": "half"}, {"stem": "half", "padding": "zeros", "upsampling": "bilinear", "norm": "batch"}]
 NAMES = [name for name in ENGINES if name != "auto"]
 
 

@@ -152,3 +152,26 @@ def test_input_is_not_changed():
 def test_impossible_network_is_refused(data, key):
     with pytest.raises(ConfigError, match=key):
         validate_config(NetworkConfig, data)
+
+
+@pytest.mark.parametrize("options", [{"stem": "half"}, {"upsampling": "bilinear"}, {"stem": "half", "upsampling": "subpixel"}], ids=str)
+@pytest.mark.parametrize("height, width", [(1, 1), (17, 30), (33, 41)])
+def test_lean_and_smooth_networks_take_any_size(options, height, width):
+    with torch.inference_mode():
+        assert small(**options)(torch.rand(1, 3, height, width)).shape == (1, 3, height, width)
+
+
+def test_the_lean_network_has_the_size_that_was_counted():
+    # w 16: 10x10 3->32, 3x3 32->64, five blocks of two 3x3 64->64, 3x3 64->32, 5x5 32->12; weights, biases, and two a channel of norms
+    convolutions = (300 * 32 + 32) + (9 * 32 * 64 + 64) + 10 * (9 * 64 * 64 + 64) + (9 * 64 * 32 + 32) + (25 * 32 * 12 + 12)
+    norms = 2 * (32 + 64 + 10 * 64 + 32)
+    network = TransformNetwork(NetworkConfig(width=16, stem="half"))
+    assert sum(parameter.numel() for parameter in network.parameters()) == convolutions + norms
+
+
+def test_a_flat_picture_stays_flat_inside_whatever_the_upsampling():
+    """Nearest, bilinear and sub-pixel upsampling draw no grid of their own on a flat picture."""
+    for upsampling in ("nearest", "bilinear", "subpixel"):
+        with torch.inference_mode():
+            out = small(upsampling=upsampling)(torch.full((1, 3, 64, 64), 0.3))[..., 24:40, 24:40]
+        assert (out.amax(dim=(2, 3)) - out.amin(dim=(2, 3))).max() < 1e-4

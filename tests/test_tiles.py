@@ -25,7 +25,7 @@ def test_strips_are_the_whole(name, height, width):
 
 
 @pytest.mark.parametrize(
-    "norm, padding, upsampling", list(itertools.product(("instance", "batch"), ("reflect", "replicate", "zeros"), ("nearest", "transposed", "subpixel")))
+    "norm, padding, upsampling", list(itertools.product(("instance", "batch"), ("reflect", "replicate", "zeros"), ("nearest", "bilinear", "transposed", "subpixel")))
 )
 def test_every_architecture(norm, padding, upsampling):
     _, stages = staged(norm=norm, padding=padding, upsampling=upsampling)
@@ -34,11 +34,11 @@ def test_every_architecture(norm, padding, upsampling):
     assert np.abs(stylize_tiled(engine, picture, 16, PLENTY) - engine.run(picture[None])[0].astype(int)).max() <= 1
 
 
-@pytest.mark.parametrize("blocks", [0, 5])
-def test_every_depth_and_strip(blocks):
-    _, stages = staged(residual_blocks=blocks)
+@pytest.mark.parametrize("options", [{"residual_blocks": 0}, {"residual_blocks": 5}, {"stem": "half"}], ids=str)
+def test_every_depth_and_strip(options):
+    _, stages = staged(**options)
     engine = load_engine(stages, "cpu", "torch", "float32")
-    picture = photo(120, 24)[0]
+    picture = photo(121, 25)[0]
     whole = engine.run(picture[None])[0].astype(int)
     for rows in (16, 20, 64, 500):
         assert np.abs(stylize_tiled(engine, picture, rows, PLENTY) - whole).max() <= 1
