@@ -122,13 +122,17 @@ def optimize_image(
         variable = ((image - zero) / unit).requires_grad_()
         optimizer = _optimizer(descent, variable, moments)
         terms: dict[str, Tensor] = {}
+        best, lowest = variable.detach().clone(), torch.full((), math.inf, device=image.device)
 
         def objective() -> Tensor:
+            nonlocal lowest
             optimizer.zero_grad(set_to_none=True)
             found = loss(variable * unit + zero, targets)
             terms.update(found.scalars())
             total = found.total * objective_scale
             total.backward()
+            best.copy_(torch.where(total.detach() < lowest, variable.detach(), best))
+            lowest = torch.minimum(lowest, total.detach())
             return total
 
         average, weight = torch.zeros_like(image), 0.0
@@ -150,7 +154,11 @@ def optimize_image(
             stopped = should_stop()
             if stopped:
                 break
-        image = (average / weight).clamp(0, 1)
+        if descent.optimizer == "lbfgs" and not descent.average:  # without a line search it rises in many an iteration: the best picture counts, not the last
+            objective()
+            image = (best * unit + zero).clamp(0, 1)
+        else:
+            image = (average / weight).clamp(0, 1)
         moments = optimizer.state_dict() if descent.optimizer == "adam" else None
         if stopped:
             break

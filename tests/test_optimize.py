@@ -297,3 +297,20 @@ def test_with_a_real_loss_network_the_objective_falls_well(shared, optimizer):
     config = config_of(loss, content={"long_side": 96}, steps=30, log_every=30, **optimizer)
     first, last = objectives(optimize((content, style), config)[1])
     assert last < 0.3 * first
+
+
+def test_lbfgs_gives_the_best_picture_that_it_met_not_the_last(pictures, monkeypatch):
+    step, count = torch.optim.LBFGS.step, []
+
+    def spoiled(self, closure):
+        found = step(self, closure)
+        count.append(1)
+        if len(count) >= 9:  # from then on each step leads astray
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].add_(0.5 * torch.randn_like(self.param_groups[0]["params"][0]))
+        return found
+
+    monkeypatch.setattr(torch.optim.LBFGS, "step", spoiled)
+    found = objectives(optimize(pictures, config_of({"style_weight": 1e5}, steps=12, init="content", **LBFGS))[1])
+    assert found[-2] > 2 * min(found[:-1])  # before the last step the picture was bad already
+    assert found[-1] == pytest.approx(min(found[:-1]), rel=0.05)  # what is given back, measured clamped, is the best one
