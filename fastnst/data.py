@@ -124,7 +124,8 @@ def training_batches(
 ) -> Iterator[Iterator[tuple[Tensor, list[str]]]]:
     """``steps`` batches ``(uint8 (N, 3, S, S), complaints)`` from position ``start`` on, loaded ahead by workers.
 
-    Of ``ranks`` processes each gets its part of every batch, of equal size or one photo more. Leaving the context ends the workers, whatever happened inside. Raises ``OSError`` where no photo can be read.
+    Of ``ranks`` processes each gets its part of every batch, of equal size or one photo more.
+    Leaving the context ends the workers, whatever happened inside. Raises ``OSError`` where no photo can be read.
     """
     workers = default_workers() if stream.config.workers is None else stream.config.workers
     loader = iter(

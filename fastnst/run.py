@@ -7,6 +7,7 @@ TensorBoard's event files.
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,9 @@ def hold(run_dir: Path, config: Config) -> Iterator[None]:
 
     An ``OSError`` out of the block that does not say where it happened, such as a full disk under TensorBoard's events, is given the name.
     """
+    hook = threading.excepthook
+    # TensorBoard's writing thread prints a traceback for what it raises again in ours.
+    threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else hook(args)
     try:
         with exclusive(run_dir):
             for name in (CONFIG_NAME, MODEL_NAME, STATE_NAME):
@@ -66,15 +70,19 @@ def hold(run_dir: Path, config: Config) -> Iterator[None]:
                 temporary.write_text(to_yaml(config), encoding="utf-8")
             yield
     except OSError as error:
+        if error.errno == errno.ENOENT:
+            check_there(run_dir)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE) and str(run_dir) not in str(error):
             raise type(error)(error.errno, f"cannot write in {run_dir}: {os.strerror(error.errno)}; what was saved before is intact") from error
         raise
+    finally:
+        threading.excepthook = hook
 
 
 def check_there(run_dir: Path) -> None:
     """Raise ``FileNotFoundError`` where the folder was deleted, moved or unmounted while in use: nothing is begun anew in its place."""
     if not (run_dir / CONFIG_NAME).is_file():
-        raise FileNotFoundError(errno.ENOENT, f"{run_dir / CONFIG_NAME} is gone: was the folder moved, deleted or unmounted during the training? Nothing more is saved")
+        raise FileNotFoundError(f"{run_dir / CONFIG_NAME} is gone: was the folder moved, deleted or unmounted during the training? Nothing more is saved")
 
 
 def portable(config: Config) -> dict[str, Any]:

@@ -220,7 +220,8 @@ class Ranks:
             import torch.distributed
 
             if isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error):
-                raise RankLost(f"rank {self.rank} has lost another rank, whose error stands beside this one") from error
+                lost = f"rank {self.rank} has lost another rank, whose error stands beside this one"
+                raise RankLost(f"{lost}; the same command goes on from the last saved state") from error
             raise RankLost(f"rank {self.rank} on {socket.gethostname()}: {error}", here=True) from error
 
 
@@ -237,7 +238,8 @@ def join_ranks(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     if device.type == "cuda":
         index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if device.index is not None or index >= count:
-            raise ValueError(f"--device {device}: torchrun starts {os.environ.get('LOCAL_WORLD_SIZE')} processes here, on {count} GPUs; use --device cuda and --nproc-per-node={count} at most")
+            started = os.environ.get("LOCAL_WORLD_SIZE")
+            raise ValueError(f"--device {device}: torchrun starts {started} processes here, on {count} GPUs; use --device cuda and --nproc-per-node={count} at most")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     elif device.type != "cpu":

@@ -3,73 +3,36 @@
 To resume, run the same command again. Under torchrun every process trains on its part of each batch, and the first alone writes.
 """
 
-import hashlib
-import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from fastnst.checkpoint import STATE_NAME, load_training_state, restore, save_model, save_training_state
-from fastnst.config import Config, to_yaml
-from fastnst.data import DataConfig, Photos, PhotoStream, list_photos, load_validation, training_batches
+from fastnst.config import to_yaml
+from fastnst.data import Photos, list_photos
 from fastnst.image import load_image, resize, to_pil
-from fastnst.loss_network import load_loss_network
-from fastnst.losses import LossConfig, PerceptualLoss, calibrate
-from fastnst.model import MODEL_NAME, NetworkConfig
+from fastnst.losses import LossConfig
+from fastnst.model import MODEL_NAME, read_model
 from fastnst.network import TransformNetwork
 from fastnst.picture import ImageSize
 from fastnst.run import CONFIG_NAME, check_space, check_there, find_run, hold, portable
-from fastnst.runtime import Ranks, autocast, is_out_of_memory, largest_that_fits, memory_format, resolve_precision
-from fastnst.schedule import LearningRate, learning_rate_at
+from fastnst.runtime import Ranks, resolve_precision
+from fastnst.schedule import learning_rate_at
 from fastnst.survey import survey
+from fastnst.task import Task, TrainConfig, batches_from, check_same_photos, learn, prepare, validate
 from fastnst.watchdog import Trouble, Watchdog
 
 _SAVE_SECONDS = 300  # a slow machine saves this often, whatever save_every says: no more is lost to a power cut
 # Keys that a resumed run may change: they alter how long, how watched or how divided it is, not what any step computes.
 _MAY_CHANGE = {"train.steps", "train.accumulate", "train.log_every", "train.validate_every", "train.save_every", "train.keep", "train.rollbacks", "data.workers"}
-
-
-class StyleConfig(ImageSize):
-    """The painting, and the size at which its strokes are learned: 512 px as most of Johnson et al.'s released models."""
-
-    image: Path
-    long_side: int | None = Field(512, ge=16, le=65_535)
-
-
-class LoopConfig(Config):
-    """How long and how fast to learn; the defaults are Johnson et al. 2016."""
-
-    steps: int = Field(40_000, ge=1, le=10**9)
-    batch_size: int = Field(4, ge=1, le=4096, description="photos per step, over all ranks")
-    accumulate: int = Field(1, ge=1, le=4096, description="parts that a rank's photos of a step are computed in: less memory, the same result")
-    learning_rate: LearningRate = LearningRate()
-    clip_gradient: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = Field(0, ge=0, lt=2**63)
-    log_every: int = Field(20, ge=1, description="steps")
-    validate_every: int = Field(500, ge=1, description="steps")
-    save_every: int = Field(500, ge=1, description="steps")
-    keep: Literal["best", "last"] = Field("best", description="the model of the lowest validation total, or of the last save")
-    rollbacks: int = Field(3, ge=0, le=100, description="times that a run gone wrong goes back to its last good state with a lower rate")
-
-
-class TrainConfig(Config):
-    """Everything that decides a training run."""
-
-    style: StyleConfig
-    data: DataConfig
-    network: NetworkConfig = NetworkConfig()
-    loss: LossConfig = LossConfig()
-    train: LoopConfig = LoopConfig()
 
 
 @dataclass(frozen=True)
@@ -109,26 +72,6 @@ class TrainingDiverged(RuntimeError):
     """The training has gone wrong more often than ``train.rollbacks`` allows."""
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What a training works on, ready on its device. ``module`` is ``network``, averaging gradients over the ranks."""
-
-    config: TrainConfig
-    device: torch.device
-    ranks: Ranks
-    photos: Photos
-    style: Tensor
-    loss: PerceptualLoss
-    network: TransformNetwork
-    module: nn.Module
-    validation: Tensor
-    unreadable: dict[str, str]
-
-    @property
-    def photos_at_once(self) -> int:
-        return -(-self.config.train.batch_size // (self.ranks.size * self.config.train.accumulate))
-
-
 def plan(config: TrainConfig, run_dir: Path, device: torch.device) -> str:
     """What ``train`` would do, in words, with the inputs looked at but nothing written or downloaded."""
     step = load_training_state(run_dir / STATE_NAME)["step"] if find_run(config, run_dir, _may_change(config)) else 0
@@ -143,13 +86,14 @@ def check_data(config: TrainConfig, run_dir: Path, device: torch.device, report:
     photos = list_photos(config.data)
     everything = [*photos.train, *photos.validation] if photos.held_out else photos.train
     seen = survey(everything, config.data, thorough=True, report=lambda done: report(done, len(everything)))
-    task = _prepare(config, device, Ranks())
+    task = prepare(config, device, Ranks())
     batch = task.validation.repeat(-(-config.train.batch_size // len(task.validation)), 1, 1, 1)[: config.train.batch_size]
     for _ in range(2):  # the first warms up
         began = time.monotonic()
-        float(_learn(task, batch)[1][0])
+        float(learn(task, batch)[1][0])
     seconds = (time.monotonic() - began) * config.train.steps
-    return f"{seen}\ntime: about {_duration(seconds)} for {config.train.steps:,} steps on {device.type}, were photos no bottleneck\ndisk: about {_bytes_needed(task) / 1e6:.0f} MB in {run_dir}"
+    took = f"about {_duration(seconds)} for {config.train.steps:,} steps on {device.type}, unless photos come slower"
+    return f"{seen}\ntime: {took}\ndisk: about {_bytes_needed(task) / 1e6:.1f} MB in {run_dir}"
 
 
 def train(
@@ -170,7 +114,7 @@ def train(
     report = report if ranks.main else lambda progress: None
     with ranks.together():  # what is missing or wrong is found here, before anything is written
         state = load_training_state(run_dir / STATE_NAME) if ranks.main and find_run(config, run_dir, _may_change(config)) else None
-        task = _prepare(config, device, ranks)
+        task = prepare(config, device, ranks)
         network, loss, optimizer = task.network, task.loss, torch.optim.Adam(task.network.parameters())
         begun = _snapshot(network, optimizer, 0, Watchdog())
         if state is not None:
@@ -178,7 +122,7 @@ def train(
         elif ranks.main:
             check_space(run_dir, _bytes_needed(task))
         found = survey(task.photos.train, config.data) if ranks.main and (state is None or state["step"] < loop.steps) else None
-    _check_same_photos(task)
+    check_same_photos(task)
     state = ranks.from_main(state)
     if state is not None:
         restore(run_dir / STATE_NAME, state, network, optimizer)
@@ -212,12 +156,14 @@ def train(
             board.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
             board.add_text("raw_weights", _raw_weights(config.loss, loss.config), 0)
             board.add_image("style", task.style[0].clamp(0, 1), 0)
-        batches = loading.enter_context(_batches_from(step, task))
+        elif ranks.main and step > 0 and (loop.keep == "last" or watchdog.best_step in (0, step)) and not _holds_model_of(run_dir, step):
+            _save_model(task, run_dir, step)  # a crash came between the state and the model
+        batches = loading.enter_context(batches_from(step, task))
         while True:
             stop, overdue = ranks.any(should_stop(), time.monotonic() - saved > _SAVE_SECONDS)
             stopping = step >= loop.steps or stop
             validating = (fresh or step > first) and (step % loop.validate_every == 0 or step >= loop.steps)
-            saving = step > first and (step % loop.save_every == 0 or stopping or overdue)
+            saving = step > first and (step % loop.save_every == 0 or validating or stopping or overdue)
             trouble = None
             if window and (step % loop.log_every == 0 or validating or saving):
                 rows = [dict(zip(names, row)) for row in ranks.sum(torch.stack(window)).tolist()]  # sync point
@@ -250,8 +196,9 @@ def train(
                 good["watchdog"] = watchdog.state()
                 step = first = good["step"]
                 loading.close()
-                batches = loading.enter_context(_batches_from(step, task))
-                message = f"{trouble.what}. Back to step {step}, the rate now {watchdog.rate:.2g} of the schedule's (rollback {watchdog.rollbacks} of {loop.rollbacks}). If it happens again: {trouble.advice}"
+                batches = loading.enter_context(batches_from(step, task))
+                done = f"Back to step {step}, the rate now {watchdog.rate:.2g} of the schedule's (rollback {watchdog.rollbacks} of {loop.rollbacks})"
+                message = f"{trouble.what}. {done}. If it happens again: {trouble.advice}"
                 board.add_text("watchdog", message, step)
                 report(TrainProgress(step, loop.steps, message=f"watchdog: {message}"))
                 if ranks.main:
@@ -260,22 +207,21 @@ def train(
                     board.flush()
                 wary, fresh = False, False
                 continue
+            best = False
             if validating and ranks.main:
                 validation, pairs = validate(network, loss, task.validation, task.photos_at_once)
                 for name, value in validation.items():
                     board.add_scalar(name, value, step)
                 board.add_image("validation/content_and_stylized", pairs, step)
                 report(TrainProgress(step, loop.steps, validation=validation))
-                if step > 0 and not wary and watchdog.is_best(step, validation["validation/total"]) and loop.keep == "best":
-                    check_there(run_dir)
-                    _save_model(task, run_dir, step)
+                best = not wary and step > 0 and watchdog.is_best(step, validation["validation/total"])
                 window_began = time.monotonic()
             if saving and not wary:
                 if ranks.main:
                     check_there(run_dir)
-                    if loop.keep == "last" or not watchdog.best_step or not (run_dir / MODEL_NAME).exists():
-                        _save_model(task, run_dir, step)  # ahead of the state: after a crash between the two it is made again
                     save_training_state(run_dir / STATE_NAME, network, optimizer, step, unreadable, loss.config.model_dump(), watchdog.state())
+                    if best or loop.keep == "last" or not watchdog.best_step or not (run_dir / MODEL_NAME).exists():
+                        _save_model(task, run_dir, step)  # behind the state: a model alone could not be gone on with
                     board.flush()
                 good = _snapshot(network, optimizer, step, watchdog)
                 saved = time.monotonic()
@@ -287,15 +233,7 @@ def train(
             window_waited += time.monotonic() - asked
             waited += time.monotonic() - asked
             complaints += [(message, step) for message in messages]
-            memory_short = False
-            try:
-                names, numbers = _learn(task, content)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                memory_short = True  # advised below, when the error no longer holds the activations
-            if memory_short:
-                raise ValueError(_what_would_fit(task))
+            names, numbers = learn(task, content)
             for group in optimizer.param_groups:
                 group["lr"] = watchdog.rate * learning_rate_at(loop.learning_rate, step, loop.steps)
             optimizer.step()
@@ -320,89 +258,21 @@ def train(
     )
 
 
-def _prepare(config: TrainConfig, device: torch.device, ranks: Ranks) -> _Task:
-    loop, layout = config.train, memory_format(device)
-    if loop.batch_size < ranks.size:
-        raise ValueError(f"train.batch_size: got {loop.batch_size}, need a photo for each of the {ranks.size} ranks; raise it or start fewer processes")
-    if config.network.norm == "batch" and (loop.accumulate > 1 or (ranks.size > 1 and device.type != "cuda")):
-        raise ValueError("network.norm: batch norm needs the whole batch at once: set train.accumulate=1 and, on the CPU, start one process; or set network.norm=instance")
-    photos = list_photos(config.data)
-    style = load_image(config.style.image, config.style).to(device)
-    loss_network = load_loss_network(config.loss, config.loss.layers).to(device, memory_format=layout)
-    loss = PerceptualLoss(loss_network, config.loss, style)
-    validation, unreadable = torch.empty(0), []
-    if ranks.main:
-        validation, unreadable = load_validation(photos.validation, config.data)
-        loss.config = calibrate(loss, validation[:8].to(device).float().div(255))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(loop.seed)
-        network = TransformNetwork(config.network)
-    if ranks.size > 1:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # does nothing to instance norm
-    network.to(device, memory_format=layout)
-    return _Task(config, device, ranks, photos, style, loss, network, network, validation, {message: "validation" for message in unreadable})
-
-
-def _batches_from(step: int, task: _Task):
-    loop, ranks = task.config.train, task.ranks
-    stream = PhotoStream(task.photos.train, task.config.data, loop.seed)
-    return training_batches(stream, step * loop.batch_size, loop.batch_size, max(0, loop.steps - step), task.device.type == "cuda", ranks.rank, ranks.size)
-
-
-def _learn(task: _Task, content: Tensor) -> tuple[list[str], Tensor]:
-    """Forward and backward over this rank's ``(N, 3, S, S)`` uint8 ``content``, which leaves the gradient of the whole batch in the network.
-
-    Returns names and numbers, still on the device: the terms of the loss, what the output looks like, the gradient's norm. They
-    are this rank's part of the batch's means: their sum over the ranks is what they say.
-    """
-    loop, ranks, device = task.config.train, task.ranks, task.device
-    task.network.zero_grad(set_to_none=True)
-    parts = content.tensor_split(min(loop.accumulate, len(content)))
-    sums = 0
-    for index, part in enumerate(parts):
-        share = len(part) / loop.batch_size
-        photos = part.to(device, non_blocking=True).float().div_(255).contiguous(memory_format=memory_format(device))
-        with ranks.averaging(task.module, now=index == len(parts) - 1):
-            with autocast(device, resolve_precision(loop.precision, device)):
-                targets = task.loss.content_targets(photos)
-                stylized = task.module(photos)
-                terms = task.loss(stylized, targets)
-            (terms.total * (share * ranks.size)).backward()  # averaged over the ranks, each photo then weighs the same
-        seen = stylized.detach().float().clamp(0, 1)
-        numbers = terms.scalars() | {"output/contrast": seen.std(dim=(2, 3)).mean(), "output/brightness": seen.mean()}
-        sums = sums + share * torch.stack(list(numbers.values()))
-    norm = nn.utils.clip_grad_norm_(task.network.parameters(), loop.clip_gradient or math.inf)
-    return [*numbers, "train/gradient_norm"], torch.cat([sums, norm.detach()[None] * (len(content) / loop.batch_size)])
-
-
-@torch.inference_mode()
-def validate(network: TransformNetwork, loss: PerceptualLoss, photos: Tensor, batch_size: int) -> tuple[dict[str, float], Tensor]:
-    """Mean terms over ``(N, 3, S, S)`` uint8 ``photos``, in float32, and the first four beside their stylized versions."""
-    device = next(network.parameters()).device
-    network.eval()
-    sums: dict[str, Tensor] = {}
-    pairs = []
-    for batch in photos.split(batch_size):
-        content = batch.to(device).float().div_(255)
-        stylized = network(content)
-        scalars = loss(stylized, loss.content_targets(content)).scalars()
-        for name, value in scalars.items():
-            sums[name] = sums.get(name, 0) + value * len(batch)
-        if len(pairs) < 4:
-            pairs += [torch.cat(pair, dim=2) for pair in zip(content, stylized.clamp(0, 1))]
-    network.train()
-    means = {name.replace("loss", "validation", 1): float(value) / len(photos) for name, value in sums.items()}
-    return means, torch.cat(pairs[:4], dim=1).cpu()
-
-
 def _snapshot(network: nn.Module, optimizer: torch.optim.Optimizer, step: int, watchdog: Watchdog) -> dict[str, Any]:
     """A copy of what a rollback restores."""
     return deepcopy({"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict(), "watchdog": watchdog.state()})
 
 
-def _save_model(task: _Task, run_dir: Path, step: int) -> None:
+def _save_model(task: Task, run_dir: Path, step: int) -> None:
     thumbnail = to_pil(resize(task.style, ImageSize(long_side=128).of(*task.style.shape[-2:])))
     save_model(run_dir / MODEL_NAME, task.network, step, portable(task.config), thumbnail)
+
+
+def _holds_model_of(run_dir: Path, step: int) -> bool:
+    try:
+        return read_model(run_dir / MODEL_NAME)[1].step == step
+    except (OSError, ValueError):
+        return False
 
 
 def _last_look(network: nn.Module, step: int, ends_badly: bool) -> Trouble | None:
@@ -419,45 +289,12 @@ def _given_up(trouble: Trouble, watchdog: Watchdog, good_step: int, allowed: int
     return f"{trouble.what}.{tried} {intact} What to change: {trouble.advice}; or allow more than train.rollbacks={allowed}"
 
 
-def _what_would_fit(task: _Task) -> str:
-    """The sizes at which a step would not run out of memory, found by trying."""
-    config, loop, photos = task.config, task.config.train, task.photos_at_once
-    alone = replace(task, ranks=Ranks(), module=task.network, config=config.model_copy(update={"train": loop.model_copy(update={"accumulate": 1})}))
-
-    def attempt(count: int, side: int) -> None:
-        try:
-            _learn(alone, torch.zeros(count, 3, side, side, dtype=torch.uint8))
-        finally:
-            task.network.zero_grad(set_to_none=True)
-            if task.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    crop = config.data.crop_size
-    fits = largest_that_fits(lambda count: attempt(count, crop), photos)
-    side = 16 * largest_that_fits(lambda units: attempt(photos, 16 * units), -(-crop // 16))
-    ways = []
-    if fits:
-        here = -(-loop.batch_size // task.ranks.size)
-        ways.append(f"train.accumulate={-(-here // fits)} (slower, the same result) or train.batch_size={fits * task.ranks.size * loop.accumulate}")
-    if side:
-        ways.append(f"data.crop_size={side}")
-    where = f"{photos} photos of {crop} px at once do not fit in the memory of {task.device.type}"
-    return f"{where} (train.batch_size {loop.batch_size} on {task.ranks.size} rank(s), train.accumulate {loop.accumulate}, data.crop_size {crop}); tried out, this fits: {', or '.join(ways) or 'nothing; set network.width lower'}"
-
-
-def _check_same_photos(task: _Task) -> None:
-    names = "\n".join(f"{path.parent.name}/{path.name}" for path in task.photos.train)
-    found = task.ranks.gather((len(task.photos.train), hashlib.sha256(names.encode()).hexdigest()))
-    if len(set(found)) > 1:
-        raise ValueError(f"data.content: the ranks find different photos ({', '.join(str(count) for count, _ in found)}, or others of the same number); give every host the same folder")
-
-
 def _may_change(config: TrainConfig) -> set[str]:
     # With a cosine the rate of every step depends on how many there are.
     return _MAY_CHANGE - ({"train.steps"} if config.train.learning_rate.decay == "cosine" else set())
 
 
-def _bytes_needed(task: _Task) -> int:
+def _bytes_needed(task: Task) -> int:
     """On disk: the model and the state (weights and Adam's two moments), each once more while it is written, and pictures for TensorBoard."""
     loop, crop = task.config.train, task.config.data.crop_size
     weights = 4 * sum(parameter.numel() for parameter in task.network.parameters())
@@ -477,11 +314,14 @@ class _NoBoard:
         return lambda *args, **kwargs: None
 
 
-def _summary(config: TrainConfig, run_dir: Path, device: torch.device, step: int, photos: Photos, style: Tensor, network: TransformNetwork, ranks: Ranks = Ranks()) -> str:
+def _summary(
+    config: TrainConfig, run_dir: Path, device: torch.device, step: int, photos: Photos, style: Tensor, network: TransformNetwork, ranks: Ranks = Ranks()
+) -> str:
     held = f"{len(photos.validation)} held out for validation" if photos.held_out else "too few to hold any out: validation uses training photos"
+    where = f"{device.type}, {ranks.size} ranks," if ranks.size > 1 else device.type
     precision = str(resolve_precision(config.train.precision, device)).removeprefix("torch.")
     return (
-        f"{'resume' if step else 'train'} {run_dir} at step {step:,} of {config.train.steps:,} on {device.type} in {precision}{f', {ranks.size} ranks' if ranks.size > 1 else ''}\n"
+        f"{'resume' if step else 'train'} {run_dir} at step {step:,} of {config.train.steps:,} on {where} in {precision}\n"
         f"photos: {len(photos.train):,} to train on, each seen {config.train.steps * config.train.batch_size / len(photos.train):.3g} times; {held}\n"
         f"style: {config.style.image} at {style.shape[3]}x{style.shape[2]}; loss network: {config.loss.network}, weights {config.loss.resolved_weights}\n"
         f"network: {sum(parameter.numel() for parameter in network.parameters()):,} parameters\n"

@@ -21,7 +21,8 @@ def main(argv=None) -> int:
     cli.add_config_flags(p, several=True)
     p.add_argument("--content", metavar="FOLDER", help="folder of photos; short for --set data.content=FOLDER")
     p.add_argument("--style", metavar="PAINTING", help="the style image; short for --set style.image=PAINTING")
-    p.add_argument("--run-dir", type=Path, metavar="FOLDER", help="where model, state and logs go; with several configs a folder of such (default: checkpoints/<name of the config>)")
+    where = "where model, state and logs go; with several configs a folder of such folders (default: checkpoints/<name of the config>)"
+    p.add_argument("--run-dir", type=Path, metavar="FOLDER", help=where)
     p.add_argument("--dry-run", action="store_true", help="print the complete config and what would happen, and stop")
     p.add_argument("--check-data", action="store_true", help="read every photo, try two steps, say what was found and what the training would take, and stop")
     args = p.parse_args(argv)
@@ -51,7 +52,7 @@ def main(argv=None) -> int:
                 words = {0: "done", 1: "diverged", 2: "failed"}
                 print(*(f"{name}: {words.get(codes.get(name), 'stopped' if name in codes else 'not begun')}" for name in names), sep="\n")
     except RankLost as error:
-        if error.here:
+        if error.here or ranks.main:
             cli.complain("", error)
         return 1
     return max(codes.values()) if stop() or not several else int(any(codes.values()))
@@ -98,11 +99,14 @@ def _one(args, name, run_dir, ranks, device, stop) -> int:
 
 
 def _summary(config, run_dir, result) -> str:
-    unreadable = [f"{len(result.unreadable)} photos could not be read and were skipped:", *(f"  {name}" for name in sorted(result.unreadable))] if result.unreadable else []
+    unreadable = [f"  {name}" for name in sorted(result.unreadable)]
+    if unreadable:
+        unreadable.insert(0, f"{len(unreadable)} photos could not be read and were skipped:")
     if not result.finished:
         where = f"saved in {run_dir}; the same command goes on from there" if result.step else "before the first: nothing to save"
         return "\n".join([*unreadable, f"stopped at step {result.step:,} of {config.train.steps:,}, {where}"])
-    lines = [f"done: {result.step:,} steps, {result.seconds:.0f} s in this run, {result.photos_per_second:.1f} photos/s, {result.waiting:.0%} of the time waiting for photos"]
+    speed = f"{result.photos_per_second:.1f} photos/s, {result.waiting:.0%} of the time waiting for photos"
+    lines = [f"done: {result.step:,} steps, {result.seconds:.0f} s in this run, {speed}"]
     for what, terms in (("loss", result.losses), ("validation", result.validation)):
         shown = [f"{name.removeprefix(f'{what}/')} {value:.4g}" for name, value in terms.items() if name.startswith(f"{what}/")]
         lines += [f"{what}: {'  '.join(shown)}"] if shown else []

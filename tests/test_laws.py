@@ -28,8 +28,12 @@ NOUNS = {
     "data": {"config", "image", "picture"},
     "checkpoint": {"files", "model", "network"},
     "sheet": set(),
+    "watchdog": set(),
+    "survey": {"data", "picture"},
+    "run": {"checkpoint", "config", "files", "model"},
+    "task": {"config", "data", "image", "loss_network", "losses", "model", "network", "picture", "runtime", "schedule"},
 }
-TRAINING = {"train", "losses", "loss_network", "data", "optimize", "distill", "evaluate", "export", "schedule"}
+TRAINING = {"train", "losses", "loss_network", "data", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task"}
 # Each verb; any noun is open to those that train.
 ALLOWED_TO_VERBS = {
     "train": set(NOUNS),
