@@ -50,7 +50,7 @@ def check_space(run_dir: Path, needed: int) -> None:
     there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
     if free < needed:
-        raise OSError(f"{run_dir}: the disk has {free / 1e6:.1f} MB left, a training needs about {needed / 1e6:.1f} MB; make room or choose another --run-dir")
+        raise OSError(f"{run_dir}: the disk has {free / 1e6:.1f} MB left, model and training state need {needed / 1e6:.1f} MB; make room or choose another --run-dir")
 
 
 @contextmanager

@@ -246,10 +246,11 @@ def join_ranks(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
         raise ValueError(f"--device {device}: several processes can train on CUDA or the CPU only; start one without torchrun")
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     ranks = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
-    yield ranks, device
-    # Not after an error: the others may be gone. Together, as torchrun ends all of them when the first leaves with an exit code.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    try:
+        yield ranks, device
+        torch.distributed.barrier()  # leave together, as torchrun ends all when the first leaves with an exit code; after an error the others may be gone
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class StopRequest:

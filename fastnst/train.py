@@ -120,7 +120,7 @@ def train(
         if state is not None:
             restore(run_dir / STATE_NAME, state, network, optimizer)
         elif ranks.main:
-            check_space(run_dir, _bytes_needed(task))
+            check_space(run_dir, _bytes_to_save(task))
         found = survey(task.photos.train, config.data) if ranks.main and (state is None or state["step"] < loop.steps) else None
     check_same_photos(task)
     state = ranks.from_main(state)
@@ -294,12 +294,16 @@ def _may_change(config: TrainConfig) -> set[str]:
     return _MAY_CHANGE - ({"train.steps"} if config.train.learning_rate.decay == "cosine" else set())
 
 
+def _bytes_to_save(task: Task) -> int:
+    """The model and the state (weights and Adam's two moments), each once more while it is written."""
+    return 2 * 4 * 4 * sum(parameter.numel() for parameter in task.network.parameters())
+
+
 def _bytes_needed(task: Task) -> int:
-    """On disk: the model and the state (weights and Adam's two moments), each once more while it is written, and pictures for TensorBoard."""
+    """On disk in the end: with pictures and curves for TensorBoard."""
     loop, crop = task.config.train, task.config.data.crop_size
-    weights = 4 * sum(parameter.numel() for parameter in task.network.parameters())
     pictures = (2 + loop.steps // loop.validate_every) * 2 * min(4, len(task.validation)) * 2 * crop**2
-    return 2 * 4 * weights + pictures + 1500 * (loop.steps // loop.log_every)
+    return _bytes_to_save(task) + pictures + 1500 * (loop.steps // loop.log_every)
 
 
 def _duration(seconds: float) -> str:

@@ -120,28 +120,28 @@ def test_a_rank_that_dies_ends_the_run_and_the_state_resumes(train_data, tmp_pat
 
 
 TOGETHER = """
-import sys, torch
+import torch
 from fastnst.runtime import RankFailed, RankLost, join_ranks
-with join_ranks(torch.device("cpu")) as (ranks, device):
-    assert ranks.any(ranks.rank == 1, False) == [True, False]
-    assert ranks.gather(ranks.rank) == [0, 1] and ranks.from_main(f"of {ranks.rank}") == "of 0"
-    assert ranks.sum(torch.tensor([1.0 + ranks.rank])).item() == 3.0
-    for culprit in (0, 1):
-        try:
-            with ranks.together():
-                if ranks.rank == culprit:
-                    raise OSError(f"no folder on {culprit}")
-        except (OSError, RankFailed) as error:
-            print(type(error).__name__, error)
-    with ranks.together():
-        print("on")
 try:
-    with join_ranks(torch.device("cpu")) as (ranks, device), ranks.apart(agreed=KeyError):
-        if ranks.rank == 1:
-            raise OSError("disk full")
-        ranks.any(False)
+    with join_ranks(torch.device("cpu")) as (ranks, device):
+        assert ranks.any(ranks.rank == 1, False) == [True, False]
+        assert ranks.gather(ranks.rank) == [0, 1] and ranks.from_main(f"of {ranks.rank}") == "of 0"
+        assert ranks.sum(torch.tensor([1.0 + ranks.rank])).item() == 3.0
+        for culprit in (0, 1):
+            try:
+                with ranks.together():
+                    if ranks.rank == culprit:
+                        raise OSError(f"no folder on {culprit}")
+            except (OSError, RankFailed) as error:
+                print(type(error).__name__, error)
+        with ranks.together():
+            print("on")
+        with ranks.apart(agreed=KeyError):
+            if ranks.rank == 1:
+                raise OSError("disk full")
+            ranks.any(False)
 except RankLost as error:
-    print(error.here, error)
+    print(error.here, error, flush=True)
 """
 
 

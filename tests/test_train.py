@@ -396,7 +396,7 @@ def test_what_a_killed_writer_left_is_removed(train_data, tmp_path):
 
 def test_no_room_on_the_disk_is_said_before_the_first_step(train_data, tmp_path, monkeypatch):
     monkeypatch.setattr(fastnst.run.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(OSError, match=r"run: the disk has 0\.0 MB left, a training needs about .* MB"):
+    with pytest.raises(OSError, match=r"run: the disk has 0\.0 MB left, model and training state need .* MB"):
         fit(train_data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
