@@ -134,6 +134,7 @@ def train(
     flat = min(0.01, 0.1 * float(task.style.std(dim=(2, 3)).mean()))  # contrast: a painting may be nearly flat itself
 
     good = _snapshot(network, optimizer, step, watchdog)
+    older, went_back = begun if state is None else good, -1  # for when the good one proves not to be
     fresh, first = state is None, step  # what lies at a resumed step was logged before
     window: list[Tensor] = []  # the numbers of each step since the last log, still on the device
     complaints: list[tuple[str, int]] = []
@@ -180,7 +181,7 @@ def train(
                         report(TrainProgress(step, loop.steps, message=f"skipped {message}"))
                 report(TrainProgress(step, loop.steps, rate, losses))
                 trouble = watchdog.watch(step, rows, flat, loop.learning_rate.warmup_steps)
-                wary = watchdog.suspicious(rows, flat)  # too early to call it trouble, but nothing to save
+                wary = watchdog.suspicious(rows[-1], flat)  # too early to call it trouble, but nothing to save
                 window.clear()
                 complaints.clear()
                 window_began, window_waited = time.monotonic(), 0.0
@@ -190,11 +191,11 @@ def train(
                 if watchdog.rollbacks >= loop.rollbacks:
                     board.add_text("watchdog", f"{trouble.what}; given up after {watchdog.rollbacks} rollbacks", good["step"])
                     raise TrainingDiverged(_given_up(trouble, watchdog, good["step"], loop.rollbacks))
-                good = begun if trouble.from_start else good
+                good = begun if trouble.from_start else older if good["step"] == went_back else good
                 watchdog = watchdog.rolled_back(good["watchdog"])
                 restore(run_dir / STATE_NAME, deepcopy(good), network, optimizer)
                 good["watchdog"] = watchdog.state()
-                step = first = good["step"]
+                step = first = went_back = good["step"]
                 loading.close()
                 batches = loading.enter_context(batches_from(step, task))
                 done = f"Back to step {step}, the rate now {watchdog.rate:.2g} of the schedule's (rollback {watchdog.rollbacks} of {loop.rollbacks})"
@@ -223,7 +224,7 @@ def train(
                     if best or loop.keep == "last" or not watchdog.best_step or not (run_dir / MODEL_NAME).exists():
                         _save_model(task, run_dir, step)  # behind the state: a model alone could not be gone on with
                     board.flush()
-                good = _snapshot(network, optimizer, step, watchdog)
+                older, good = good, _snapshot(network, optimizer, step, watchdog)
                 saved = time.monotonic()
             if stopping:
                 break

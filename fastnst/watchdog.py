@@ -6,7 +6,7 @@ from typing import Any
 
 WINDOW = 20  # steps that are averaged before a run is judged: single batches differ by a factor of two
 PATIENCE = 500  # steps after which a loss must have fallen; a sound run has halved it by then (our measurement)
-EXPLODED = 10.0  # times the lowest mean so far
+EXPLODED = 5.0  # times the lowest mean so far
 STUCK = 0.99  # of the first mean
 SLOWER = 0.3  # of the rate after a rollback: three of them reach from 1e-3 to 3e-5
 
@@ -66,10 +66,9 @@ class Watchdog:
                     return Trouble(f"the loss is stuck: at step {at} it has not fallen below {self.first_mean:.4g}, where it began", advice, from_start=True)
         return None
 
-    def suspicious(self, rows: list[dict[str, float]], flat: float = 0.01) -> bool:
-        """Whether the last steps look bad already, though not for long enough to call it trouble: not to be saved."""
-        loss, contrast = (sum(row[name] for row in rows) / max(1, len(rows)) for name in ("loss/total", "output/contrast"))
-        return bool(rows) and (loss > EXPLODED * self.lowest_mean or (contrast < flat and self.most_contrast > 5 * flat))
+    def suspicious(self, last: dict[str, float], flat: float = 0.01) -> bool:
+        """Whether the ``last`` step looks bad already, though not for long enough to call it trouble: not to be saved."""
+        return last["loss/total"] > EXPLODED * self.lowest_mean or (last["output/contrast"] < flat and self.most_contrast > 5 * flat)
 
     def is_best(self, step: int, total: float) -> bool:
         """Whether ``total`` on validation is the lowest so far; it is remembered then."""

@@ -23,6 +23,7 @@ from fastnst.checkpoint import load_model, load_training_state
 from fastnst.config import validate_config
 from fastnst.network import TransformNetwork
 from fastnst.train import TrainConfig, TrainingDiverged, train
+from fastnst.watchdog import Trouble
 
 
 def changed(data: dict, **values) -> dict:
@@ -315,6 +316,22 @@ def test_an_output_gone_flat_is_taken_back(train_data, tmp_path, monkeypatch):
     (message,) = [message for message in messages if "Back to" in message]
     assert "gone black" in message or "exploded" in message
     assert "Back to step 40" in message  # what was due at 50 was not saved, as it looked bad already
+
+
+def test_a_good_state_that_is_none_is_gone_back_behind(train_data, tmp_path, monkeypatch):
+    seen, messages = [], []
+
+    def watch(self, step, rows, *rest):
+        seen.append(step)
+        return Trouble("made up", "nothing") if seen.count(5) in (1, 2) and step == 5 else None  # twice from the state of step 4
+
+    monkeypatch.setattr(fastnst.train.Watchdog, "watch", watch)
+    result = fit(train_data, tmp_path / "run", report=lambda progress: messages.append(progress.message), train__log_every=1)
+    assert result.finished
+    assert [message.split(", the rate")[0] for message in messages if "Back to" in message] == [
+        "watchdog: made up. Back to step 4",
+        "watchdog: made up. Back to step 3",
+    ]
 
 
 def test_the_model_is_the_best_on_validation_and_says_its_step(train_data, tmp_path, monkeypatch):
