@@ -40,13 +40,20 @@ def load_model(path: str | Path) -> tuple[TransformNetwork, ModelInfo]:
 
 
 def save_training_state(
-    path: str | Path, network: nn.Module, optimizer: torch.optim.Optimizer, step: int, unreadable: dict[str, str], loss: dict[str, Any] | None = None
+    path: str | Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    unreadable: dict[str, str],
+    loss: dict[str, Any] | None = None,
+    watchdog: dict[str, Any] | None = None,
 ) -> None:
-    """Write all that a run needs to go on exactly: weights, optimizer, step, the unreadable photos met, the loss as calibrated.
+    """Write all that a run needs to go on exactly: weights, optimizer, step, the unreadable photos met, the loss as calibrated,
+    and the numbers by which the run is watched.
 
     There is no random state to keep: photo order and crops are functions of the seed and the step.
     """
-    state = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict(), "unreadable": unreadable, "loss": loss}
+    state = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict(), "unreadable": unreadable, "loss": loss, "watchdog": watchdog}
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with atomic_write(path) as temporary:

@@ -54,10 +54,15 @@ def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | No
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, ArithmeticError) as error:
-        if os.environ.get("FASTNST_DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
+        complain("", error)
         return 2
+
+
+def complain(what: str, error: Exception) -> None:
+    """One line on stderr; ``FASTNST_DEBUG=1`` raises instead."""
+    if os.environ.get("FASTNST_DEBUG"):
+        raise error
+    print(f"error: {what}{error}", file=sys.stderr, flush=True)
 
 
 def parser(verb: str, description: str, epilog: str = "", device: bool = True) -> argparse.ArgumentParser:
@@ -68,9 +73,10 @@ def parser(verb: str, description: str, epilog: str = "", device: bool = True) -
     return p
 
 
-def add_config_flags(p: argparse.ArgumentParser) -> None:
-    """--config and --set."""
-    p.add_argument("--config", required=True, metavar="FILE", help="YAML config: a path, or the name of a shipped one")
+def add_config_flags(p: argparse.ArgumentParser, several: bool = False) -> None:
+    """--config, of ``several`` files where the command takes them, and --set."""
+    more = "; several: one after the other" if several else ""
+    p.add_argument("--config", required=True, nargs="+" if several else None, metavar="FILE", help=f"YAML config: a path, or the name of a shipped one{more}")
     p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override any key of the config; may be repeated")
 
 

@@ -5,6 +5,7 @@ loads it and whenever, so resuming is starting at a position and needs no saved 
 """
 
 import json
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -119,17 +120,18 @@ class PhotoStream(Dataset):
 
 @contextmanager
 def training_batches(
-    stream: PhotoStream, start: int, batch_size: int, steps: int, pin_memory: bool = False
+    stream: PhotoStream, start: int, batch_size: int, steps: int, pin_memory: bool = False, rank: int = 0, ranks: int = 1
 ) -> Iterator[Iterator[tuple[Tensor, list[str]]]]:
     """``steps`` batches ``(uint8 (N, 3, S, S), complaints)`` from position ``start`` on, loaded ahead by workers.
 
+    Of ``ranks`` processes each gets its part of every batch, of equal size or one photo more.
     Leaving the context ends the workers, whatever happened inside. Raises ``OSError`` where no photo can be read.
     """
     workers = default_workers() if stream.config.workers is None else stream.config.workers
     loader = iter(
         DataLoader(
             stream,
-            batch_sampler=_Positions(start, batch_size, steps),
+            batch_sampler=_Positions(start, batch_size, steps, rank, ranks),
             num_workers=min(workers, steps),
             collate_fn=_collate,
             pin_memory=pin_memory,
@@ -152,11 +154,13 @@ def training_batches(
 
 @dataclass(frozen=True)
 class _Positions:
-    """The positions of each batch, made as they are asked for."""
+    """The positions of each batch, made as they are asked for: this rank's part of them."""
 
     start: int
     batch_size: int
     steps: int
+    rank: int = 0
+    ranks: int = 1
 
     def __len__(self) -> int:
         return self.steps
@@ -164,12 +168,14 @@ class _Positions:
     def __iter__(self) -> Iterator[range]:
         for step in range(self.steps):
             first = self.start + step * self.batch_size
-            yield range(first, first + self.batch_size)
+            yield range(first + self.batch_size * self.rank // self.ranks, first + self.batch_size * (self.rank + 1) // self.ranks)
 
 
 def default_workers() -> int:
-    """One fewer than the cores, 1 to 8: one decodes about 200 photos a second (our measurement)."""
-    return min(8, max(1, torch.get_num_threads() - 1))
+    """One fewer than the cores, 1 to 8: one decodes about 200 photos a second (our measurement). Several ranks on a host share its cores."""
+    neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun leaves each of them a single thread
+    cores = torch.get_num_threads() if neighbors == 1 else (os.cpu_count() or 1) // neighbors
+    return min(8, max(1, cores - 1))
 
 
 def load_validation(photos: list[Path], config: DataConfig) -> tuple[Tensor, list[str]]:

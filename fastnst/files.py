@@ -1,5 +1,6 @@
 """Writing files whole or not at all, and one writer at a time: a reader, or a crash, never sees half a file."""
 
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
@@ -40,6 +41,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno is not None:
             raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
         raise
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what ``atomic_write`` to ``path`` left beside it when its process was killed; only for who holds the folder alone."""
+    path = Path(path)
+    for leftover in path.parent.glob(f".{glob.escape(path.stem[:80])}-*{path.suffix}"):
+        leftover.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import platform
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,50 +96,39 @@ def keep_freed_memory(keep: bool = True) -> bool:
     return done
 
 
-class Ranks:
-    """Context of the processes that torchrun started; alone, one of one, without importing torch."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch could not allocate; the CPU's allocator has no exception of its own."""
+    import torch
 
-    def __init__(self) -> None:
-        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "not enough memory" in str(error))
 
-    def device(self, name: str) -> str:
-        """The device of this process: each takes a GPU of its own where they are asked for by kind."""
-        if self.count > 1 and (name == "cuda" or (name == "auto" and resolve_device(name).type == "cuda")):
-            return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        return name
 
-    def sum(self, *counts: int) -> list[int]:
-        """The sums over all processes; waits for them."""
-        if self.count == 1:
-            return list(counts)
-        import torch
-
-        sums = torch.tensor(counts)
-        torch.distributed.all_reduce(sums)
-        return sums.tolist()
-
-    def __enter__(self) -> Ranks:
-        if self.count > 1:
-            import torch
-
-            torch.distributed.init_process_group("gloo")
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if self.count > 1 and kind is None:
-            import torch
-
-            torch.distributed.destroy_process_group()
+def largest_that_fits(attempt: Callable[[int], object], too_large: int) -> int:
+    """The largest number below ``too_large`` whose ``attempt`` does not run out of memory, found by trying; 0 where none."""
+    fits = 0
+    while too_large - fits > 1:
+        size = (fits + too_large) // 2
+        try:
+            attempt(size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            too_large = size
+        else:
+            fits = size
+    return fits
 
 
 class StopRequest:
     """Context in which Ctrl-C and SIGTERM ask for a stop instead of killing; a second Ctrl-C kills.
 
-    ``request()`` is true once a signal came; ``exit_code`` is then 128 + its number, as shells count.
+    ``request()`` is true once a signal came; ``exit_code`` is then 128 + its number, as shells count. ``repeats``: signals come
+    more than once, as from torchrun, which passes on to its processes what they have got from the terminal already.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, repeats: bool = False) -> None:
         self.signal: int | None = None
+        self._repeats = repeats
         self._previous: dict[int, object] = {}
 
     def __call__(self) -> bool:
@@ -159,7 +149,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        if self.signal is not None:
+        if self.signal is not None and not self._repeats:
             raise KeyboardInterrupt
         self.signal = number
 

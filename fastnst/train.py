@@ -1,71 +1,39 @@
 """Fit a ``TransformNetwork`` to one style: the training loop, top to bottom.
 
-To resume, run the same command again. A run folder holds ``config.yaml`` (resolved), ``model.safetensors`` (for
-inference), ``training_state.pt`` (for resuming) and TensorBoard's event files.
+To resume, run the same command again. Under torchrun every process trains on its part of each batch, and the first alone writes.
 """
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from fastnst.checkpoint import STATE_NAME, load_training_state, restore, save_model, save_training_state
-from fastnst.config import Config, ConfigError, flatten, load_config, to_yaml
-from fastnst.data import DataConfig, Photos, PhotoStream, list_photos, load_validation, training_batches
-from fastnst.files import atomic_write, exclusive
+from fastnst.config import to_yaml
+from fastnst.data import Photos, list_photos
 from fastnst.image import load_image, resize, to_pil
-from fastnst.loss_network import load_loss_network
-from fastnst.losses import LossConfig, PerceptualLoss, calibrate
-from fastnst.model import MODEL_NAME, NetworkConfig
+from fastnst.losses import LossConfig
+from fastnst.model import MODEL_NAME, read_model
 from fastnst.network import TransformNetwork
 from fastnst.picture import ImageSize
-from fastnst.runtime import autocast, memory_format, resolve_precision
-from fastnst.schedule import LearningRate, learning_rate_at
+from fastnst.ranks import Ranks
+from fastnst.run import CONFIG_NAME, check_space, check_there, find_run, hold, portable
+from fastnst.runtime import resolve_precision
+from fastnst.schedule import learning_rate_at
+from fastnst.survey import survey
+from fastnst.task import Task, TrainConfig, batches_from, check_same_photos, learn, prepare, validate
+from fastnst.watchdog import Trouble, Watchdog
 
-CONFIG_NAME = "config.yaml"
 _SAVE_SECONDS = 300  # a slow machine saves this often, whatever save_every says: no more is lost to a power cut
-# Keys that a resumed run may change: they alter how long or how watched it is, not what any step computes.
-_MAY_CHANGE = {"train.steps", "train.log_every", "train.validate_every", "train.save_every", "data.workers"}
-
-_ADVICE = "What was saved before is intact; lower train.learning_rate.initial or the weights of loss, or set train.clip_gradient"
-
-
-class StyleConfig(ImageSize):
-    """The painting, and the size at which its strokes are learned: 512 px as most of Johnson et al.'s released models."""
-
-    image: Path
-    long_side: int | None = Field(512, ge=16, le=65_535)
-
-
-class LoopConfig(Config):
-    """How long and how fast to learn; the defaults are Johnson et al. 2016."""
-
-    steps: int = Field(40_000, ge=1, le=10**9)
-    batch_size: int = Field(4, ge=1, le=4096, description="photos per step")
-    learning_rate: LearningRate = LearningRate()
-    clip_gradient: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = Field(0, ge=0, lt=2**63)
-    log_every: int = Field(20, ge=1, description="steps")
-    validate_every: int = Field(500, ge=1, description="steps")
-    save_every: int = Field(500, ge=1, description="steps")
-
-
-class TrainConfig(Config):
-    """Everything that decides a training run."""
-
-    style: StyleConfig
-    data: DataConfig
-    network: NetworkConfig = NetworkConfig()
-    loss: LossConfig = LossConfig()
-    train: LoopConfig = LoopConfig()
+# Keys that a resumed run may change: they alter how long, how watched or how divided it is, not what any step computes.
+_MAY_CHANGE = {"train.steps", "train.accumulate", "train.log_every", "train.validate_every", "train.save_every", "train.keep", "train.rollbacks", "data.workers"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +50,11 @@ class TrainProgress:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a call of ``train`` ended; ``finished`` is false when it was asked to stop before the last step."""
+    """How a call of ``train`` ended; ``finished`` is false when it was asked to stop before the last step.
+
+    ``seconds``, ``photos_per_second`` and ``waiting``, the share of time spent waiting for photos, are those of this call;
+    ``losses`` are the last means, ``best_step`` is the step of the best on validation.
+    """
 
     step: int
     finished: bool
@@ -90,44 +62,39 @@ class TrainResult:
     model: Path
     validation: dict[str, float]
     unreadable: dict[str, str]
+    photos_per_second: float = 0.0
+    waiting: float = 0.0
+    losses: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
+    rollbacks: int = 0
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no longer a finite number."""
-
-
-def find_run(config: TrainConfig, run_dir: Path) -> bool:
-    """Whether ``run_dir`` holds a run of this config to resume; false where it is new.
-
-    Raises ``ValueError`` where going on would mix two runs or destroy a model.
-    """
-    if (run_dir / STATE_NAME).exists():
-        if not (run_dir / CONFIG_NAME).exists():
-            raise ValueError(f"{run_dir} holds {STATE_NAME} but no {CONFIG_NAME} to compare with; choose another --run-dir")
-        try:
-            old, new = flatten(load_config(TrainConfig, run_dir / CONFIG_NAME)), flatten(config)
-        except ConfigError as error:
-            raise ValueError(f"{run_dir / CONFIG_NAME} is damaged or of another version, choose another --run-dir ({str(error).splitlines()[0]})") from None
-        # With a cosine the rate of every step depends on how many there are.
-        fixed = set(new) - _MAY_CHANGE | ({"train.steps"} if config.train.learning_rate.decay == "cosine" else set())
-        changed = [f"{key}: {old[key]} in the run, {new[key]} asked for" for key in new if key in fixed and _resolved(old[key]) != _resolved(new[key])]
-        if changed:
-            raise ValueError(f"{run_dir} holds a run with another config; choose another --run-dir, or undo the change of {'; '.join(changed)}")
-        return True
-    if (run_dir / MODEL_NAME).exists():
-        raise ValueError(f"{run_dir} holds a finished {MODEL_NAME} without the {STATE_NAME} to resume from, and would lose it; choose another --run-dir")
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"{run_dir} is a file; choose another --run-dir")
-    return False
+    """The training has gone wrong more often than ``train.rollbacks`` allows."""
 
 
 def plan(config: TrainConfig, run_dir: Path, device: torch.device) -> str:
     """What ``train`` would do, in words, with the inputs looked at but nothing written or downloaded."""
-    step = load_training_state(run_dir / STATE_NAME)["step"] if find_run(config, run_dir) else 0
+    step = load_training_state(run_dir / STATE_NAME)["step"] if find_run(config, run_dir, _may_change(config)) else 0
     style = load_image(config.style.image, config.style)
     with torch.device("meta"):
         network = TransformNetwork(config.network)
     return _summary(config, run_dir, device, step, list_photos(config.data), style, network)
+
+
+def check_data(config: TrainConfig, run_dir: Path, device: torch.device, report: Callable[[int, int], None] = lambda done, total: None) -> str:
+    """Decode every photo, try two steps, and say what was found and what the training would take. ``report``: photos done, of how many."""
+    photos = list_photos(config.data)
+    everything = [*photos.train, *photos.validation] if photos.held_out else photos.train
+    seen = survey(everything, config.data, thorough=True, report=lambda done: report(done, len(everything)))
+    task = prepare(config, device, Ranks())
+    batch = task.validation.repeat(-(-config.train.batch_size // len(task.validation)), 1, 1, 1)[: config.train.batch_size]
+    for _ in range(2):  # the first warms up
+        began = time.monotonic()
+        float(learn(task, batch)[1][0])
+    seconds = (time.monotonic() - began) * config.train.steps
+    took = f"about {_duration(seconds)} for {config.train.steps:,} steps on {device.type}, unless photos come slower"
+    return f"{seen}\ntime: {took}\ndisk: about {_bytes_needed(task) / 1e6:.1f} MB in {run_dir}"
 
 
 def train(
@@ -136,161 +103,231 @@ def train(
     device: torch.device = torch.device("cpu"),
     report: Callable[[TrainProgress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = Ranks(),
 ) -> TrainResult:
-    """Train until ``config.train.steps``, resuming from what ``run_dir`` holds; ends early, saved, when ``should_stop()``.
+    """Train until ``config.train.steps``, resuming from what ``run_dir`` holds; ends early, saved, when ``should_stop()`` on any rank.
 
-    On the CPU an interrupted and resumed run ends bit for bit where an uninterrupted one does. Raises ``TrainingDiverged``
-    at the first non-finite loss, naming step and terms, with the last saved state intact.
+    On the CPU an interrupted and resumed run ends bit for bit where an uninterrupted one does. A run that goes wrong goes back
+    to its last good state with a lower rate; after ``train.rollbacks`` of these ``TrainingDiverged`` is raised, naming step,
+    terms and what to change, with the last good state intact.
     """
     began, loop, run_dir = time.monotonic(), config.train, Path(run_dir)
-    resuming = find_run(config, run_dir)
-    photos = list_photos(config.data)
-    style = load_image(config.style.image, config.style).to(device)
-    layout = memory_format(device)
-    loss_network = load_loss_network(config.loss, config.loss.layers).to(device, memory_format=layout)
-    loss = PerceptualLoss(loss_network, config.loss, style)
-    validation_photos, unreadable_validation = load_validation(photos.validation, config.data)
-    loss.config = calibrate(loss, validation_photos[:8].to(device).float().div(255))
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(loop.seed)
-        network = TransformNetwork(config.network)
-    network.to(device, memory_format=layout)
-    optimizer = torch.optim.Adam(network.parameters())
-    step, unreadable = 0, {message: "validation" for message in unreadable_validation}
-    if resuming:
-        state = load_training_state(run_dir / STATE_NAME, device)
+    report = report if ranks.main else lambda progress: None
+    with ranks.together():  # what is missing or wrong is found here, before anything is written
+        state = load_training_state(run_dir / STATE_NAME) if ranks.main and find_run(config, run_dir, _may_change(config)) else None
+        task = prepare(config, device, ranks)
+        network, loss, optimizer = task.network, task.loss, torch.optim.Adam(task.network.parameters())
+        begun = _snapshot(network, optimizer, 0, Watchdog())
+        if state is not None:
+            restore(run_dir / STATE_NAME, state, network, optimizer)
+        elif ranks.main:
+            check_space(run_dir, _bytes_to_save(task))
+        found = survey(task.photos.train, config.data) if ranks.main and (state is None or state["step"] < loop.steps) else None
+    check_same_photos(task)
+    state = ranks.from_main(state)
+    if state is not None:
         restore(run_dir / STATE_NAME, state, network, optimizer)
-        step, unreadable = state["step"], state["unreadable"] | unreadable
-        loss.config = LossConfig(**state["loss"]) if state.get("loss") else loss.config
+    loss.config = ranks.from_main(LossConfig(**state["loss"]) if state and state.get("loss") else loss.config)
+    watchdog = Watchdog(**(state or {}).get("watchdog") or {})
+    step = state["step"] if state else 0
+    unreadable = (state["unreadable"] if state else {}) | task.unreadable
+    task = replace(task, module=ranks.average_gradients(network))
+    flat = min(0.01, 0.1 * float(task.style.std(dim=(2, 3)).mean()))  # contrast: a painting may be nearly flat itself
 
-    first, precision = step, resolve_precision(loop.precision, device)
-    stream = PhotoStream(photos.train, config.data, loop.seed)
-    loading = training_batches(stream, step * loop.batch_size, loop.batch_size, max(0, loop.steps - step), device.type == "cuda")
-    window: list[Tensor] = []  # the terms of each step since the last log, still on the device
+    good = _snapshot(network, optimizer, step, watchdog)
+    older, went_back = begun if state is None else good, -1  # for when the good one proves not to be
+    fresh, first = state is None, step  # what lies at a resumed step was logged before
+    window: list[Tensor] = []  # the numbers of each step since the last log, still on the device
+    complaints: list[tuple[str, int]] = []
     names: list[str] = []
+    losses: dict[str, float] = {}
     validation: dict[str, float] = {}
-    window_began = saved = time.monotonic()
-    report(TrainProgress(step, loop.steps, message=_summary(config, run_dir, device, step, photos, style, network)))
+    wary, learned, waited, window_waited = False, 0, 0.0, 0.0
+    window_began = looping = saved = time.monotonic()
+    report(TrainProgress(step, loop.steps, message=_summary(config, run_dir, device, step, task.photos, task.style, network, ranks)))
     report(TrainProgress(step, loop.steps, message=_raw_weights(config.loss, loss.config)))
+    if found is not None and (found.unreadable or found.small or found.gray):
+        report(TrainProgress(step, loop.steps, message=str(found)))
 
-    with exclusive(run_dir), loading as batches, SummaryWriter(str(run_dir), purge_step=step + 1 if resuming else None) as board:
-        with atomic_write(run_dir / CONFIG_NAME) as temporary:
-            temporary.write_text(to_yaml(config), encoding="utf-8")
-        if not resuming:
+    with ranks.apart(agreed=TrainingDiverged), ExitStack() as opened, ExitStack() as loading:
+        board = _NoBoard()
+        if ranks.main:
+            opened.enter_context(hold(run_dir, config))
+            board = opened.enter_context(SummaryWriter(str(run_dir), purge_step=None if fresh else step + 1))
+        if fresh:
             board.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
             board.add_text("raw_weights", _raw_weights(config.loss, loss.config), 0)
-            board.add_image("style", style[0].clamp(0, 1), 0)
+            board.add_image("style", task.style[0].clamp(0, 1), 0)
+        elif ranks.main and step > 0 and (loop.keep == "last" or watchdog.best_step in (0, step)) and not _holds_model_of(run_dir, step):
+            _save_model(task, run_dir, step)  # a crash came between the state and the model
+        batches = loading.enter_context(batches_from(step, task))
         while True:
-            stopping = step >= loop.steps or should_stop()
-            new = step > first or not resuming  # what lies at the resumed step was logged before
-            validating = new and (step % loop.validate_every == 0 or step >= loop.steps)
-            overdue = time.monotonic() - saved > _SAVE_SECONDS
-            saving = step > first and (step % loop.save_every == 0 or stopping or overdue)
+            stop, overdue = ranks.any(should_stop(), time.monotonic() - saved > _SAVE_SECONDS)
+            stopping = step >= loop.steps or stop
+            validating = (fresh or step > first) and (step % loop.validate_every == 0 or step >= loop.steps)
+            saving = step > first and (step % loop.save_every == 0 or validating or stopping or overdue)
+            trouble = None
             if window and (step % loop.log_every == 0 or validating or saving):
-                losses = _mean_of_window(window, names, step)  # sync point; raises when not finite
-                rate = len(window) * loop.batch_size / (time.monotonic() - window_began)
-                for name, value in losses.items():
+                rows = [dict(zip(names, row)) for row in ranks.sum(torch.stack(window)).tolist()]  # sync point
+                losses = {name: sum(row[name] for row in rows) / len(rows) for name in names}
+                seconds = time.monotonic() - window_began
+                rate = len(rows) * loop.batch_size / seconds
+                scheduled = watchdog.rate * learning_rate_at(loop.learning_rate, step - 1, loop.steps)
+                timing = {"train/photos_per_second": rate, "train/learning_rate": scheduled, "train/waiting_for_photos": window_waited / seconds}
+                for name, value in (losses | timing).items():
                     board.add_scalar(name, value, step)
-                board.add_scalar("train/photos_per_second", rate, step)
-                board.add_scalar("train/learning_rate", learning_rate_at(loop.learning_rate, step - 1, loop.steps), step)
+                for message, at in sum(ranks.gather(complaints), []):
+                    if message not in unreadable:
+                        unreadable[message] = f"step {at}"
+                        report(TrainProgress(step, loop.steps, message=f"skipped {message}"))
                 report(TrainProgress(step, loop.steps, rate, losses))
+                trouble = watchdog.watch(step, rows, flat, loop.learning_rate.warmup_steps)
+                wary = watchdog.suspicious(rows[-1], flat)  # too early to call it trouble, but nothing to save
                 window.clear()
-                window_began = time.monotonic()
-            if validating:
-                validation, pairs = validate(network, loss, validation_photos, loop.batch_size)
+                complaints.clear()
+                window_began, window_waited = time.monotonic(), 0.0
+            if trouble is None and saving:
+                trouble = _last_look(network, step, wary and step >= loop.steps)
+            if trouble is not None:
+                if watchdog.rollbacks >= loop.rollbacks:
+                    board.add_text("watchdog", f"{trouble.what}; given up after {watchdog.rollbacks} rollbacks", good["step"])
+                    raise TrainingDiverged(_given_up(trouble, watchdog, good["step"], loop.rollbacks))
+                good = begun if trouble.from_start else older if good["step"] == went_back else good
+                watchdog = watchdog.rolled_back(good["watchdog"])
+                restore(run_dir / STATE_NAME, deepcopy(good), network, optimizer)
+                good["watchdog"] = watchdog.state()
+                step = first = went_back = good["step"]
+                loading.close()
+                batches = loading.enter_context(batches_from(step, task))
+                done = f"Back to step {step}, the rate now {watchdog.rate:.2g} of the schedule's (rollback {watchdog.rollbacks} of {loop.rollbacks})"
+                message = f"{trouble.what}. {done}. If it happens again: {trouble.advice}"
+                board.add_text("watchdog", message, step)
+                report(TrainProgress(step, loop.steps, message=f"watchdog: {message}"))
+                if ranks.main:
+                    check_there(run_dir)
+                    save_training_state(run_dir / STATE_NAME, network, optimizer, step, unreadable, loss.config.model_dump(), watchdog.state())
+                    board.flush()
+                wary, fresh = False, False
+                continue
+            best = False
+            if validating and ranks.main:
+                validation, pairs = validate(network, loss, task.validation, task.photos_at_once)
                 for name, value in validation.items():
                     board.add_scalar(name, value, step)
                 board.add_image("validation/content_and_stylized", pairs, step)
                 report(TrainProgress(step, loop.steps, validation=validation))
+                best = not wary and step > 0 and watchdog.is_best(step, validation["validation/total"])
                 window_began = time.monotonic()
-            if saving:
-                if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
-                    raise TrainingDiverged(f"the weights are not finite at step {step}. {_ADVICE}")
-                save_training_state(run_dir / STATE_NAME, network, optimizer, step, unreadable, loss.config.model_dump())
-                board.flush()
+            if saving and not wary:
+                if ranks.main:
+                    check_there(run_dir)
+                    save_training_state(run_dir / STATE_NAME, network, optimizer, step, unreadable, loss.config.model_dump(), watchdog.state())
+                    if best or loop.keep == "last" or not watchdog.best_step or not (run_dir / MODEL_NAME).exists():
+                        _save_model(task, run_dir, step)  # behind the state: a model alone could not be gone on with
+                    board.flush()
+                older, good = good, _snapshot(network, optimizer, step, watchdog)
                 saved = time.monotonic()
-            if saving or (resuming and stopping):  # the state may be ahead of the model, if a crash fell between the two
-                save_model(run_dir / MODEL_NAME, network, step, _portable(config), to_pil(resize(style, ImageSize(long_side=128).of(*style.shape[-2:]))))
             if stopping:
                 break
 
+            asked = time.monotonic()
             content, messages = next(batches)
-            for message in messages:
-                if message not in unreadable:
-                    unreadable[message] = f"step {step}"
-                    report(TrainProgress(step, loop.steps, message=f"skipped {message}"))
-            content = content.to(device, non_blocking=True).float().div_(255).contiguous(memory_format=layout)
-            with autocast(device, precision):
-                content_targets = loss.content_targets(content)
-                terms = loss(network(content), content_targets)
-            optimizer.zero_grad(set_to_none=True)
-            terms.total.backward()
-            if loop.clip_gradient is not None:
-                torch.nn.utils.clip_grad_norm_(network.parameters(), loop.clip_gradient)
+            window_waited += time.monotonic() - asked
+            waited += time.monotonic() - asked
+            complaints += [(message, step) for message in messages]
+            names, numbers = learn(task, content)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(loop.learning_rate, step, loop.steps)
+                group["lr"] = watchdog.rate * learning_rate_at(loop.learning_rate, step, loop.steps)
             optimizer.step()
             step += 1
-            scalars = terms.scalars()
-            names = list(scalars)
-            window.append(torch.stack(list(scalars.values())))
+            learned += 1
+            window.append(numbers)
             report(TrainProgress(step, loop.steps))
 
-    return TrainResult(step, step >= loop.steps, time.monotonic() - began, run_dir / MODEL_NAME, validation, unreadable)
+    seconds = time.monotonic() - looping
+    return TrainResult(
+        good["step"],
+        good["step"] >= loop.steps,
+        time.monotonic() - began,
+        run_dir / MODEL_NAME,
+        validation,
+        unreadable,
+        learned * loop.batch_size / seconds,
+        waited / seconds,
+        losses,
+        watchdog.best_step,
+        watchdog.rollbacks,
+    )
 
 
-@torch.inference_mode()
-def validate(network: TransformNetwork, loss: PerceptualLoss, photos: Tensor, batch_size: int) -> tuple[dict[str, float], Tensor]:
-    """Mean terms over ``(N, 3, S, S)`` uint8 ``photos``, in float32, and the first four beside their stylized versions."""
-    device = next(network.parameters()).device
-    network.eval()
-    sums: dict[str, Tensor] = {}
-    pairs = []
-    for batch in photos.split(batch_size):
-        content = batch.to(device).float().div_(255)
-        stylized = network(content)
-        scalars = loss(stylized, loss.content_targets(content)).scalars()
-        for name, value in scalars.items():
-            sums[name] = sums.get(name, 0) + value * len(batch)
-        if len(pairs) < 4:
-            pairs += [torch.cat(pair, dim=2) for pair in zip(content, stylized.clamp(0, 1))]
-    network.train()
-    means = {name.replace("loss", "validation", 1): float(value) / len(photos) for name, value in sums.items()}
-    return means, torch.cat(pairs[:4], dim=1).cpu()
+def _snapshot(network: nn.Module, optimizer: torch.optim.Optimizer, step: int, watchdog: Watchdog) -> dict[str, Any]:
+    """A copy of what a rollback restores."""
+    return deepcopy({"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict(), "watchdog": watchdog.state()})
 
 
-def _mean_of_window(window: list[Tensor], names: list[str], step: int) -> dict[str, float]:
-    rows = torch.stack(window).tolist()
-    for offset, row in enumerate(rows):
-        if not math.isfinite(row[0]):
-            terms = ", ".join(f"{name} {value:g}" for name, value in zip(names, row))
-            raise TrainingDiverged(f"the loss is not finite at step {step - len(rows) + offset + 1}: {terms}. {_ADVICE}")
-    return {name: sum(row[index] for row in rows) / len(rows) for index, name in enumerate(names)}
+def _save_model(task: Task, run_dir: Path, step: int) -> None:
+    thumbnail = to_pil(resize(task.style, ImageSize(long_side=128).of(*task.style.shape[-2:])))
+    save_model(run_dir / MODEL_NAME, task.network, step, portable(task.config), thumbnail)
 
 
-def _resolved(value: Any) -> Any:
-    return value.resolve() if isinstance(value, Path) else value
+def _holds_model_of(run_dir: Path, step: int) -> bool:
+    try:
+        return read_model(run_dir / MODEL_NAME)[1].step == step
+    except (OSError, ValueError):
+        return False
 
 
-def _portable(config: Config) -> dict[str, Any]:
-    """The config as plain data for the model file, paths cut to names: others need not know this machine's folders."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: cut(part) for key, part in value.items()}
-        return value.name if isinstance(value, Path) else value
-
-    recipe = cut(config.model_dump())
-    recipe["loss"]["weights"] = Path(recipe["loss"]["weights"]).name
-    return recipe
+def _last_look(network: nn.Module, step: int, ends_badly: bool) -> Trouble | None:
+    """What speaks against saving the weights of ``step``."""
+    advice = "lower train.learning_rate.initial or the weights of loss, or set train.clip_gradient"
+    if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
+        return Trouble(f"the weights are not finite at step {step}", advice)
+    return Trouble(f"the loss or the output of the last steps, up to {step}, is far from what it was", advice) if ends_badly else None
 
 
-def _summary(config: TrainConfig, run_dir: Path, device: torch.device, step: int, photos: Photos, style: Tensor, network: TransformNetwork) -> str:
+def _given_up(trouble: Trouble, watchdog: Watchdog, good_step: int, allowed: int) -> str:
+    tried = f" {watchdog.rollbacks} rollbacks with lower rates, the last {watchdog.rate:.2g} of the schedule's, did not help." if watchdog.rollbacks else ""
+    intact = f"What was saved before, at step {good_step}, is intact." if good_step else "No good step was saved."
+    return f"{trouble.what}.{tried} {intact} What to change: {trouble.advice}; or allow more than train.rollbacks={allowed}"
+
+
+def _may_change(config: TrainConfig) -> set[str]:
+    # With a cosine the rate of every step depends on how many there are.
+    return _MAY_CHANGE - ({"train.steps"} if config.train.learning_rate.decay == "cosine" else set())
+
+
+def _bytes_to_save(task: Task) -> int:
+    """The model and the state (weights and Adam's two moments), each once more while it is written."""
+    return 2 * 4 * 4 * sum(parameter.numel() for parameter in task.network.parameters())
+
+
+def _bytes_needed(task: Task) -> int:
+    """On disk in the end: with pictures and curves for TensorBoard."""
+    loop, crop = task.config.train, task.config.data.crop_size
+    pictures = (2 + loop.steps // loop.validate_every) * 2 * min(4, len(task.validation)) * 2 * crop**2
+    return _bytes_to_save(task) + pictures + 1500 * (loop.steps // loop.log_every)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+class _NoBoard:
+    """Stands for TensorBoard's writer on the ranks that write nothing."""
+
+    def __getattr__(self, _name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def _summary(
+    config: TrainConfig, run_dir: Path, device: torch.device, step: int, photos: Photos, style: Tensor, network: TransformNetwork, ranks: Ranks = Ranks()
+) -> str:
     held = f"{len(photos.validation)} held out for validation" if photos.held_out else "too few to hold any out: validation uses training photos"
+    where = f"{device.type}, {ranks.size} ranks," if ranks.size > 1 else device.type
     precision = str(resolve_precision(config.train.precision, device)).removeprefix("torch.")
     return (
-        f"{'resume' if step else 'train'} {run_dir} at step {step:,} of {config.train.steps:,} on {device.type} in {precision}\n"
+        f"{'resume' if step else 'train'} {run_dir} at step {step:,} of {config.train.steps:,} on {where} in {precision}\n"
         f"photos: {len(photos.train):,} to train on, each seen {config.train.steps * config.train.batch_size / len(photos.train):.3g} times; {held}\n"
         f"style: {config.style.image} at {style.shape[3]}x{style.shape[2]}; loss network: {config.loss.network}, weights {config.loss.resolved_weights}\n"
         f"network: {sum(parameter.numel() for parameter in network.parameters()):,} parameters\n"

@@ -49,12 +49,13 @@ def main(argv=None) -> int:
         p.error(f"--short-side: got {args.short_side}, need 1 or more")
 
     from fastnst.engine import load_engine, load_network
-    from fastnst.runtime import Ranks, StopRequest
+    from fastnst.ranks import join_ranks
+    from fastnst.runtime import StopRequest
     from fastnst.stylize import Stylizer
 
-    with Ranks() as ranks, StopRequest() as stop:
+    with join_ranks(args.device) as (ranks, device), StopRequest(repeats=ranks.size > 1) as stop:
         network = load_network(args.model or cli.find_style(args.style))
-        stylizer = Stylizer(load_engine(network, ranks.device(args.device), args.engine, args.precision), args.tile)
+        stylizer = Stylizer(load_engine(network, device, args.engine, args.precision), args.tile)
         if args.camera:
             return camera(args, stylizer, stop)
         return clip(args, stylizer, stop) if is_clip(args.input, args.output) else photos(args, stylizer, ranks, stop)
@@ -85,9 +86,9 @@ def photos(args, stylizer, ranks, stop) -> int:
 
     Image.MAX_IMAGE_PIXELS = 2**29  # Pillow warns from 89 megapixels on; strips take more
     planned = plan_jobs(args.input, args.output)
-    mine = planned[ranks.rank :: ranks.count]
+    mine = planned[ranks.rank :: ranks.size]
     jobs, failures, done = [], 0, 0
-    with cli.progress_bar(len(mine), unit="photo", shown=ranks.rank == 0) as bar:
+    with cli.progress_bar(len(mine), unit="photo", shown=ranks.main) as bar:
         stylizer.notice = lambda message: cli.say(bar, message)
         for job in mine:
             if not job.target.exists() or args.overwrite:
@@ -104,8 +105,9 @@ def photos(args, stylizer, ranks, stop) -> int:
                 cli.say(bar, f"error: {result.error}")
             done += result.error is None
             bar.update()
-    done, failures, skipped = ranks.sum(done, failures, (len(mine) - len(jobs)) if args.skip_existing else 0)
-    if ranks.rank == 0:
+    skipped = len(mine) - len(jobs) if args.skip_existing else 0
+    done, failures, skipped = map(sum, zip(*ranks.gather((done, failures, skipped))))
+    if ranks.main:
         parts = [f"{done} of {len(planned)} stylized", *([f"{skipped} there already"] if skipped else []), *([f"{failures} failed"] if failures else [])]
         print(f"{', '.join(parts)}; output: {args.output}")
     return stop.exit_code or (1 if failures else 0)

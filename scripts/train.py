@@ -10,39 +10,75 @@ EPILOG = """\
 examples:
   fastnst train --config wave --content photos/ --style wave.jpg
   fastnst train --config wave --content photos/ --style wave.jpg --set train.steps=10000 --set data.crop_size=128
+  fastnst train --config a.yaml b.yaml c.yaml --content photos/       # one after the other
+  torchrun --nproc-per-node=8 scripts/train.py --config wave ...      # on 8 GPUs; on several hosts as torchrun --help says
 
-The same command again resumes an interrupted run exactly. Watch it with: tensorboard --logdir checkpoints"""
+The same command again resumes an interrupted run exactly, on any number of GPUs. Watch it with: tensorboard --logdir checkpoints"""
 
 
 def main(argv=None) -> int:
     p = cli.parser("train", __doc__, EPILOG)
-    cli.add_config_flags(p)
+    cli.add_config_flags(p, several=True)
     p.add_argument("--content", metavar="FOLDER", help="folder of photos; short for --set data.content=FOLDER")
     p.add_argument("--style", metavar="PAINTING", help="the style image; short for --set style.image=PAINTING")
-    p.add_argument("--run-dir", type=Path, metavar="FOLDER", help="where model, state and logs go (default: checkpoints/<name of the config>)")
+    where = "where model, state and logs go; with several configs a folder of such folders (default: checkpoints/<name of the config>)"
+    p.add_argument("--run-dir", type=Path, metavar="FOLDER", help=where)
     p.add_argument("--dry-run", action="store_true", help="print the complete config and what would happen, and stop")
+    p.add_argument("--check-data", action="store_true", help="read every photo, try two steps, say what was found and what the training would take, and stop")
     args = p.parse_args(argv)
 
-    from fastnst.config import load_config, to_yaml
-    from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
-    from fastnst.train import TrainConfig, TrainingDiverged, plan, train
+    from fastnst.ranks import RankLost, join_ranks
+    from fastnst.runtime import StopRequest, keep_freed_memory
+    from fastnst.train import TrainingDiverged
 
-    path = cli.find_config(args.config)
-    paths = [f"{key}={value}" for key, value in (("data.content", args.content), ("style.image", args.style)) if value]
-    config = load_config(TrainConfig, path, [*paths, *args.set])
-    run_dir = args.run_dir or Path("checkpoints") / path.stem
-    device = resolve_device(args.device)
-    if args.dry_run:
-        print(to_yaml(config))
-        print(plan(config, run_dir, device))
-        return 0
-
+    names = [Path(name).stem for name in args.config]
+    several = len(names) > 1
+    if len(set(names)) < len(names):
+        raise ValueError(f"--config: got {', '.join(names)}, need different names, as each is the name of a folder of results; rename one")
     keep_freed_memory()
+    codes = {}
+    try:
+        with join_ranks(args.device) as (ranks, place), StopRequest(repeats=ranks.size > 1) as stop:
+            device = resolve_device(place)
+            for name, config in zip(names, args.config):
+                run_dir = (args.run_dir or Path("checkpoints")) / name if several or not args.run_dir else args.run_dir
+                try:
+                    codes[name] = _one(args, config, run_dir, ranks, device, stop)
+                except (ValueError, OSError, ArithmeticError, TrainingDiverged) as error:  # the same on every rank
+                    codes[name] = 1 if isinstance(error, TrainingDiverged) else 2
+                    if ranks.main:
+                        cli.complain(f"{name}: " if several else "", error)
+                if stop():
+                    break
+            if several and ranks.main:
+                words = {0: "done", 1: "diverged", 2: "failed"}
+                print(*(f"{name}: {words.get(codes.get(name), 'stopped' if name in codes else 'not begun')}" for name in names), sep="\n")
+    except RankLost as error:
+        if error.here or ranks.main:
+            cli.complain("", error)
+        return 1
+    return max(codes.values()) if stop() or not several else int(any(codes.values()))
+
+
+def _one(args, name, run_dir, ranks, device, stop) -> int:
+    from fastnst.config import load_config, to_yaml
+    from fastnst.train import TrainConfig, check_data, plan, train
+
+    paths = [f"{key}={value}" for key, value in (("data.content", args.content), ("style.image", args.style)) if value]
+    config = load_config(TrainConfig, cli.find_config(name), [*paths, *args.set])
+    if args.dry_run:
+        if ranks.main:
+            print(f"{to_yaml(config)}\n{plan(config, run_dir, device)}")
+        return 0
     bar = None
 
-    def report(progress):
+    def advance(done: int, total: int, unit: str = "step", first: int = 0) -> None:
         nonlocal bar
-        bar = bar or cli.progress_bar(progress.steps, progress.step)
+        bar = bar or cli.progress_bar(total, first, unit)
+        bar.update(done - bar.n)
+
+    def report(progress) -> None:
+        advance(progress.step, progress.steps, first=progress.step)
         if progress.message:
             cli.say(bar, progress.message)
         if progress.validation:
@@ -50,31 +86,38 @@ def main(argv=None) -> int:
             cli.say(bar, f"step {progress.step:,}: validation {terms}")
         if progress.losses:
             bar.set_postfix_str(f"loss {progress.losses['loss/total']:.4g}, {progress.photos_per_second:.1f} photos/s", refresh=False)
-        bar.update(progress.step - bar.n)
 
     try:
-        with StopRequest() as stop:
-            result = train(config, run_dir, device, report, stop)
-    except TrainingDiverged as error:
-        diverged = error
-    else:
-        diverged = None
+        if args.check_data:
+            result = check_data(config, run_dir, device, lambda done, total: advance(done, total, "photo")) if ranks.main else ""
+        else:
+            result = train(config, run_dir, device, report, stop, ranks)
     finally:
         if bar is not None:
             bar.close()
-    if diverged is not None:
-        print(f"error: {diverged}", file=sys.stderr)
-        return 1
-    if result.unreadable:
-        print(f"{len(result.unreadable)} photos could not be read and were skipped:", *sorted(result.unreadable), sep="\n  ")
+    if ranks.main:
+        print(result if args.check_data else _summary(config, run_dir, result))
+    return 0 if args.check_data or result.finished else stop.exit_code or 143  # the signal may have come to another rank
+
+
+def _summary(config, run_dir, result) -> str:
+    unreadable = [f"  {name}" for name in sorted(result.unreadable)]
+    if unreadable:
+        unreadable.insert(0, f"{len(unreadable)} photos could not be read and were skipped:")
     if not result.finished:
         where = f"saved in {run_dir}; the same command goes on from there" if result.step else "before the first: nothing to save"
-        print(f"stopped at step {result.step:,} of {config.train.steps:,}, {where}")
-        return stop.exit_code
-    print(f"done: {result.step:,} steps, {result.seconds:.0f} s in this run\nmodel: {result.model}")
+        return "\n".join([*unreadable, f"stopped at step {result.step:,} of {config.train.steps:,}, {where}"])
+    speed = f"{result.photos_per_second:.1f} photos/s, {result.waiting:.0%} of the time waiting for photos"
+    lines = [f"done: {result.step:,} steps, {result.seconds:.0f} s in this run, {speed}"]
+    for what, terms in (("loss", result.losses), ("validation", result.validation)):
+        shown = [f"{name.removeprefix(f'{what}/')} {value:.4g}" for name, value in terms.items() if name.startswith(f"{what}/")]
+        lines += [f"{what}: {'  '.join(shown)}"] if shown else []
+    if result.rollbacks:
+        lines.append(f"rollbacks: {result.rollbacks}; TensorBoard's text `watchdog` says why")
+    best = f", of step {result.best_step:,}, the best on validation" if config.train.keep == "best" and result.best_step else ""
     model, logs = shlex.quote(str(result.model)), shlex.quote(str(run_dir.parent))
-    print(f"apply it: fastnst stylize --model {model} --input PHOTO --output OUT.jpg\nwatch it: tensorboard --logdir {logs}")
-    return 0
+    lines += [f"model: {result.model}{best}", f"apply it: fastnst stylize --model {model} --input PHOTO --output OUT.jpg", f"watch it: tensorboard --logdir {logs}"]
+    return "\n".join([*unreadable, *lines])
 
 
 if __name__ == "__main__":

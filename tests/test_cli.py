@@ -170,6 +170,44 @@ def test_a_diverging_training_ends_with_one_line_and_exit_code_1(train_main, pho
     assert len(errors) == 1 and "not finite" in errors[0] and "train.learning_rate" in errors[0]
 
 
+# Several configs
+
+
+def test_several_configs_are_trained_one_after_the_other_past_one_that_fails(train_main, photos, painting, tmp_path, capsys):
+    sound = (REPOSITORY / "configs" / "smoke.yaml").read_text()
+    for name, text in (("a", sound), ("b", sound.replace("style_weight: 100", "style_weight: many")), ("c", sound)):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    configs = [str(tmp_path / f"{name}.yaml") for name in "abc"]
+    arguments = ["--config", *configs, *QUICK[2:], "--content", str(photos), "--style", str(painting), "--run-dir", str(tmp_path / "runs")]
+    assert cli.run(train_main, arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.out.endswith("a: done\nb: failed\nc: done\n")
+    assert "error: b: " in printed.err and "loss.style_weight: got 'many'" in printed.err
+    assert [(tmp_path / "runs" / name / "model.safetensors").exists() for name in "abc"] == [True, False, True]
+
+
+def test_configs_of_one_name_are_refused(train_main, tmp_path, capsys):
+    assert cli.run(train_main, ["--config", "smoke", str(tmp_path / "smoke.yaml")]) == 2
+    assert "error: --config: got smoke, smoke, need different names" in capsys.readouterr().err
+
+
+def test_the_end_of_a_training_is_summed_up(train_main, photos, painting, tmp_path, capsys):
+    arguments = [*QUICK, "--content", str(photos), "--style", str(painting), "--run-dir", str(tmp_path / "run")]
+    assert cli.run(train_main, arguments) == 0
+    printed = capsys.readouterr().out
+    assert "done: 4 steps" in printed and "photos/s" in printed and "% of the time waiting for photos" in printed
+    assert "loss: total" in printed and "validation: total" in printed
+    assert f"model: {tmp_path / 'run' / 'model.safetensors'}, of step 4, the best on validation" in printed and "fastnst stylize --model" in printed
+
+
+def test_check_data_tells_and_writes_nothing(train_main, photos, painting, tmp_path, capsys):
+    arguments = [*QUICK, "--content", str(photos), "--style", str(painting), "--run-dir", str(tmp_path / "run"), "--check-data"]
+    assert cli.run(train_main, arguments) == 0
+    printed = capsys.readouterr().out
+    assert "photos: 12 found, all of them decoded" in printed and "time: about" in printed and "disk: about" in printed
+    assert not (tmp_path / "run").exists()
+
+
 # A dry run
 
 

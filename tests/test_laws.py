@@ -17,6 +17,7 @@ NOUNS = {
     "config": set(),
     "files": set(),
     "runtime": set(),
+    "ranks": {"runtime"},
     "schedule": {"config"},
     "picture": {"config", "files"},
     "image": {"picture"},
@@ -42,8 +43,12 @@ NOUNS = {
     "judges": {"loss_network", "losses"},
     "yardstick": {"files", "image", "loss_network", "losses"},
     "contender": {"checkpoint", "config", "data", "image", "loss_network", "losses", "network", "picture"},
+    "watchdog": set(),
+    "survey": {"data", "picture"},
+    "run": {"checkpoint", "config", "files", "model"},
+    "task": {"config", "data", "image", "loss_network", "losses", "model", "network", "picture", "ranks", "runtime", "schedule"},
 }
-TRAINING = {"train", "losses", "loss_network", "data", "optimize", "distill", "evaluate", "export", "schedule"}
+TRAINING = {"train", "losses", "loss_network", "data", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task"}
 # Each verb; any noun is open to those that train.
 ALLOWED_TO_VERBS = {
     "train": set(NOUNS),

@@ -7,6 +7,7 @@ import sys
 import time
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import fastnst.run
 import fastnst.train
 from fastnst.checkpoint import load_model, load_training_state
 from fastnst.config import validate_config
+from fastnst.network import TransformNetwork
 from fastnst.train import TrainConfig, TrainingDiverged, train
+from fastnst.watchdog import Trouble
 
 
 def changed(data: dict, **values) -> dict:
@@ -73,7 +77,7 @@ def events_of(run_dir: Path) -> EventAccumulator:
         (3, {}, {"data__workers": 2}),
         (5, {"data__workers": 1}, {"data__workers": 0}),
         (3, {"network__norm": "batch", "train__learning_rate": {"decay": "cosine", "warmup_steps": 2}, "train__clip_gradient": 1.0}, {}),
-        (2, {}, {"train__log_every": 1, "train__validate_every": 1, "train__save_every": 1}),
+        (2, {"train__keep": "last"}, {"train__log_every": 1, "train__validate_every": 1, "train__save_every": 1}),
     ],
     ids=["first-step", "more-workers", "fewer-workers", "batch-norm-cosine-clip", "watched-closer"],
 )
@@ -221,35 +225,215 @@ def test_the_same_seed_gives_the_same_network_and_another_seed_another(train_dat
 # Going wrong
 
 
+def sabotaged(monkeypatch, spoil, at: set[int]) -> None:
+    """Let ``spoil(network)`` happen once at each of the updates ``at``, counted from 1 over everything that is learned."""
+    step_of_adam, calls = torch.optim.Adam.step, []
+
+    def step(self, *args, **kwargs):
+        calls.append(None)
+        result = step_of_adam(self, *args, **kwargs)
+        if len(calls) in at:
+            with torch.no_grad():
+                spoil(self.param_groups[0]["params"])
+        return result
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+
+
+def with_nan(parameters) -> None:
+    parameters[0].view(-1)[0] = float("nan")
+
+
 def test_a_loss_that_is_not_finite_stops_naming_step_and_terms(train_data, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
-    fit(train_data, run_dir, train__steps=4)
+    fit(train_data, run_dir, train__steps=4, train__rollbacks=0)
     before = {name: (run_dir / name).read_bytes() for name in ("training_state.pt", "model.safetensors")}
     with monkeypatch.context() as patch, pytest.raises(TrainingDiverged) as stopped:
         patch.setattr(fastnst.train, "learning_rate_at", lambda *_: 1e30)  # update 5 ruins the weights, the loss of step 6 shows it
-        fit(train_data, run_dir)
-    assert "step 6" in str(stopped.value)
+        fit(train_data, run_dir, train__rollbacks=0)
+    assert "step 6" in str(stopped.value) and "at step 4, is intact" in str(stopped.value) and "train.rollbacks=0" in str(stopped.value)
     assert all(term in str(stopped.value) for term in ("loss/total nan", "loss/content", "loss/style"))
     assert {name: (run_dir / name).read_bytes() for name in before} == before
     assert fit(train_data, run_dir).finished
 
 
-def test_weights_that_are_not_finite_are_never_saved(train_data, tmp_path, monkeypatch):
-    step_of_adam, calls = torch.optim.Adam.step, []
+def test_after_the_last_rollback_the_good_model_is_intact(train_data, tmp_path, monkeypatch):
+    run_dir, messages = tmp_path / "run", []
+    fit(train_data, run_dir, train__steps=4)
+    weights = load_file(run_dir / "model.safetensors")
+    sabotaged(monkeypatch, with_nan, set(range(1, 100)))
+    with pytest.raises(TrainingDiverged, match="2 rollbacks with lower rates, the last 0.09 of the schedule's"):
+        fit(train_data, run_dir, report=lambda progress: messages.append(progress.message), train__rollbacks=2)
+    assert [message[:9] for message in messages if "Back to step 4" in message] == ["watchdog:"] * 2
+    assert all(torch.equal(value, weights[name]) for name, value in load_file(run_dir / "model.safetensors").items())
+    assert load_training_state(run_dir / "training_state.pt")["step"] == 4
 
-    def spoiled(self, *args, **kwargs):
-        calls.append(None)
-        if len(calls) == 4:  # the loss of this step was still finite, and the state is due right after it
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad.fill_(float("nan"))
-        return step_of_adam(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", spoiled)
-    with pytest.raises(TrainingDiverged):
-        fit(train_data, tmp_path / "run")
+@pytest.mark.parametrize("spoiled_update, back_to", [(1, 0), (4, 3), (5, 4), (6, 4)])  # saved at 2, 3, 4 and 6; 4 and 6 show at the saving itself
+def test_one_nan_costs_a_rollback_and_no_more(train_data, tmp_path, monkeypatch, spoiled_update, back_to):
+    sabotaged(monkeypatch, with_nan, {spoiled_update})
+    result = fit(train_data, tmp_path / "run")
+    assert (result.finished, result.rollbacks) == (True, 1)
     state = load_training_state(tmp_path / "run" / "training_state.pt")
     assert all(bool(value.isfinite().all()) for value in state["network"].values())
+    assert state["watchdog"]["rate"] == pytest.approx(0.3)
+    (text,) = events_of(tmp_path / "run").Tensors("watchdog/text_summary")
+    assert b"not finite" in text.tensor_proto.string_val[0] and f"Back to step {back_to},".encode() in text.tensor_proto.string_val[0]
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 5])
+def test_a_run_with_a_rollback_resumes_exactly(train_data, tmp_path, monkeypatch, stop_at):
+    with monkeypatch.context() as patch:
+        sabotaged(patch, with_nan, {3})
+        fit(train_data, tmp_path / "whole", train__log_every=1)
+    reached = []
+
+    def rolled_back_and_at(step):
+        return lambda progress: reached.append(progress.step) if reached or "Back to" in progress.message else None
+
+    with monkeypatch.context() as patch:
+        sabotaged(patch, with_nan, {3})
+        config = validate_config(TrainConfig, changed(train_data, train__log_every=1))
+        first = train(config, tmp_path / "parts", report=rolled_back_and_at(stop_at), should_stop=lambda: bool(reached) and reached[-1] >= stop_at)
+    assert (first.step, first.finished) == (stop_at, False)
+    second = fit(train_data, tmp_path / "parts", train__log_every=1)
+    assert second.finished and second.rollbacks == 1
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_an_output_gone_flat_is_taken_back(train_data, tmp_path, monkeypatch):
+    def paint_it_black(parameters):
+        for parameter in parameters[-2:]:
+            parameter.zero_()
+        parameters[-1].fill_(-100.0)
+
+    data = changed(train_data, train__steps=70, train__log_every=5, train__save_every=10, train__validate_every=20)
+    data["train"]["learning_rate"] = {"initial": 0.01}
+    sabotaged(monkeypatch, paint_it_black, {42})
+    messages = []
+    result = fit(data, tmp_path / "run", report=lambda progress: messages.append(progress.message))
+    assert (result.finished, result.rollbacks) == (True, 1)
+    (message,) = [message for message in messages if "Back to" in message]
+    assert "gone black" in message or "exploded" in message
+    assert "Back to step 40" in message  # what was due at 50 was not saved, as it looked bad already
+
+
+def test_a_good_state_that_is_none_is_gone_back_behind(train_data, tmp_path, monkeypatch):
+    seen, messages = [], []
+
+    def watch(self, step, rows, *rest):
+        seen.append(step)
+        return Trouble("made up", "nothing") if seen.count(5) in (1, 2) and step == 5 else None  # twice from the state of step 4
+
+    monkeypatch.setattr(fastnst.train.Watchdog, "watch", watch)
+    result = fit(train_data, tmp_path / "run", report=lambda progress: messages.append(progress.message), train__log_every=1)
+    assert result.finished
+    assert [message.split(", the rate")[0] for message in messages if "Back to" in message] == [
+        "watchdog: made up. Back to step 4",
+        "watchdog: made up. Back to step 3",
+    ]
+
+
+def test_the_model_is_the_best_on_validation_and_says_its_step(train_data, tmp_path, monkeypatch):
+    totals = iter([9.0, 5.0, 4.0, 7.0])  # at steps 0, 2, 4, 6
+
+    def scored(*args):
+        _, pairs = validate(*args)
+        return {"validation/total": next(totals)}, pairs
+
+    validate = fastnst.train.validate
+    monkeypatch.setattr(fastnst.train, "validate", scored)
+    result = fit(train_data, tmp_path / "run", train__validate_every=2)
+    assert (result.best_step, load_model(result.model)[1].step) == (4, 4)
+    assert load_training_state(tmp_path / "run" / "training_state.pt")["step"] == 6
+
+
+def test_the_model_may_be_the_last(train_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(fastnst.train, "validate", lambda *_: ({"validation/total": next(totals)}, torch.zeros(3, 8, 8)))
+    totals = iter([9.0, 5.0, 4.0, 7.0])
+    assert load_model(fit(train_data, tmp_path / "run", train__validate_every=2, train__keep="last").model)[1].step == 6
+
+
+@pytest.mark.parametrize("key, parts", [("train__accumulate", 2), ("train__accumulate", 3), ("train__accumulate", 64)])
+def test_accumulated_gradients_are_those_of_the_whole_batch(train_data, tmp_path, key, parts):
+    data = changed(train_data, train__steps=1, train__batch_size=5)
+    fit(data, tmp_path / "whole")
+    fit(data, tmp_path / "parts", **{key: parts})
+    assert gradient_difference(tmp_path / "whole", tmp_path / "parts") < 1e-3  # float32: a few activations fall on the other side of a ReLU
+
+
+def gradient_difference(a: Path, b: Path) -> float:
+    """Of the first gradient, relative to its size: after one step Adam's first moment is a tenth of it."""
+    moments = [torch.cat([entry["exp_avg"].flatten() for entry in load_training_state(run / "training_state.pt")["optimizer"]["state"].values()]) for run in (a, b)]
+    return float((moments[0] - moments[1]).norm() / moments[0].norm())
+
+
+def test_batch_norm_in_parts_is_refused(train_data, tmp_path):
+    with pytest.raises(ValueError, match="network.norm: batch norm needs the whole batch at once: set train.accumulate=1"):
+        fit(train_data, tmp_path / "run", network__norm="batch", train__accumulate=2)
+
+
+def test_out_of_memory_names_the_sizes_that_fit(train_data, tmp_path, monkeypatch):
+    forward = TransformNetwork.forward
+
+    def small_memory(self, images):
+        if self.training and images.shape[0] * images.shape[2] * images.shape[3] > 3 * 32 * 32:  # three photos of 32 px
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, images)
+
+    monkeypatch.setattr(TransformNetwork, "forward", small_memory)
+    with pytest.raises(ValueError) as error:
+        fit(train_data, tmp_path / "run", train__batch_size=12)
+    assert "12 photos of 32 px" in str(error.value)
+    # 12 photos in 4 parts of 3; and sqrt(3 / 12) * 32 = 16 px
+    assert "train.accumulate=4 (slower, the same result) or train.batch_size=3, or data.crop_size=16" in str(error.value)
+    assert fit(train_data, tmp_path / "run", train__accumulate=4, train__batch_size=12).finished
+
+
+def test_a_run_folder_that_is_gone_is_named_and_not_begun_anew(train_data, tmp_path):
+    run_dir = tmp_path / "run"
+
+    def move_away(progress):
+        if progress.step == 3 and run_dir.exists():
+            run_dir.rename(tmp_path / "elsewhere")
+
+    with pytest.raises(FileNotFoundError, match=r"run/config\.yaml is gone"):
+        fit(train_data, run_dir, report=move_away)
+    assert not (run_dir / "training_state.pt").exists()
+    assert load_training_state(tmp_path / "elsewhere" / "training_state.pt")["step"] == 2
+
+
+def test_what_a_killed_writer_left_is_removed(train_data, tmp_path):
+    fit(train_data, tmp_path / "run", stop_at=2)
+    for name in (".training_state-abc.pt", ".model-abc.safetensors", ".config-abc.yaml"):
+        (tmp_path / "run" / name).write_bytes(b"half")
+    fit(train_data, tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".*-*"))
+
+
+def test_no_room_on_the_disk_is_said_before_the_first_step(train_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(fastnst.run.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"run: the disk has 0\.0 MB left, model and training state need .* MB"):
+        fit(train_data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_result_tells_speed_waiting_and_last_terms(train_data, tmp_path):
+    result = fit(train_data, tmp_path / "run")
+    assert result.photos_per_second > 0 and 0 < result.waiting < 1
+    assert result.losses["loss/total"] == pytest.approx(result.losses["loss/content"] + result.losses["loss/style"], rel=1e-4)
+
+
+def test_check_data_decodes_everything_and_estimates(train_data, tmp_path, photos):
+    (photos / "truncated.jpg").write_bytes((photos / "photo_00.jpg").read_bytes()[:400])
+    done = []
+    text = fastnst.train.check_data(
+        validate_config(TrainConfig, train_data), tmp_path / "run", torch.device("cpu"), lambda count, total: done.append((count, total))
+    )
+    assert done == [(count, 13) for count in range(1, 14)]
+    assert "13 found, all of them decoded" in text and "1 cannot be read" in text and "truncated.jpg" in text
+    assert "time: about" in text and "for 6 steps" in text and "disk: about" in text
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("place", ["photos", "held_out"])
@@ -263,7 +447,7 @@ def test_a_corrupt_photo_is_skipped_and_named_once(train_data, tmp_path, photos,
     result = fit(train_data, tmp_path / "run", report=lambda progress: messages.append(progress.message), **settings)
     assert result.finished
     assert ["corrupt.jpg" in message for message in result.unreadable] == [True]
-    assert sum("corrupt.jpg" in message for message in messages) == (1 if place == "photos" else 0)
+    assert sum(message.startswith("skipped") and "corrupt.jpg" in message for message in messages) == (1 if place == "photos" else 0)
     again = fit(train_data, tmp_path / "run", **settings)
     assert list(again.unreadable) == list(result.unreadable)
 
@@ -287,7 +471,8 @@ def finished(train_data, tmp_path) -> Path:
 def test_tensorboard_shows_losses_rates_images_and_config(finished):
     events = events_of(finished)
     terms = {"/total", "/content", "/style", "/tv", "_content/relu2_2", "_style/relu1_2", "_style/relu2_2"}
-    expected = {f"{kind}{term}" for kind in ("loss", "validation") for term in terms} | {"train/photos_per_second", "train/learning_rate"}
+    watched = {"train/photos_per_second", "train/learning_rate", "train/gradient_norm", "train/waiting_for_photos", "output/contrast", "output/brightness"}
+    expected = {f"{kind}{term}" for kind in ("loss", "validation") for term in terms} | watched
     assert set(events.Tags()["scalars"]) == expected
     assert [event.step for event in events.Scalars("validation/total")] == [0, 3, 6]
     assert {2, 4, 6} <= {event.step for event in events.Scalars("loss/total")}

@@ -1,0 +1,203 @@
+"""What a training works on, and what it computes at a step: photos, style, loss and network, on their device, on any number of ranks."""
+
+import hashlib
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fastnst.config import Config
+from fastnst.data import DataConfig, Photos, PhotoStream, list_photos, load_validation, training_batches
+from fastnst.image import load_image
+from fastnst.loss_network import load_loss_network
+from fastnst.losses import LossConfig, PerceptualLoss, calibrate
+from fastnst.model import NetworkConfig
+from fastnst.network import TransformNetwork
+from fastnst.picture import ImageSize
+from fastnst.ranks import Ranks
+from fastnst.runtime import autocast, is_out_of_memory, largest_that_fits, memory_format, resolve_precision
+from fastnst.schedule import LearningRate
+
+
+class StyleConfig(ImageSize):
+    """The painting, and the size at which its strokes are learned: 512 px as most of Johnson et al.'s released models."""
+
+    image: Path
+    long_side: int | None = Field(512, ge=16, le=65_535)
+
+
+class LoopConfig(Config):
+    """How long and how fast to learn; the defaults are Johnson et al. 2016."""
+
+    steps: int = Field(40_000, ge=1, le=10**9)
+    batch_size: int = Field(4, ge=1, le=4096, description="photos per step, over all ranks")
+    accumulate: int = Field(1, ge=1, le=4096, description="parts that a rank's photos of a step are computed in: less memory, the same result")
+    learning_rate: LearningRate = LearningRate()
+    clip_gradient: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = Field(0, ge=0, lt=2**63)
+    log_every: int = Field(20, ge=1, description="steps")
+    validate_every: int = Field(500, ge=1, description="steps")
+    save_every: int = Field(500, ge=1, description="steps")
+    keep: Literal["best", "last"] = Field("best", description="the model of the lowest validation total, or of the last save")
+    rollbacks: int = Field(3, ge=0, le=100, description="times that a run gone wrong goes back to its last good state with a lower rate")
+
+
+class TrainConfig(Config):
+    """Everything that decides a training run."""
+
+    style: StyleConfig
+    data: DataConfig
+    network: NetworkConfig = NetworkConfig()
+    loss: LossConfig = LossConfig()
+    train: LoopConfig = LoopConfig()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a training works on, ready on its device. ``module`` is ``network``, averaging gradients over the ranks."""
+
+    config: TrainConfig
+    device: torch.device
+    ranks: Ranks
+    photos: Photos
+    style: Tensor
+    loss: PerceptualLoss
+    network: TransformNetwork
+    module: nn.Module
+    validation: Tensor
+    unreadable: dict[str, str]
+
+    @property
+    def photos_at_once(self) -> int:
+        return -(-self.config.train.batch_size // (self.ranks.size * self.config.train.accumulate))
+
+
+def prepare(config: TrainConfig, device: torch.device, ranks: Ranks) -> Task:
+    """Load everything. Only the main rank has validation photos and a calibrated loss. Raises ``ValueError`` or ``OSError`` naming what is wrong."""
+    loop, layout = config.train, memory_format(device)
+    if loop.batch_size < ranks.size:
+        raise ValueError(f"train.batch_size: got {loop.batch_size}, need a photo for each of the {ranks.size} ranks; raise it or start fewer processes")
+    if config.network.norm == "batch" and (loop.accumulate > 1 or (ranks.size > 1 and device.type != "cuda")):
+        raise ValueError(
+            "network.norm: batch norm needs the whole batch at once: set train.accumulate=1 and, on the CPU, start one process; or set network.norm=instance"
+        )
+    photos = list_photos(config.data)
+    style = load_image(config.style.image, config.style).to(device)
+    loss_network = load_loss_network(config.loss, config.loss.layers).to(device, memory_format=layout)
+    loss = PerceptualLoss(loss_network, config.loss, style)
+    validation, unreadable = torch.empty(0), []
+    if ranks.main:
+        validation, unreadable = load_validation(photos.validation, config.data)
+        loss.config = calibrate(loss, validation[:8].to(device).float().div(255))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(loop.seed)
+        network = TransformNetwork(config.network)
+    if ranks.size > 1:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # does nothing to instance norm
+    network.to(device, memory_format=layout)
+    return Task(config, device, ranks, photos, style, loss, network, network, validation, {message: "validation" for message in unreadable})
+
+
+def batches_from(step: int, task: Task) -> AbstractContextManager:
+    """This rank's part of each batch from ``step`` on, as ``training_batches`` gives them."""
+    loop, ranks = task.config.train, task.ranks
+    stream = PhotoStream(task.photos.train, task.config.data, loop.seed)
+    return training_batches(stream, step * loop.batch_size, loop.batch_size, max(0, loop.steps - step), task.device.type == "cuda", ranks.rank, ranks.size)
+
+
+def learn(task: Task, content: Tensor) -> tuple[list[str], Tensor]:
+    """Forward and backward over this rank's ``(N, 3, S, S)`` uint8 ``content``, which leaves the gradient of the whole batch in the network.
+
+    Returns names and numbers, still on the device: the terms of the loss, what the output looks like, the gradient's norm. They
+    are this rank's part of the batch's means: their sum over the ranks is what they say. Raises ``ValueError`` naming the sizes
+    that would fit where memory runs out.
+    """
+    try:
+        return _forward_and_backward(task, content)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    raise ValueError(_what_would_fit(task))  # here the error no longer holds the activations
+
+
+@torch.inference_mode()
+def validate(network: TransformNetwork, loss: PerceptualLoss, photos: Tensor, batch_size: int) -> tuple[dict[str, float], Tensor]:
+    """Mean terms over ``(N, 3, S, S)`` uint8 ``photos``, in float32, and the first four beside their stylized versions."""
+    device = next(network.parameters()).device
+    network.eval()
+    sums: dict[str, Tensor] = {}
+    pairs = []
+    for batch in photos.split(batch_size):
+        content = batch.to(device).float().div_(255)
+        stylized = network(content)
+        scalars = loss(stylized, loss.content_targets(content)).scalars()
+        for name, value in scalars.items():
+            sums[name] = sums.get(name, 0) + value * len(batch)
+        if len(pairs) < 4:
+            pairs += [torch.cat(pair, dim=2) for pair in zip(content, stylized.clamp(0, 1))]
+    network.train()
+    means = {name.replace("loss", "validation", 1): float(value) / len(photos) for name, value in sums.items()}
+    return means, torch.cat(pairs[:4], dim=1).cpu()
+
+
+def _forward_and_backward(task: Task, content: Tensor) -> tuple[list[str], Tensor]:
+    loop, ranks, device = task.config.train, task.ranks, task.device
+    task.network.zero_grad(set_to_none=True)
+    parts = content.tensor_split(min(loop.accumulate, len(content)))
+    sums = 0
+    for index, part in enumerate(parts):
+        share = len(part) / loop.batch_size
+        photos = part.to(device, non_blocking=True).float().div_(255).contiguous(memory_format=memory_format(device))
+        with ranks.averaging(task.module, now=index == len(parts) - 1):
+            with autocast(device, resolve_precision(loop.precision, device)):
+                targets = task.loss.content_targets(photos)
+                stylized = task.module(photos)
+                terms = task.loss(stylized, targets)
+            (terms.total * (share * ranks.size)).backward()  # averaged over the ranks, each photo then weighs the same
+        seen = stylized.detach().float().clamp(0, 1)
+        numbers = terms.scalars() | {"output/contrast": seen.std(dim=(2, 3)).mean(), "output/brightness": seen.mean()}
+        sums = sums + share * torch.stack(list(numbers.values()))
+    norm = nn.utils.clip_grad_norm_(task.network.parameters(), loop.clip_gradient or math.inf)
+    return [*numbers, "train/gradient_norm"], torch.cat([sums, norm.detach()[None] * (len(content) / loop.batch_size)])
+
+
+def _what_would_fit(task: Task) -> str:
+    """The sizes at which a step would not run out of memory, found by trying."""
+    config, loop, photos = task.config, task.config.train, task.photos_at_once
+    alone = replace(task, ranks=Ranks(), module=task.network, config=config.model_copy(update={"train": loop.model_copy(update={"accumulate": 1})}))
+
+    def attempt(count: int, side: int) -> None:
+        try:
+            _forward_and_backward(alone, torch.zeros(count, 3, side, side, dtype=torch.uint8))
+        finally:
+            task.network.zero_grad(set_to_none=True)
+            if task.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    crop = config.data.crop_size
+    fits = largest_that_fits(lambda count: attempt(count, crop), photos)
+    side = 16 * largest_that_fits(lambda units: attempt(photos, 16 * units), -(-crop // 16))
+    ways = []
+    if fits:
+        here = -(-loop.batch_size // task.ranks.size)
+        ways.append(f"train.accumulate={-(-here // fits)} (slower, the same result) or train.batch_size={fits * task.ranks.size * loop.accumulate}")
+    if side:
+        ways.append(f"data.crop_size={side}")
+    keys = f"train.batch_size {loop.batch_size} on {task.ranks.size} rank(s), train.accumulate {loop.accumulate}, data.crop_size {crop}"
+    fitting = ", or ".join(ways) or "nothing; set network.width lower"
+    return f"{photos} photos of {crop} px at once do not fit in the memory of {task.device.type} ({keys}); tried out, this fits: {fitting}"
+
+
+def check_same_photos(task: Task) -> None:
+    """Raise ``ValueError``, on all ranks, where the hosts have different photos."""
+    names = "\n".join(f"{path.parent.name}/{path.name}" for path in task.photos.train)
+    found = task.ranks.gather((len(task.photos.train), hashlib.sha256(names.encode()).hexdigest()))
+    if len(set(found)) > 1:
+        counts = ", ".join(str(count) for count, _ in found)
+        raise ValueError(f"data.content: the ranks find different photos ({counts}, or others of the same number); give every host the same folder")
