@@ -28,7 +28,7 @@ def main(argv=None) -> int:
     args = p.parse_args(argv)
 
     from fastnst.ranks import RankLost, join_ranks
-    from fastnst.runtime import StopRequest, keep_freed_memory
+    from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
     from fastnst.train import TrainingDiverged
 
     names = [Path(name).stem for name in args.config]
