@@ -16,6 +16,7 @@ from fastnst.data import DataConfig, Photos, PhotoStream, list_photos, load_vali
 from fastnst.image import load_image
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import LossConfig, PerceptualLoss, calibrate
+from fastnst.metrics import judgement
 from fastnst.model import NetworkConfig
 from fastnst.network import TransformNetwork
 from fastnst.picture import ImageSize
@@ -128,7 +129,7 @@ def learn(task: Task, content: Tensor) -> tuple[list[str], Tensor]:
 
 @torch.inference_mode()
 def validate(network: TransformNetwork, loss: PerceptualLoss, photos: Tensor, batch_size: int) -> tuple[dict[str, float], Tensor]:
-    """Mean terms over ``(N, 3, S, S)`` uint8 ``photos``, in float32, and the first four beside their stylized versions."""
+    """Mean terms and looks over ``(N, 3, S, S)`` uint8 ``photos``, in float32, and the first four beside their stylized versions."""
     device = next(network.parameters()).device
     network.eval()
     sums: dict[str, Tensor] = {}
@@ -137,7 +138,8 @@ def validate(network: TransformNetwork, loss: PerceptualLoss, photos: Tensor, ba
         content = batch.to(device).float().div_(255)
         stylized = network(content)
         scalars = loss(stylized, loss.content_targets(content)).scalars()
-        for name, value in scalars.items():
+        looks = {f"loss_look/{name}": each.mean() for name, each in judgement(network, content, stylized).items()}
+        for name, value in (scalars | looks).items():
             sums[name] = sums.get(name, 0) + value * len(batch)
         if len(pairs) < 4:
             pairs += [torch.cat(pair, dim=2) for pair in zip(content, stylized.clamp(0, 1))]

@@ -66,11 +66,13 @@ def main(argv=None) -> int:
             before, after = (net.to(device)(to_tensor(photo).to(device)).clamp(0, 1) for net in (network, shipped))
             largest = max(largest, float((before - after).abs().max()))
             stylized.append(to_pil(after))
+    measured, _ = validate(shipped.to(device), loss, held_out, config.train.batch_size)
     metrics = {
         "steps": info.step,
         "photos_seen": info.step * config.train.batch_size,
         "held_out_photos": len(held_out) if found.held_out else 0,
-        "objective": {name.removeprefix("validation/"): round(value, 6) for name, value in validate(shipped.to(device), loss, held_out, config.train.batch_size)[0].items()},
+        "objective": {name.removeprefix("validation/"): round(value, 6) for name, value in measured.items() if not name.startswith("validation_look")},
+        "look": {name.removeprefix("validation_look/"): round(value, 4) for name, value in measured.items() if name.startswith("validation_look")},
         "raw_weights": {"content": loss_config.content_weight, "style": {k: loss_config.style_weight * w for k, w in loss_config.style_layers.items()}, "tv": loss_config.tv_weight},
         "half_precision_largest_difference": round(largest, 6),
         "machine": f"{torch.cuda.get_device_name() if device.type == 'cuda' else platform.machine() + ' CPU'}",

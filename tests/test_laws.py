@@ -46,7 +46,7 @@ NOUNS = {
     "watchdog": set(),
     "survey": {"data", "picture"},
     "run": {"checkpoint", "config", "files", "model"},
-    "task": {"config", "data", "image", "loss_network", "losses", "model", "network", "picture", "ranks", "runtime", "schedule"},
+    "task": {"config", "data", "image", "loss_network", "losses", "metrics", "model", "network", "picture", "ranks", "runtime", "schedule"},
 }
 TRAINING = {"train", "losses", "loss_network", "data", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task"}
 # Each verb; any noun is open to those that train.
