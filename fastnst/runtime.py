@@ -117,6 +117,12 @@ class StopRequest:
         self.signal = number
 
 
+def leave_signals_to_parent(_worker: int = 0) -> None:
+    """For loading processes: Ctrl-C and a terminated process group reach them too, and the parent needs them to save and end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _cpu_flags() -> str:
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as cpuinfo:

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastnst.checkpoint import STATE_NAME, load_training_state, restore, save_model, save_training_state
 from fastnst.config import Config, ConfigError, flatten, load_config, to_yaml
-from fastnst.data import DataConfig, Photos, PhotoStream, list_photos, load_validation, training_batches
+from fastnst.data import DataConfig, Photos, PhotoStream, keep_photos, list_photos, load_validation, training_batches
 from fastnst.files import atomic_write, exclusive
 from fastnst.image import load_image, resize, to_pil
 from fastnst.loss_network import load_loss_network
@@ -32,7 +32,7 @@ from fastnst.schedule import LearningRate, learning_rate_at
 CONFIG_NAME = "config.yaml"
 _SAVE_SECONDS = 300  # a slow machine saves this often, whatever save_every says: no more is lost to a power cut
 # Keys that a resumed run may change: they alter how long or how watched it is, not what any step computes.
-_MAY_CHANGE = {"train.steps", "train.log_every", "train.validate_every", "train.save_every", "data.workers"}
+_MAY_CHANGE = {"train.steps", "train.log_every", "train.validate_every", "train.save_every", "data.workers", "data.cache", "data.cache_gb"}
 
 _ADVICE = "What was saved before is intact; lower train.learning_rate.initial or the weights of loss, or set train.clip_gradient"
 
@@ -165,7 +165,9 @@ def train(
         loss.config = LossConfig(**state["loss"]) if state.get("loss") else loss.config
 
     first, precision = step, resolve_precision(loop.precision, device)
-    stream = PhotoStream(photos.train, config.data, loop.seed)
+    passes = (loop.steps - step) * loop.batch_size / len(photos.train)
+    cache = keep_photos(photos.train, config.data, passes, lambda message: report(TrainProgress(step, loop.steps, message=message)), should_stop)
+    stream = PhotoStream(photos.train, config.data, loop.seed, cache)
     loading = training_batches(stream, step * loop.batch_size, loop.batch_size, max(0, loop.steps - step), device.type == "cuda")
     window: list[Tensor] = []  # the terms of each step since the last log, still on the device
     names: list[str] = []

@@ -25,11 +25,12 @@ NOUNS = {
     "network": {"model"},
     "loss_network": {"config"},
     "losses": {"config", "loss_network"},
-    "data": {"config", "image", "picture"},
+    "photo_cache": {"files", "runtime"},
+    "data": {"config", "photo_cache", "picture", "runtime"},
     "checkpoint": {"files", "model", "network"},
     "sheet": set(),
 }
-TRAINING = {"train", "losses", "loss_network", "data", "optimize", "distill", "evaluate", "export", "schedule"}
+TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "optimize", "distill", "evaluate", "export", "schedule"}
 # Each verb; any noun is open to those that train.
 ALLOWED_TO_VERBS = {
     "train": set(NOUNS),
