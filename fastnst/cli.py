@@ -16,6 +16,7 @@ VERBS = {
     "optimize": "the reference: optimize a single picture, slowly (Gatys et al.)",
     "preview": "see how a painting will come out, before training",
     "publish": "turn a training run into a style to ship",
+    "benchmark": "measure ours against the published, side by side",
     "distill": "make the embedded loss network anew from VGG-19",
 }
 

@@ -25,14 +25,15 @@ from fastnst.loss_network import load_loss_network
 from fastnst.losses import LossConfig, PerceptualLoss, calibrate
 from fastnst.model import MODEL_NAME, NetworkConfig
 from fastnst.network import TransformNetwork
+from fastnst.objective import Compile, Objective, adam
 from fastnst.picture import ImageSize
-from fastnst.runtime import autocast, memory_format, resolve_precision
+from fastnst.runtime import memory_format, resolve_precision
 from fastnst.schedule import LearningRate, learning_rate_at
 
 CONFIG_NAME = "config.yaml"
 _SAVE_SECONDS = 300  # a slow machine saves this often, whatever save_every says: no more is lost to a power cut
 # Keys that a resumed run may change: they alter how long or how watched it is, not what any step computes.
-_MAY_CHANGE = {"train.steps", "train.log_every", "train.validate_every", "train.save_every", "data.workers", "data.cache", "data.cache_gb"}
+_MAY_CHANGE = {"train.steps", "train.log_every", "train.validate_every", "train.save_every", "data.workers", "data.cache", "data.cache_gb", "train.compile"}
 
 _ADVICE = "What was saved before is intact; lower train.learning_rate.initial or the weights of loss, or set train.clip_gradient"
 
@@ -52,6 +53,7 @@ class LoopConfig(Config):
     learning_rate: LearningRate = LearningRate()
     clip_gradient: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: Compile = Field("auto", description="torch.compile; auto: on CUDA, for 2,000 steps or more")
     seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(20, ge=1, description="steps")
     validate_every: int = Field(500, ge=1, description="steps")
@@ -156,7 +158,7 @@ def train(
         torch.manual_seed(loop.seed)
         network = TransformNetwork(config.network)
     network.to(device, memory_format=layout)
-    optimizer = torch.optim.Adam(network.parameters())
+    optimizer = adam(network)
     step, unreadable = 0, {message: "validation" for message in unreadable_validation}
     if resuming:
         state = load_training_state(run_dir / STATE_NAME, device)
@@ -165,6 +167,7 @@ def train(
         loss.config = LossConfig(**state["loss"]) if state.get("loss") else loss.config
 
     first, precision = step, resolve_precision(loop.precision, device)
+    objective = Objective(network, loss, precision, loop.compile, loop.steps - step, lambda message: report(TrainProgress(step, loop.steps, message=message)))
     passes = (loop.steps - step) * loop.batch_size / len(photos.train)
     cache = keep_photos(photos.train, config.data, passes, lambda message: report(TrainProgress(step, loop.steps, message=message)), should_stop)
     stream = PhotoStream(photos.train, config.data, loop.seed, cache)
@@ -222,10 +225,7 @@ def train(
                 if message not in unreadable:
                     unreadable[message] = f"step {step}"
                     report(TrainProgress(step, loop.steps, message=f"skipped {message}"))
-            content = content.to(device, non_blocking=True).float().div_(255).contiguous(memory_format=layout)
-            with autocast(device, precision):
-                content_targets = loss.content_targets(content)
-                terms = loss(network(content), content_targets)
+            terms = objective(content)
             optimizer.zero_grad(set_to_none=True)
             terms.total.backward()
             if loop.clip_gradient is not None:

@@ -27,10 +27,12 @@ NOUNS = {
     "losses": {"config", "loss_network"},
     "photo_cache": {"files", "runtime"},
     "data": {"config", "photo_cache", "picture", "runtime"},
+    "objective": {"losses", "runtime"},
+    "benchmark_training": {"data", "losses", "loss_network", "model", "network", "objective", "runtime"},
     "checkpoint": {"files", "model", "network"},
     "sheet": set(),
 }
-TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "optimize", "distill", "evaluate", "export", "schedule"}
+TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "benchmark_training", "optimize", "distill", "evaluate", "export", "schedule"}
 # Each verb; any noun is open to those that train.
 ALLOWED_TO_VERBS = {
     "train": set(NOUNS),
@@ -41,7 +43,7 @@ ALLOWED_TO_VERBS = {
     "export": {"config", "files", "runtime", "network", "checkpoint"},
 }
 # Scripts that are no verb of their own: they put verbs together, or draw.
-COMPOSED = {"preview": {"train", "optimize"}, "publish": {"train"}, "quickstart": {"stylize", "scripts"}, "draw_style": set()}
+COMPOSED = {"preview": {"train", "optimize"}, "publish": {"train"}, "quickstart": {"stylize", "scripts"}, "draw_style": set(), "benchmark": set(), "benchmark_training": {"train"}}
 
 
 def fastnst_imports(source: str, whole_file: bool = True) -> set[str]:
