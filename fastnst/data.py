@@ -27,6 +27,9 @@ from fastnst.picture import READABLE, count_kinds, find_images, open_rgb
 from fastnst.runtime import leave_signals_to_parent
 
 
+_WORTH_SHRINKING = 0.75  # scaling by less spares few bytes, and costs time and sharpness
+
+
 class DataConfig(Config):
     """Which photos, and how a training crop is cut from one.
 
@@ -56,7 +59,7 @@ class DataConfig(Config):
 
     @property
     def kept_side(self) -> int:
-        """Pixels of the short side of a prepared photo, at most."""
+        """Pixels of the short side of a prepared photo: as many, up to a third more where that spares scaling it, or all it has."""
         return self.decoded_side if self.crop == "random" else self.crop_size
 
 
@@ -90,13 +93,13 @@ def list_photos(config: DataConfig) -> Photos:
 
 
 def prepare(path: Path, config: DataConfig) -> Tensor:
-    """A photo as all its crops are cut from it, uint8 ``(H, W, 3)``: no larger than ``kept_side`` asks, or already the square
-    where every crop takes the same. Raises ``OSError`` as ``open_rgb``."""
+    """A photo as all its crops are cut from it, uint8 ``(H, W, 3)``: scaled down where it is much larger than ``kept_side``
+    asks, or already the square where every crop takes the same. Raises ``OSError`` as ``open_rgb``."""
     pixels = _pixels(path, at_least=config.decoded_side)
     if config.crop != "random":
         return crop(pixels, config, None).permute(1, 2, 0)
     scale = config.kept_side / min(pixels.shape[:2])
-    return _resize(pixels, *(max(1, round(side * scale)) for side in pixels.shape[:2])) if scale < 1 else pixels
+    return _resize(pixels, *(max(1, round(side * scale)) for side in pixels.shape[:2])) if scale < _WORTH_SHRINKING else pixels
 
 
 def crop(pixels: Tensor, config: DataConfig, rng: random.Random | None) -> Tensor:

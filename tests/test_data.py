@@ -358,8 +358,10 @@ def test_deleting_the_cache_changes_no_crop(photos):
 def test_a_prepared_photo_holds_what_the_largest_and_the_smallest_crop_need(tmp_path, mode, side):
     synthetic_photo(1, 200, 150).save(tmp_path / "large.png")
     synthetic_photo(2, 50, 40).save(tmp_path / "small.png")
+    synthetic_photo(3, 100, 80).save(tmp_path / "like.png")
     settings = config(tmp_path, crop=mode)  # 32 / 0.5 = 64
     assert tuple(prepare(tmp_path / "large.png", settings).shape) == ((64, 85, 3) if mode == "random" else (side, side, 3))  # 200 x 64 / 150 = 85.3
+    assert tuple(prepare(tmp_path / "like.png", settings).shape) == ((80, 100, 3) if mode == "random" else (side, side, 3))  # 64 / 80 > 0.75
     assert tuple(prepare(tmp_path / "small.png", settings).shape) == ((40, 50, 3) if mode == "random" else (side, side, 3))
 
 
