@@ -145,7 +145,7 @@ def keep_photos(
         return None
     auto = config.cache == "auto"
     root = default_root() if auto else config.cache
-    path = cache_path(root, photos, config.content, f"{config.crop} {config.kept_side} of {config.decoded_side}")
+    path = cache_path(root, photos, config.content, f"{config.crop} {config.kept_side} from {_WORTH_SHRINKING} of {config.decoded_side}")
     cache = read_cache(path, len(photos))
     if cache is None:
         if auto and passes < 2:  # building decodes each photo once, too
