@@ -26,7 +26,6 @@ from fastnst.photo_cache import PhotoCache, build_cache, cache_path, default_roo
 from fastnst.picture import READABLE, count_kinds, find_images, open_rgb
 from fastnst.runtime import leave_signals_to_parent
 
-
 _WORTH_SHRINKING = 0.75  # scaling by less spares few bytes, and costs time and sharpness
 
 
