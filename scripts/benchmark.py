@@ -5,6 +5,12 @@ import sys
 
 from fastnst import cli
 
+EPILOG = """\
+examples:
+  fastnst benchmark --training
+  fastnst benchmark --training --help
+
+Each part has flags of its own, which its own help tells."""
 PARTS = {"--training": "benchmark_training"}
 
 
@@ -14,7 +20,7 @@ def main(argv=None) -> int:
         if flag in argv:
             argv.remove(flag)
             return importlib.import_module(f"fastnst.scripts.{part}").main(argv)
-    p = cli.parser("benchmark", __doc__, "Each part has flags of its own: fastnst benchmark --training --help")
+    p = cli.parser("benchmark", __doc__, EPILOG)
     parts = p.add_mutually_exclusive_group(required=True)
     for flag, part in PARTS.items():
         parts.add_argument(flag, action="store_true", help=importlib.import_module(f"fastnst.scripts.{part}").__doc__)
