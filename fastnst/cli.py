@@ -18,6 +18,7 @@ VERBS = {
     "preview": "see how a painting will come out, before training",
     "evaluate": "judge models: worth how many iterations of the reference, how fast, how clean",
     "publish": "turn a training run into a style to ship",
+    "benchmark": "measure ours against the published, side by side",
     "distill": "make the embedded loss network anew from VGG-19",
 }
 

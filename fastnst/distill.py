@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastnst.checkpoint import STATE_NAME, load_training_state, restore, save_training_state
 from fastnst.config import Config, flatten, load_config, to_yaml
-from fastnst.data import DataConfig, PhotoStream, list_photos, load_validation, training_batches
+from fastnst.data import DataConfig, PhotoStream, keep_photos, list_photos, load_validation, training_batches
 from fastnst.files import atomic_write, exclusive
 from fastnst.loss_network import SLIM_HEADS, LossNetwork, LossNetworkConfig, load_loss_network
 from fastnst.losses import gram_matrix
@@ -132,7 +132,7 @@ def distill(
     resuming = (run_dir / STATE_NAME).exists()
     if resuming:
         old, new = flatten(load_config(DistillConfig, run_dir / CONFIG_NAME)), flatten(config)
-        changed = [key for key in new if old[key] != new[key] and key not in ("distill.steps", "data.workers")]
+        changed = [key for key in new if old[key] != new[key] and key not in ("distill.steps", "data.workers", "data.cache", "data.cache_gb")]
         if changed:
             raise ValueError(f"{run_dir} holds a run with other {', '.join(changed)}; choose another --run-dir")
     photos = list_photos(config.data)
@@ -158,6 +158,7 @@ def distill(
         step = state["step"]
 
     precision = resolve_precision("auto", device)
+    stream.cache = keep_photos(photos.train, config.data, (loop.steps - step) * loop.batch_size / len(photos.train), should_stop=should_stop)
     loading = training_batches(stream, step * loop.batch_size, loop.batch_size, max(0, loop.steps - step))
     pulled: Tensor | None = None
     window: list[Tensor] = []

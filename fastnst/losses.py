@@ -71,10 +71,31 @@ def gram_matrix(features: Tensor, divisor: Gram = "chw") -> Tensor:
     """
     n, c, h, w = features.shape
     with torch.autocast(features.device.type, enabled=False):
-        flat = features.reshape(n, c, h * w)
-        flat = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
         scale = {"chw": c * h * w, "hw": h * w, "sqrt_chw": (c * h * w) ** 0.5, "none": 1}[divisor]
-        return flat @ flat.transpose(1, 2) / scale
+        return _SelfProduct.apply(features.reshape(n, c, h * w)) / scale
+
+
+class _SelfProduct(torch.autograd.Function):
+    """F F^T in float32 at least. Autograd knows no symmetry and multiplies twice on the way back: here once, (G + G^T) F, in the
+    precision of F."""
+
+    @staticmethod
+    def forward(ctx, flat: Tensor) -> Tensor:
+        ctx.save_for_backward(flat)
+        precise = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
+        return precise @ precise.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (flat,) = ctx.saved_tensors
+        with torch.autocast(flat.device.type, enabled=False):
+            symmetric = gradient + gradient.transpose(1, 2)
+            if flat.dtype == torch.float16:  # whose range a small gradient leaves
+                return (symmetric @ flat.float()).half()
+            symmetric = symmetric.to(flat.dtype)
+            if flat.is_contiguous():
+                return symmetric @ flat
+            return (flat.transpose(1, 2) @ symmetric).transpose(1, 2)  # channels-last as the features are
 
 
 def mean_covariance(features: Tensor, epsilon: float = 1e-4) -> tuple[Tensor, Tensor]:

@@ -154,6 +154,12 @@ class StopRequest:
         self.signal = number
 
 
+def leave_signals_to_parent(_worker: int = 0) -> None:
+    """For loading processes: Ctrl-C and a terminated process group reach them too, and the parent needs them to save and end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @functools.cache
 def cpu_flags() -> frozenset[str]:
     """What the CPU says that it can do, in the words of /proc/cpuinfo; empty where that is not there."""

@@ -19,9 +19,11 @@ from fastnst.losses import LossConfig, PerceptualLoss, calibrate
 from fastnst.metrics import judgement
 from fastnst.model import NetworkConfig
 from fastnst.network import TransformNetwork
+from fastnst.objective import Compile, Objective
+from fastnst.photo_cache import PhotoCache
 from fastnst.picture import ImageSize
 from fastnst.ranks import Ranks
-from fastnst.runtime import autocast, is_out_of_memory, largest_that_fits, memory_format, resolve_precision
+from fastnst.runtime import is_out_of_memory, largest_that_fits, memory_format, resolve_precision
 from fastnst.schedule import LearningRate
 
 
@@ -41,6 +43,7 @@ class LoopConfig(Config):
     learning_rate: LearningRate = LearningRate()
     clip_gradient: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: Compile = Field("auto", description="torch.compile; auto: on CUDA, in one process, for 2,000 steps or more")
     seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(20, ge=1, description="steps")
     validate_every: int = Field(500, ge=1, description="steps")
@@ -61,7 +64,7 @@ class TrainConfig(Config):
 
 @dataclass(frozen=True)
 class Task:
-    """What a training works on, ready on its device. ``module`` is ``network``, averaging gradients over the ranks."""
+    """What a training works on, ready on its device. ``objective`` may hold ``network`` wrapped, averaging gradients over the ranks."""
 
     config: TrainConfig
     device: torch.device
@@ -70,9 +73,10 @@ class Task:
     style: Tensor
     loss: PerceptualLoss
     network: TransformNetwork
-    module: nn.Module
+    objective: Objective
     validation: Tensor
     unreadable: dict[str, str]
+    cache: PhotoCache | None = None
 
     @property
     def photos_at_once(self) -> int:
@@ -102,13 +106,14 @@ def prepare(config: TrainConfig, device: torch.device, ranks: Ranks) -> Task:
     if ranks.size > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # does nothing to instance norm
     network.to(device, memory_format=layout)
-    return Task(config, device, ranks, photos, style, loss, network, network, validation, {message: "validation" for message in unreadable})
+    objective = Objective(network, loss, resolve_precision(loop.precision, device))
+    return Task(config, device, ranks, photos, style, loss, network, objective, validation, {message: "validation" for message in unreadable})
 
 
 def batches_from(step: int, task: Task) -> AbstractContextManager:
     """This rank's part of each batch from ``step`` on, as ``training_batches`` gives them."""
     loop, ranks = task.config.train, task.ranks
-    stream = PhotoStream(task.photos.train, task.config.data, loop.seed)
+    stream = PhotoStream(task.photos.train, task.config.data, loop.seed, task.cache)
     return training_batches(stream, step * loop.batch_size, loop.batch_size, max(0, loop.steps - step), task.device.type == "cuda", ranks.rank, ranks.size)
 
 
@@ -149,18 +154,14 @@ def validate(network: TransformNetwork, loss: PerceptualLoss, photos: Tensor, ba
 
 
 def _forward_and_backward(task: Task, content: Tensor) -> tuple[list[str], Tensor]:
-    loop, ranks, device = task.config.train, task.ranks, task.device
+    loop, ranks = task.config.train, task.ranks
     task.network.zero_grad(set_to_none=True)
     parts = content.tensor_split(min(loop.accumulate, len(content)))
     sums = 0
     for index, part in enumerate(parts):
         share = len(part) / loop.batch_size
-        photos = part.to(device, non_blocking=True).float().div_(255).contiguous(memory_format=memory_format(device))
-        with ranks.averaging(task.module, now=index == len(parts) - 1):
-            with autocast(device, resolve_precision(loop.precision, device)):
-                targets = task.loss.content_targets(photos)
-                stylized = task.module(photos)
-                terms = task.loss(stylized, targets)
+        with ranks.averaging(task.objective.network, now=index == len(parts) - 1):
+            terms, stylized = task.objective(part)
             (terms.total * (share * ranks.size)).backward()  # averaged over the ranks, each photo then weighs the same
         seen = stylized.detach().float().clamp(0, 1)
         numbers = terms.scalars() | {"output/contrast": seen.std(dim=(2, 3)).mean(), "output/brightness": seen.mean()}
@@ -172,7 +173,8 @@ def _forward_and_backward(task: Task, content: Tensor) -> tuple[list[str], Tenso
 def _what_would_fit(task: Task) -> str:
     """The sizes at which a step would not run out of memory, found by trying."""
     config, loop, photos = task.config, task.config.train, task.photos_at_once
-    alone = replace(task, ranks=Ranks(), module=task.network, config=config.model_copy(update={"train": loop.model_copy(update={"accumulate": 1})}))
+    objective = Objective(task.network, task.loss, task.objective.precision)
+    alone = replace(task, ranks=Ranks(), objective=objective, config=config.model_copy(update={"train": loop.model_copy(update={"accumulate": 1})}))
 
     def attempt(count: int, side: int) -> None:
         try:

@@ -17,11 +17,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastnst.checkpoint import STATE_NAME, load_training_state, restore, save_model, save_training_state
 from fastnst.config import to_yaml
-from fastnst.data import Photos, list_photos
+from fastnst.data import Photos, keep_photos, list_photos
 from fastnst.image import load_image, resize, to_pil
 from fastnst.losses import LossConfig
 from fastnst.model import MODEL_NAME, read_model
 from fastnst.network import TransformNetwork
+from fastnst.objective import Objective, adam
 from fastnst.picture import ImageSize
 from fastnst.ranks import Ranks
 from fastnst.run import CONFIG_NAME, check_space, check_there, find_run, hold, portable
@@ -33,7 +34,8 @@ from fastnst.watchdog import Trouble, Watchdog
 
 _SAVE_SECONDS = 300  # a slow machine saves this often, whatever save_every says: no more is lost to a power cut
 # Keys that a resumed run may change: they alter how long, how watched or how divided it is, not what any step computes.
-_MAY_CHANGE = {"train.steps", "train.accumulate", "train.log_every", "train.validate_every", "train.save_every", "train.keep", "train.rollbacks", "data.workers"}
+_MAY_CHANGE = {f"train.{key}" for key in ("steps", "accumulate", "log_every", "validate_every", "save_every", "keep", "rollbacks", "compile")}
+_MAY_CHANGE |= {"data.workers", "data.cache", "data.cache_gb"}
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def train(
     with ranks.together():  # what is missing or wrong is found here, before anything is written
         state = load_training_state(run_dir / STATE_NAME) if ranks.main and find_run(config, run_dir, _may_change(config)) else None
         task = prepare(config, device, ranks)
-        network, loss, optimizer = task.network, task.loss, torch.optim.Adam(task.network.parameters())
+        network, loss, optimizer = task.network, task.loss, adam(task.network)
         begun = _snapshot(network, optimizer, 0, Watchdog())
         if state is not None:
             restore(run_dir / STATE_NAME, state, network, optimizer)
@@ -131,7 +133,7 @@ def train(
     watchdog = Watchdog(**(state or {}).get("watchdog") or {})
     step = state["step"] if state else 0
     unreadable = (state["unreadable"] if state else {}) | task.unreadable
-    task = replace(task, module=ranks.average_gradients(network))
+    task = _set_off(task, step, report, should_stop)
     flat = min(0.01, 0.1 * float(task.style.std(dim=(2, 3)).mean()))  # contrast: a painting may be nearly flat itself
 
     good = _snapshot(network, optimizer, step, watchdog)
@@ -258,6 +260,20 @@ def train(
         watchdog.best_step,
         watchdog.rollbacks,
     )
+
+
+def _set_off(task: Task, step: int, report: Callable[[TrainProgress], None], should_stop: Callable[[], bool]) -> Task:
+    """The task with what only a long run pays for: photos kept as pixels, the objective compiled; gradients averaged over the ranks."""
+    loop, ranks, left = task.config.train, task.ranks, task.config.train.steps - step
+
+    def say(message: str) -> None:
+        report(TrainProgress(step, loop.steps, message=message))
+
+    with ranks.together():
+        cache = keep_photos(task.photos.train, task.config.data, left * loop.batch_size / len(task.photos.train), say, should_stop)
+    compile = loop.compile if ranks.size == 1 or loop.compile == "on" else "off"
+    objective = Objective(ranks.average_gradients(task.network), task.loss, task.objective.precision, compile, left, say)
+    return replace(task, objective=objective, cache=cache)
 
 
 def _snapshot(network: nn.Module, optimizer: torch.optim.Optimizer, step: int, watchdog: Watchdog) -> dict[str, Any]:

@@ -35,6 +35,13 @@ def synthetic_photo(seed: int, width: int = 64, height: int = 48) -> Image.Image
     return Image.fromarray(pixels.astype(np.uint8))
 
 
+@pytest.fixture(autouse=True)
+def own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where photo caches go while testing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    return tmp_path / "caches" / "fastnst"
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """A folder of 12 photos of different sizes and formats, one in a subfolder."""

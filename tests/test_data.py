@@ -3,14 +3,16 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import synthetic_photo
 from PIL import Image
 
 from fastnst.config import ConfigError, validate_config
-from fastnst.data import DataConfig, PhotoStream, crop, default_workers, list_photos, load_validation, training_batches
+from fastnst.data import DataConfig, PhotoStream, crop, default_workers, keep_photos, list_photos, load_validation, prepare, training_batches
 
 
 def config(folder, **options) -> DataConfig:
@@ -42,8 +44,17 @@ def ramp(width: int = 256, height: int = 256) -> Image.Image:
     return Image.fromarray(np.tile(np.linspace(0, 255, width).round().astype(np.uint8), (height, 1))).convert("RGB")
 
 
-def columns(image: Image.Image) -> np.ndarray:
-    return np.asarray(image)[16, :, 0].astype(int)
+def columns(image: Image.Image | torch.Tensor) -> np.ndarray:
+    pixels = image[0] if isinstance(image, torch.Tensor) else np.asarray(image)[:, :, 0]
+    return np.asarray(pixels)[16].astype(int)
+
+
+def cut_from(image: Image.Image, *rest) -> torch.Tensor:
+    return crop(torch.from_numpy(np.array(image)), *rest)
+
+
+# The smallest square, in the upper left corner.
+SMALLEST = SimpleNamespace(uniform=lambda low, high: low, random=lambda: 1.0)
 
 
 def test_position_alone_determines_the_crop(photos):
@@ -134,49 +145,65 @@ def test_no_readable_photo_at_all_is_an_error(grays):
 @pytest.mark.parametrize("mode", ["random", "center", "squash"])
 @pytest.mark.parametrize("size", [(5, 7), (1, 1), (200, 20)])
 def test_small_photos_are_scaled_up_not_padded(mode, size):
-    image = crop(Image.new("RGB", size, (200, 100, 50)), config("x", crop=mode), random.Random(0))
-    assert image.size == (32, 32)
-    assert image.getcolors() == [(32 * 32, (200, 100, 50))]
+    image = cut_from(Image.new("RGB", size, (200, 100, 50)), config("x", crop=mode), random.Random(0))
+    assert image.shape == (3, 32, 32)
+    assert (image == torch.tensor([200, 100, 50]).view(3, 1, 1)).all()
 
 
 def test_center_crop_takes_the_whole_short_side_from_the_middle():
     image = Image.new("RGB", (100, 50), "red")
     image.paste("green", (25, 0, 75, 50))
-    cut = crop(image, config("x", crop="center"), random.Random(0))
-    assert all(color == (0, 128, 0) for _, color in cut.crop((2, 0, 30, 32)).getcolors())  # the outer columns blend with the red
-    assert np.asarray(cut)[:, [0, -1], 0].max() < 64
+    cut = cut_from(image, config("x", crop="center"), random.Random(0))
+    assert (cut[:, :, 2:30] == torch.tensor([0, 128, 0]).view(3, 1, 1)).all()  # the outer columns blend with the red
+    assert cut[0][:, [0, -1]].max() < 64
 
 
 def test_squash_keeps_the_whole_photo():
-    values = columns(crop(ramp(400, 100), config("x", crop="squash", flip=False), random.Random(0)))
+    values = columns(cut_from(ramp(400, 100), config("x", crop="squash", flip=False), random.Random(0)))
     assert values[0] < 10 and values[-1] > 245
 
 
 def test_random_crop_takes_between_min_scale_and_the_whole_side():
     spans, starts = [], []
     for seed in range(60):
-        values = columns(crop(ramp(), config("x", min_scale=0.5, flip=False), random.Random(seed)))
+        values = columns(cut_from(ramp(), config("x", min_scale=0.5, flip=False), random.Random(seed)))
         spans.append((values[-1] - values[0]) / 255 * 32 / 31)  # 31 of 32 pixel distances lie between the outer centers
         starts.append(values[0])
     assert 0.47 < min(spans) < 0.6 and 0.9 < max(spans) < 1.03
     assert min(starts) < 20 and max(starts) > 80
 
 
+def pillow_crop(image: Image.Image, settings: DataConfig, rng: random.Random) -> np.ndarray:
+    """A random crop as Pillow cuts and scales it."""
+    side = round(min(image.size) * rng.uniform(settings.min_scale, 1))
+    left, top = round(rng.uniform(0, image.width - side)), round(rng.uniform(0, image.height - side))
+    cut = image.resize((settings.crop_size, settings.crop_size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return np.asarray(cut).astype(int)
+
+
+def test_a_crop_is_scaled_as_pillow_scales_it():
+    photo, settings = synthetic_photo(4, 300, 200), config("x", flip=False, crop_size=64)
+    for seed in range(5):
+        ours = cut_from(photo, settings, random.Random(seed)).permute(1, 2, 0).numpy().astype(int)
+        inside = np.abs(ours - pillow_crop(photo, settings, random.Random(seed)))[4:-4, 4:-4]  # at the edges Pillow sees beyond the box
+        assert inside.max() <= 1
+
+
 def test_min_scale_1_takes_the_whole_short_side():
-    values = columns(crop(ramp(), config("x", min_scale=1, flip=False), random.Random(3)))
+    values = columns(cut_from(ramp(), config("x", min_scale=1, flip=False), random.Random(3)))
     assert values[0] < 10 and values[-1] > 245
 
 
 @pytest.mark.parametrize("flip, mirrored", [(False, range(0, 1)), (True, range(30, 71))])
 def test_flip_mirrors_half_of_the_crops(flip, mirrored):
-    cuts = [columns(crop(ramp(64, 64), config("x", flip=flip), random.Random(seed))) for seed in range(100)]
+    cuts = [columns(cut_from(ramp(64, 64), config("x", flip=flip), random.Random(seed))) for seed in range(100)]
     assert sum(bool(values[0] > values[-1]) for values in cuts) in mirrored
 
 
 def test_validation_crop_is_central_and_never_mirrored():
     wide = ramp(96, 32)
     wanted = columns(wide)[32:64]
-    assert np.abs(columns(crop(wide, config("x"), None)) - wanted).max() <= 1
+    assert np.abs(columns(cut_from(wide, config("x"), None)) - wanted).max() <= 1
 
 
 def test_validation_photos_are_disjoint_from_training(photos):
@@ -269,11 +296,13 @@ def test_reduced_decoding_still_holds_the_smallest_crop(tmp_path):
     blocks = np.random.default_rng(0).integers(0, 256, size=(60, 80, 3), dtype=np.uint8)
     Image.fromarray(blocks).resize((640, 480), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
     source = stream(tmp_path, min_scale=0.2)  # the short side must keep 32 / 0.2 = 160 px: decoded at a half
-    for position in range(8):
-        with Image.open(tmp_path / "a.jpg") as image:
-            full = np.array(crop(image.convert("RGB"), source.config, random.Random(f"7:{position}")))
-        reduced = source[position][0].permute(1, 2, 0).numpy()
-        assert np.abs(reduced.astype(int) - full).mean() < 6
+    with Image.open(tmp_path / "a.jpg") as image:
+        full = torch.from_numpy(np.array(image))
+    prepared = prepare(tmp_path / "a.jpg", source.config)
+    assert prepared.shape[0] == 160
+    for rng in (None, SMALLEST):
+        assert (crop(prepared, source.config, rng).int() - crop(full, source.config, rng).int()).abs().float().mean() < 6
+
 
 
 def test_default_workers_leave_a_core(monkeypatch):
@@ -288,3 +317,94 @@ def test_default_workers_leave_a_core(monkeypatch):
 def test_impossible_data_are_refused(key, value):
     with pytest.raises(ConfigError, match=f"{key}: got"):
         validate_config(DataConfig, {"content": "x", key: value})
+
+
+# Keeping the prepared photos
+
+
+def kept(source: PhotoStream, **options) -> PhotoStream:
+    cache = keep_photos(source.photos, source.config.model_copy(update=options), passes=2)
+    return PhotoStream(source.photos, source.config, source.seed, cache)
+
+
+@pytest.mark.parametrize("mode", ["random", "center", "squash"])
+@pytest.mark.parametrize("limit", [None, 15e-6], ids=["whole", "some"])
+def test_crops_are_the_same_with_and_without_a_cache(photos, mode, limit):
+    source = stream(photos, crop=mode, crop_size=24)
+    cached = kept(source, cache_gb=limit)
+    assert cached.cache.kept == len(source.photos) if limit is None else 0 < cached.cache.kept < len(source.photos)
+    assert torch.equal(crops(source, 0, 5, 5), crops(cached, 0, 5, 5))
+    assert torch.equal(crops(source, 10, 5, 3), crops(cached, 10, 5, 3))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_read_the_cache_and_need_no_photos(photos):
+    source = stream(photos, workers=2)
+    wanted = crops(source, 0, 4, 4)
+    cached = kept(source)
+    for photo in source.photos:
+        photo.unlink()
+    assert torch.equal(crops(cached, 0, 4, 4), wanted)
+
+
+def test_deleting_the_cache_changes_no_crop(photos):
+    source = stream(photos)
+    cached = kept(source)
+    cached.cache.path.unlink()
+    assert torch.equal(crops(cached, 0, 4, 4), crops(source, 0, 4, 4))
+
+
+@pytest.mark.parametrize("mode, side", [("random", 64), ("center", 32), ("squash", 32)])
+def test_a_prepared_photo_holds_what_the_largest_and_the_smallest_crop_need(tmp_path, mode, side):
+    synthetic_photo(1, 200, 150).save(tmp_path / "large.png")
+    synthetic_photo(2, 50, 40).save(tmp_path / "small.png")
+    synthetic_photo(3, 100, 80).save(tmp_path / "like.png")
+    settings = config(tmp_path, crop=mode)  # 32 / 0.5 = 64
+    assert tuple(prepare(tmp_path / "large.png", settings).shape) == ((64, 85, 3) if mode == "random" else (side, side, 3))  # 200 x 64 / 150 = 85.3
+    assert tuple(prepare(tmp_path / "like.png", settings).shape) == ((80, 100, 3) if mode == "random" else (side, side, 3))  # 64 / 80 > 0.75
+    assert tuple(prepare(tmp_path / "small.png", settings).shape) == ((40, 50, 3) if mode == "random" else (side, side, 3))
+
+
+def test_preparing_a_photo_changes_a_crop_little(tmp_path):
+    photo = synthetic_photo(5, 384, 384)
+    photo.save(tmp_path / "a.png")
+    settings = config(tmp_path, crop_size=64)
+    prepared = prepare(tmp_path / "a.png", settings)
+    for rng in (None, SMALLEST):  # elsewhere a corner is moved by up to half a prepared pixel, too
+        error = (cut_from(photo, settings, rng).float() - crop(prepared, settings, rng).float()).square().mean()
+        assert 10 * torch.log10(255**2 / error) > 36
+
+
+@pytest.mark.parametrize("passes, built", [(1.9, False), (2, True)])
+def test_auto_builds_in_the_users_cache_folder_where_photos_are_seen_twice(photos, own_cache_folder, passes, built):
+    said, source = [], stream(photos)
+    cache = keep_photos(source.photos, source.config, passes, said.append)
+    assert (cache is not None) == built == own_cache_folder.exists() == bool(said)
+    if built:
+        assert all(str(own_cache_folder) in message for message in said)
+        assert "12 of 12 photos" not in said[-1] and "11 of 11 photos" in said[-1]  # one is held out
+        assert keep_photos(source.photos, source.config, 0.1).path == cache.path  # what is there is used
+
+
+def test_off_keeps_nothing(photos, own_cache_folder):
+    source = stream(photos, cache="off")
+    assert keep_photos(source.photos, source.config, 100) is None and not own_cache_folder.exists()
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named_or_done_without(photos, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    source, said = stream(photos, cache=tmp_path / "file"), []
+    with pytest.raises(OSError, match=r"data\.cache: .*file.*give another folder, or off"):
+        keep_photos(source.photos, source.config, 2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert keep_photos(source.photos, stream(photos).config, 2, said.append) is None
+    assert "going without" in said[-1]
+
+
+def test_unreadable_photos_are_replaced_and_named_as_without_a_cache(grays):
+    (grays / "3.png").write_bytes(b"")
+    source, said = stream(grays, shuffle=False), []
+    cached = PhotoStream(source.photos, source.config, source.seed, keep_photos(source.photos, source.config, 2, said.append))
+    assert list(cached.cache.unreadable) == ["3.png"] and "8 of 9 photos, 1 cannot be read" in said[-1]
+    assert levels(cached, 2, 1) == [40]
+    assert cached[2][1] == source[2][1]

@@ -35,7 +35,11 @@ NOUNS = {
     "network": {"model"},
     "loss_network": {"config"},
     "losses": {"config", "loss_network"},
-    "data": {"config", "image", "picture"},
+    "photo_cache": {"files", "runtime"},
+    "data": {"config", "photo_cache", "picture", "runtime"},
+    "objective": {"losses", "runtime"},
+    "benchmark_inference": {"checkpoint", "engine", "picture", "runtime", "stages"},
+    "benchmark_training": {"data", "losses", "loss_network", "model", "network", "objective", "runtime"},
     "checkpoint": {"files", "model", "network"},
     "sheet": set(),
     "metrics": set(),
@@ -46,9 +50,9 @@ NOUNS = {
     "watchdog": set(),
     "survey": {"data", "picture"},
     "run": {"checkpoint", "config", "files", "model"},
-    "task": {"config", "data", "image", "loss_network", "losses", "metrics", "model", "network", "picture", "ranks", "runtime", "schedule"},
+    "task": {"config", "data", "image", "loss_network", "losses", "metrics", "model", "network", "objective", "photo_cache", "picture", "ranks", "runtime", "schedule"},
 }
-TRAINING = {"train", "losses", "loss_network", "data", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task"}
+TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "benchmark_training", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task"}
 # Each verb; any noun is open to those that train.
 ALLOWED_TO_VERBS = {
     "train": set(NOUNS),
@@ -56,11 +60,10 @@ ALLOWED_TO_VERBS = {
     "evaluate": set(NOUNS),
     "distill": set(NOUNS),
     "stylize": {"engine", "jobs", "model", "picture", "tiles"},
-    "benchmark_inference": {"checkpoint", "engine", "image", "picture", "runtime", "stages"},
     "export": {"checkpoint", "engine", "model", "onnx_graph", "stages"},
 }
 # Scripts that are no verb of their own: they put verbs together, or draw.
-COMPOSED = {"preview": {"train", "optimize"}, "publish": {"train"}, "quickstart": {"stylize", "scripts"}, "draw_style": set()}
+COMPOSED = {"preview": {"train", "optimize"}, "publish": {"train"}, "quickstart": {"stylize", "scripts"}, "draw_style": set(), "benchmark": set(), "benchmark_training": {"train"}, "benchmark_inference": set()}
 # Scripts of a verb that hand it another verb's act.
 INJECTED = {"evaluate": {"evaluate", "optimize"}}
 

@@ -30,6 +30,20 @@ def test_gram_matrix(divisor, number):
     assert torch.allclose(gram_matrix(FEATURES, divisor), BARE_GRAM / number)
 
 
+def test_the_gradient_of_a_gram_matrix_is_that_of_the_formula():
+    features = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(gram_matrix, features)
+
+
+def test_the_gradient_through_bfloat16_features_is_that_of_float32():
+    exact = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16().float().requires_grad_()
+    half = exact.detach().bfloat16().requires_grad_()
+    for features in (exact, half):
+        gram_matrix(features).square().sum().backward()
+    assert half.grad.dtype == torch.bfloat16
+    assert (half.grad.float() - exact.grad).norm() < 0.01 * exact.grad.norm()
+
+
 def test_gram_matrix_takes_each_image_alone():
     grams = gram_matrix(torch.cat([FEATURES, 2 * FEATURES]), "none")
     assert torch.allclose(grams, torch.cat([BARE_GRAM, 4 * BARE_GRAM]))

@@ -7,7 +7,7 @@ import torch
 
 from fastnst.config import ConfigError, validate_config
 from fastnst.model import NetworkConfig
-from fastnst.network import ResidualBlock, TransformNetwork
+from fastnst.network import LastConv, ResidualBlock, TransformNetwork
 
 PADDINGS = ("reflect", "replicate", "zeros", "start")
 UPSAMPLINGS = ("nearest", "transposed", "subpixel")
@@ -175,3 +175,16 @@ def test_a_flat_picture_stays_flat_inside_whatever_the_upsampling():
         with torch.inference_mode():
             out = small(upsampling=upsampling)(torch.full((1, 3, 64, 64), 0.3))[..., 24:40, 24:40]
         assert (out.amax(dim=(2, 3)) - out.amin(dim=(2, 3))).max() < 1e-4
+
+
+@pytest.mark.parametrize("mode, padding, size", [("reflect", 4, (12, 16)), ("replicate", 4, (8, 10)), ("zeros", 4, (10, 8)), ("zeros", 0, (20, 22)), ("reflect", 4, (11, 16))])
+def test_the_last_convolution_sums_the_same_in_training(mode, padding, size):
+    torch.manual_seed(0)
+    conv = LastConv(5, 3, 9, padding=padding, padding_mode=mode).double()
+    images = torch.rand(2, 5, *size, dtype=torch.float64, requires_grad=True)
+    found = []
+    for training in (True, False):
+        out = conv.train(training)(images)
+        found.append([out, *torch.autograd.grad((out * torch.arange(out.numel()).view(out.shape)).sum(), [images, conv.weight, conv.bias])])
+    assert found[0][0].shape == found[1][0].shape
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(*found))

@@ -90,6 +90,15 @@ def test_interrupted_and_resumed_ends_where_uninterrupted_does(train_data, tmp_p
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_cache_changes_nothing_and_may_go_between_two_parts_of_a_run(train_data, tmp_path):
+    fit(train_data, tmp_path / "whole", data__cache="off")
+    messages = []
+    fit(train_data, tmp_path / "parts", 3, report=lambda progress: messages.append(progress.message), data__cache=str(tmp_path / "kept"))
+    assert any("11 of 11 photos" in message and str(tmp_path / "kept") in message for message in messages)
+    fit(train_data, tmp_path / "parts", data__cache="off")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_a_crash_loses_only_the_steps_since_the_last_save(train_data, tmp_path):
     def crash(progress):
         if progress.step == 5:

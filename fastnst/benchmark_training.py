@@ -1,0 +1,445 @@
+"""A training step as published against ours: the same network, loss, photos and machine; how fast, how near to the floor.
+
+Guards one convention: a step that is compared runs in a process of its own, with that process's allocator and settings,
+and the processes take turns, so that what disturbs the machine disturbs them alike.
+"""
+
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+
+from fastnst.data import DataConfig, PhotoStream, keep_photos, list_photos, training_batches
+from fastnst.loss_network import load_loss_network
+from fastnst.losses import LossConfig, PerceptualLoss
+from fastnst.model import NetworkConfig
+from fastnst.network import LastConv, TransformNetwork
+from fastnst.objective import Objective, adam
+from fastnst.runtime import autocast, keep_freed_memory, resolve_precision
+
+# How far the losses of the same photos, from the same weights, may lie from the published step's, relatively. Rounding alone moves
+# them: Adam's first steps are of one size however small the gradient is.
+TOLERANCE = {torch.float32: 0.005, torch.bfloat16: 0.02}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What both sides train: one network, one objective, one folder of photos."""
+
+    network: NetworkConfig
+    loss: LossConfig
+    content: Path
+    size: int = 256
+    batch: int = 4
+    device: str = "cpu"
+
+    def style(self) -> Tensor:
+        """A painting of random colours, ``(1, 3, S, S)``: no speed depends on which."""
+        coarse = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        return F.interpolate(coarse, size=(self.size, self.size), mode="bicubic").clamp(0, 1)
+
+    def start(self) -> TransformNetwork:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return TransformNetwork(self.network)
+
+
+@dataclass(frozen=True)
+class Way:
+    """Which of ours a step has: none is the published step, all is ours."""
+
+    name: str
+    precision: str = "float32"
+    keep_memory: bool = False
+    lean: bool = False  # our objective and network: nothing deeper than compared, a Gram's gradient once, the last convolution by fours
+    compile: bool = False
+    channels_last: bool = False
+    fused_adam: bool = False
+    kept_photos: bool = False
+
+
+PUBLISHED = Way("published")
+OURS = Way("ours", precision="auto", keep_memory=True, lean=True, fused_adam=True, kept_photos=True)
+LEVERS = (
+    Way("allocator keeps freed memory", keep_memory=True),
+    Way("our objective and last convolution", lean=True),
+    Way("bfloat16", precision="bfloat16"),
+    Way("torch.compile", compile=True),
+    Way("channels-last", channels_last=True),
+    Way("fused Adam", fused_adam=True),
+    Way("photos kept as pixels", kept_photos=True),
+    replace(OURS, name="ours in float32", precision="float32"),
+    replace(OURS, name="ours with torch.compile", compile=True),
+)
+
+
+class PublishedStep:
+    """pytorch/examples' ``neural_style.py``, written anew: the whole loss network over both images, all of its layers taken, the
+    style's Grams repeated over the batch, ``.item()`` at every step."""
+
+    def __init__(self, task: Task, way: Way) -> None:
+        self.task, self.device, self.precision = task, torch.device(task.device), resolve_precision(way.precision, torch.device(task.device))
+        layout = torch.channels_last if way.channels_last else torch.contiguous_format
+        self.network = task.start().to(self.device, memory_format=layout)
+        plainly(self.network)
+        for module in self.network.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = False  # theirs are not
+        self.layers = task.loss.layers
+        self.loss_network = load_loss_network(task.loss, self.layers).to(self.device, memory_format=layout)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), 1e-3, fused=True if way.fused_adam else None)
+        with torch.no_grad():
+            features = self.loss_network(task.style().to(self.device).repeat(task.batch, 1, 1, 1), self.layers)
+            self.style_grams = {layer: self._gram(features[layer]) for layer in task.loss.style_layers}
+        self.losses = torch.compile(self._losses) if way.compile else self._losses
+
+    def __call__(self, photos: Tensor) -> float:
+        """uint8 ``(N, 3, S, S)`` -> the loss before this step."""
+        self.optimizer.zero_grad()
+        with autocast(self.device, self.precision):
+            content, style = self.losses(photos.to(self.device).float() / 255)
+        total = content + style
+        total.backward()
+        self.optimizer.step()
+        return content.item() + style.item()
+
+    def _losses(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        loss = self.task.loss
+        y = self.network(x)
+        features_y, features_x = self.loss_network(y, self.layers), self.loss_network(x, self.layers)
+        content = sum(loss.content_weight * weight * F.mse_loss(features_y[layer], features_x[layer]) for layer, weight in loss.content_layers.items())
+        style = 0.0
+        for layer, weight in loss.style_layers.items():
+            style = style + weight * F.mse_loss(self._gram(features_y[layer]), self.style_grams[layer][: len(x)])
+        return content, loss.style_weight * style
+
+    @staticmethod
+    def _gram(features: Tensor) -> Tensor:
+        n, c, h, w = features.shape
+        with torch.autocast(features.device.type, enabled=False):
+            flat = features.view(n, c, h * w) if features.is_contiguous() else features.reshape(n, c, h * w)
+            flat = flat.float()
+            return flat.bmm(flat.transpose(1, 2)) / (c * h * w)
+
+
+def plainly(network: TransformNetwork) -> None:
+    """Let the last convolution be made as it is written."""
+    for module in network.modules():
+        if isinstance(module, LastConv):
+            module.eval()
+
+
+class OurStep:
+    """The step of ``train``: its objective, its optimizer."""
+
+    def __init__(self, task: Task, way: Way) -> None:
+        self.task, device = task, torch.device(task.device)
+        self.precision = resolve_precision(way.precision, device)
+        self.objective = our_objective(task, device, self.precision, "on" if way.compile else "off")
+        self.optimizer = adam(self.objective.network) if way.fused_adam else torch.optim.Adam(self.objective.network.parameters())
+
+    def __call__(self, photos: Tensor) -> Tensor:
+        """uint8 ``(N, 3, S, S)`` -> the loss before this step, still on the device."""
+        terms, _ = self.objective(photos)
+        self.optimizer.zero_grad(set_to_none=True)
+        terms.total.backward()
+        self.optimizer.step()
+        return terms.total.detach()
+
+
+def our_objective(task: Task, device: torch.device, precision: torch.dtype, compile: str = "off") -> Objective:
+    loss_network = load_loss_network(task.loss, task.loss.layers).to(device)
+    return Objective(task.start().to(device), PerceptualLoss(loss_network, task.loss, task.style().to(device)), precision, compile)
+
+
+class CenterCrops(Dataset):
+    """As pytorch/examples loads photos: Pillow, the short side to ``size``, and the middle of it; here uint8 ``(3, S, S)``."""
+
+    def __init__(self, photos: list[Path], size: int) -> None:
+        self.photos, self.transform = photos, Compose([Resize(size), CenterCrop(size), PILToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with Image.open(self.photos[index]) as file:
+            return self.transform(file.convert("RGB"))
+
+
+def draw_photos(folder: Path, count: int, size: tuple[int, int] = (640, 480)) -> Path:
+    """``count`` JPEGs of COCO's usual size, soft shapes under a grain, into ``folder``; returns it."""
+    folder.mkdir(parents=True)
+    for index in range(count):
+        random = np.random.default_rng(index)
+        shapes = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        grain = random.normal(0, 8, (size[1], size[0], 1))
+        Image.fromarray(np.clip(np.asarray(shapes) + grain, 0, 255).astype(np.uint8)).save(folder / f"{index:04d}.jpg", quality=90)
+    return folder
+
+
+@contextmanager
+def batches_of(task: Task, way: Way, folder: Path) -> Iterator[Iterator[Tensor]]:
+    """Batches without end, loaded in this process; ours from photos kept in ``folder``."""
+    config = DataConfig(content=task.content, crop_size=task.size, crop="center", flip=False, shuffle=False, workers=0, cache=folder)
+    photos = list_photos(config).train
+    if not way.kept_photos:
+        count = len(photos) - len(photos) % task.batch
+        if not count:
+            raise ValueError(f"--content: {len(photos)} photos to train on, need {task.batch} for a batch")
+        loader = DataLoader(CenterCrops(photos[:count], task.size), task.batch)
+
+        def forever() -> Iterator[Tensor]:
+            while True:
+                yield from loader
+
+        yield forever()
+        return
+    stream = PhotoStream(photos, config, 0, keep_photos(photos, config, passes=math.inf))
+    with training_batches(stream, 0, task.batch, 10**9) as batches:
+        yield (images for images, _ in batches)
+
+
+def serve(connection: Any, task: Task, way: Way, folder: Path) -> None:
+    """The process of one way: answers ``("steps", n)``, ``("losses", batches)`` and ``("profile", n)`` until ``None`` comes."""
+    if way.keep_memory:
+        keep_freed_memory()
+    make = OurStep if way.lean else PublishedStep
+    step = make(task, way)
+    try:
+        with batches_of(task, way, folder) as batches:
+            while (asked := connection.recv()) is not None:
+                kind, argument = asked
+                if kind == "losses":  # from the first weights on, whatever was done before
+                    fresh = make(task, way)
+                    connection.send([float(fresh(batch)) for batch in argument])
+                elif kind == "profile":
+                    connection.send(_profile(step, batches, argument))
+                else:
+                    connection.send(_time(step, batches, argument))
+    except EOFError:  # nobody asks any more
+        pass
+    except Exception as error:
+        connection.send(error)
+
+
+def _time(step: Callable[[Tensor], Any], batches: Iterator[Tensor], steps: int) -> tuple[float, float]:
+    """Seconds of ``steps`` steps, and of these in waiting for photos."""
+    began, waited = time.perf_counter(), 0.0
+    for _ in range(steps):
+        before = time.perf_counter()
+        photos = next(batches)
+        waited += time.perf_counter() - before
+        loss = step(photos)
+    float(loss)  # sync point
+    return time.perf_counter() - began, waited
+
+
+def _profile(step: Callable[[Tensor], Any], batches: Iterator[Tensor], rows: int) -> list[tuple[str, float]]:
+    """The operations that took longest in one step, and their share of it."""
+    photos = next(batches)
+    step(photos)
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with torch.profiler.profile(activities=activities) as profile:
+        float(step(photos))
+    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    times = {event.key: getattr(event, key) for event in profile.key_averages()}
+    whole = sum(times.values())
+    return [(name, spent / whole) for name, spent in sorted(times.items(), key=lambda item: -item[1])[:rows]]
+
+
+class Runner:
+    """A way in its own process."""
+
+    def __init__(self, task: Task, way: Way, folder: Path) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own log, read when torch is loaded
+        context = multiprocessing.get_context("spawn")
+        self.way = way
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, task, way, folder), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, kind: str, argument: Any) -> Any:
+        self._connection.send((kind, argument))
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            raise OSError(f"the process of {self.way.name!r} ended with code {self._process.exitcode}; is the memory full?") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def __enter__(self) -> "Runner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()  # the process ends when it next listens, or here
+        self._process.terminate()
+        self._process.join()
+
+
+def count_flops(task: Task, ours: bool = True) -> int:
+    """Floating-point operations of one photo's step, by the formula of each operation's shapes: 2 x kernel^2 x channels in x channels
+    out x pixels out for a convolution, once more for each gradient that is needed; norms, ReLUs and poolings are left out."""
+    one = replace(task, batch=1, device="cpu", loss=task.loss.model_copy(update={"weights": "random"}))
+    step = (OurStep if ours else PublishedStep)(one, replace(OURS if ours else PUBLISHED, precision="float32"))
+    if ours:
+        plainly(step.objective.network)  # as we make it, it has more of them
+    with FlopCounterMode(display=False) as counter:
+        step(torch.zeros(1, 3, task.size, task.size, dtype=torch.uint8))
+    return counter.get_total_flops()
+
+
+def measure_rate(device: str, precision: torch.dtype, size: int = 256) -> float:
+    """The machine's highest rate in FLOP/s, of a large matrix product and of a convolution as the loss network has them."""
+    with torch.no_grad():
+        a, b = (torch.randn(2048, 2048, device=device, dtype=precision) for _ in range(2))
+        image = torch.randn(4, 128, size // 2, size // 2, device=device, dtype=precision).contiguous(memory_format=torch.channels_last)
+        kernel = torch.randn(128, 128, 3, 3, device=device, dtype=precision).contiguous(memory_format=torch.channels_last)
+        work = [
+            (lambda: a @ b, 2 * 2048**3),
+            (lambda: F.conv2d(image, kernel, padding=1), 2 * 9 * 128 * 128 * image.shape[2] * image.shape[3] * 4),
+        ]
+        best = 0.0
+        for act, flops in work:
+            for _ in range(4):
+                before = time.perf_counter()
+                for _ in range(1 if device == "cpu" else 50):
+                    act()
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                best = max(best, flops * (1 if device == "cpu" else 50) / (time.perf_counter() - before))
+    return best
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way: seconds of a step in each turn, the published step's beside them, and the losses' largest distance."""
+
+    name: str
+    seconds: list[float]
+    published_seconds: list[float]
+    waiting: float
+    distance: float
+    tolerance: float
+
+    def photos_per_second(self, batch: int) -> float:
+        return batch / statistics.median(self.seconds)
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times as fast as the published step, turn by turn."""
+        return [published / own for own, published in zip(self.seconds, self.published_seconds)]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured, and on what."""
+
+    task: dict[str, Any]
+    threads: int
+    precision: str
+    rows: list[Row]
+    flops: int
+    published_flops: int
+    rate: float
+    profile: list[tuple[str, float]]
+
+    @property
+    def floor_seconds(self) -> float:
+        """Of a step: its operations at the machine's rate."""
+        return self.flops * self.task["batch"] / self.rate
+
+    @property
+    def disagreements(self) -> list[str]:
+        return [f"{row.name}: losses {row.distance:.2%} from the published ones, {row.tolerance:.1%} allowed" for row in self.rows if not row.distance <= row.tolerance]
+
+    def as_json(self) -> dict[str, Any]:
+        rows = [asdict(row) | {"photos_per_second": row.photos_per_second(self.task["batch"]), "ratio": statistics.median(row.ratios)} for row in self.rows]
+        return asdict(self) | {"rows": rows, "floor_seconds": self.floor_seconds, "share_of_floor": self.floor_seconds / statistics.median(self.rows[-1].seconds)}
+
+    def as_markdown(self) -> str:
+        batch = self.task["batch"]
+        lines = [
+            f"{self.task['size']} px, batch {batch}, {self.task['device']}, {self.threads} threads, torch {torch.__version__}; ours in {self.precision}",
+            "",
+            "| step | s | photos/s | times the published (least to most) | waiting for photos | losses differ by |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in self.rows:
+            ratios = row.ratios
+            lines.append(
+                f"| {row.name} | {statistics.median(row.seconds):.3g} | {row.photos_per_second(batch):.3g} | {statistics.median(ratios):.2f} "
+                f"({min(ratios):.2f} to {max(ratios):.2f}) | {row.waiting:.1%} | {row.distance:.2%} |"
+            )
+        ours = statistics.median(self.rows[-1].seconds)
+        lines += [
+            "",
+            f"floor: {self.flops / 1e9:.0f} GFLOP a photo ({self.published_flops / 1e9:.0f} as published) at {self.rate / 1e9:.0f} GFLOP/s is "
+            f"{self.floor_seconds:.3g} s a step; ours reaches {self.floor_seconds / ours:.0%} of it",
+        ]
+        if self.profile:
+            lines += ["", "where ours spends it: " + ", ".join(f"{name.removeprefix('aten::')} {share:.0%}" for name, share in self.profile)]
+        return "\n".join(lines)
+
+
+def measure(
+    task: Task,
+    folder: Path,
+    repeats: int = 5,
+    steps: int = 1,
+    levers: bool = False,
+    profile: int = 8,
+    say: Callable[[str], None] = lambda message: None,
+) -> Report:
+    """Time the published step and each way in turns of ``steps`` steps, ``repeats`` times, photos kept in ``folder``.
+
+    The last row is ours. First each goes over the same three batches from the same weights: ``disagreements`` tells whose losses
+    do not come out as published.
+    """
+    with batches_of(task, PUBLISHED, folder) as batches:
+        trial = [next(batches) for _ in range(3)]
+    rows: list[Row] = []
+    top: list[tuple[str, float]] = []
+    precision = resolve_precision(OURS.precision, torch.device(task.device))
+    rate = measure_rate(task.device, precision)
+    with Runner(task, PUBLISHED, folder) as published:
+        wanted = published.ask("losses", trial)
+        published.ask("steps", 1)
+        for way in [*(LEVERS if levers else ()), OURS]:
+            with Runner(task, way, folder) as own:
+                say(f"{way.name}: the losses of {len(trial)} steps")
+                losses = own.ask("losses", trial)
+                distance = max(abs(a - b) / abs(b) for a, b in zip(losses, wanted))
+                own.ask("steps", 1)  # warm
+                turns = []
+                for turn in range(repeats):
+                    turns.append((own.ask("steps", steps), published.ask("steps", steps)))
+                    say(f"{way.name}: {turns[-1][1][0] / turns[-1][0][0]:.2f} times as fast in turn {turn + 1} of {repeats}")
+                seconds = [one[0] / steps for one, _ in turns]
+                theirs = [(other[0] / steps, other[1] / other[0]) for _, other in turns]
+                tolerance = TOLERANCE[resolve_precision(way.precision, torch.device(task.device))]
+                waiting = statistics.median(one[1] / one[0] for one, _ in turns)
+                rows.append(Row(way.name, seconds, [second for second, _ in theirs], waiting, distance, tolerance))
+                if way is OURS:
+                    top = own.ask("profile", profile) if profile else []
+                    rows.insert(0, Row("published", [s for s, _ in theirs], [s for s, _ in theirs], statistics.median(w for _, w in theirs), 0.0, 0.0))
+    plain = {"size": task.size, "batch": task.batch, "device": task.device, "network": task.network.model_dump(), "loss": task.loss.model_dump()}
+    flops, published_flops = count_flops(task), count_flops(task, ours=False)
+    return Report(plain, torch.get_num_threads(), str(precision).removeprefix("torch."), rows, flops, published_flops, rate, top)

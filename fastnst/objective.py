@@ -1,0 +1,67 @@
+"""A batch of photos -> the weighted terms of the objective and the stylized photos, as every training step computes it, compiled where that pays."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastnst.losses import LossTerms, PerceptualLoss
+from fastnst.runtime import autocast, memory_format
+
+Compile = Literal["auto", "off", "on"]
+_WORTH_COMPILING = 2000  # steps: a minute of compiling, against some tens of milliseconds saved at each
+
+
+class Objective:
+    """``loss`` of what ``network`` makes of a batch, convolutions in ``precision``; both lie on one device.
+
+    ``compile``: ``auto`` hands both to ``torch.compile`` on CUDA where at least 2,000 ``steps`` follow, and goes on without where
+    that fails, saying so; ``on`` compiles anywhere. On the CPU it saved a tenth of a bfloat16 step and took one to three minutes.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: PerceptualLoss,
+        precision: torch.dtype,
+        compile: Compile = "off",
+        steps: int = 0,
+        say: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self.network, self.loss, self.precision, self._say = network, loss, precision, say
+        self.device = loss.loss_network.mean.device
+        if precision == torch.bfloat16:  # 1.1 times as fast on the CPU, too: this network has no instance norms, which would copy it back
+            loss.loss_network.to(memory_format=torch.channels_last)
+        wanted = compile == "on" or (compile == "auto" and self.device.type == "cuda" and steps >= _WORTH_COMPILING)
+        self._compiled = torch.compile(self._measure) if wanted else None
+        self._may_fail = wanted and compile == "auto"
+
+    def __call__(self, photos: Tensor) -> tuple[LossTerms, Tensor]:
+        """uint8 ``(N, 3, S, S)``, on any device -> terms with gradient, and what the network made of the photos."""
+        photos = photos.to(self.device, non_blocking=True)
+        if self._compiled is None:
+            return self._measure(photos)
+        if not self._may_fail:
+            return self._compiled(photos)
+        try:
+            found = self._compiled(photos)
+        except Exception as error:  # compilers raise many kinds: none found, too old, an operation that they cannot do
+            self._say(f"torch.compile failed, going on without ({' '.join(str(error).split())[:200]})")
+            self._compiled = None
+            return self._measure(photos)
+        self._may_fail = False
+        return found
+
+    def _measure(self, photos: Tensor) -> tuple[LossTerms, Tensor]:
+        content = photos.float().div_(255).contiguous(memory_format=memory_format(self.device))
+        with autocast(self.device, self.precision):
+            targets = self.loss.content_targets(content)
+            stylized = self.network(content)
+            return self.loss(stylized, targets), stylized
+
+
+def adam(network: nn.Module) -> torch.optim.Adam:
+    """Adam over the weights of ``network``, all in one kernel where the device has it."""
+    parameters = list(network.parameters())
+    return torch.optim.Adam(parameters, fused=parameters[0].device.type in ("cpu", "cuda"))

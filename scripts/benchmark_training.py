@@ -1,0 +1,58 @@
+"""A training step as pytorch/examples publishes it against ours: photos a second, floor, and whether the losses agree."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from fastnst import cli
+
+EPILOG = """\
+examples:
+  fastnst benchmark --training
+  OMP_NUM_THREADS=2 fastnst benchmark --training --content photos/ --loss-weights vgg16.pth --levers --json training.json
+
+Network, loss network, photos, size and batch are the same on both sides. Each runs in a process of its own, with its own
+allocator, and they take turns. The exit code is 1 where the losses of the same photos do not agree."""
+
+
+def main(argv=None) -> int:
+    p = cli.parser("benchmark --training", __doc__, EPILOG)
+    p.add_argument("--config", default="pytorch_examples", metavar="FILE", help="network and loss to train (default: as pytorch/examples)")
+    p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override any key of the config; may be repeated")
+    p.add_argument("--content", type=Path, metavar="FOLDER", help="folder of photos (default: 64 made up ones of 640x480)")
+    p.add_argument("--loss-weights", default="random", metavar="FILE|random", help="weights of the loss network (default: random; the speed is the same)")
+    p.add_argument("--size", type=int, default=256, help="side of the photos, px")
+    p.add_argument("--batch", type=int, default=4, help="photos a step")
+    p.add_argument("--repeats", type=int, default=5, help="turns of each side")
+    p.add_argument("--steps", type=int, default=1, help="steps a turn")
+    p.add_argument("--levers", action="store_true", help="measure each lever alone, too")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
+    args = p.parse_args(argv)
+    for flag in ("size", "batch", "repeats", "steps"):
+        if getattr(args, flag) < (16 if flag == "size" else 1):
+            p.error(f"--{flag}: got {getattr(args, flag)}, need {16 if flag == 'size' else 1} or more")
+
+    from fastnst.benchmark_training import Task, draw_photos, measure
+    from fastnst.config import load_config
+    from fastnst.files import atomic_write
+    from fastnst.runtime import resolve_device
+    from fastnst.train import TrainConfig
+
+    weights = f"loss.weights={args.loss_weights}"
+    config = load_config(TrainConfig, cli.find_config(args.config), ["style.image=.", "data.content=.", *args.set, weights])
+    with tempfile.TemporaryDirectory() as folder:
+        content = args.content or draw_photos(Path(folder) / "photos", 64)
+        task = Task(config.network, config.loss, content, args.size, args.batch, str(resolve_device(args.device)))
+        report = measure(task, Path(folder) / "kept", args.repeats, args.steps, args.levers, say=lambda message: print(message, file=sys.stderr, flush=True))
+    print(report.as_markdown())
+    if args.json:
+        with atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps(report.as_json(), indent=2, default=str) + "\n", encoding="utf-8")
+    for disagreement in report.disagreements:
+        print(f"error: {disagreement}", file=sys.stderr)
+    return 1 if report.disagreements else 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

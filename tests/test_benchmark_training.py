@@ -1,0 +1,118 @@
+"""The benchmark's two sides train the same; what it counts is the formula's; what disagrees is told."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TOY_LOSS, synthetic_photo
+from fastnst.scripts.benchmark import main
+from PIL import Image
+from torch import nn
+
+from fastnst import cli
+from fastnst.benchmark_training import OURS, PUBLISHED, CenterCrops, OurStep, PublishedStep, Report, Row, Task, batches_of, count_flops, draw_photos
+from fastnst.loss_network import load_loss_network
+from fastnst.losses import LossConfig
+from fastnst.model import NetworkConfig
+
+
+@pytest.fixture
+def task(photos) -> Task:
+    return Task(NetworkConfig(width=4, residual_blocks=1, output="linear", output_scale=1), LossConfig(**TOY_LOSS), photos, size=32, batch=2)
+
+
+def test_both_steps_lower_the_same_loss_alike(task, tmp_path):
+    with batches_of(task, PUBLISHED, tmp_path) as batches:
+        trial = [next(batches) for _ in range(4)]
+    losses = [[float(step(batch)) for batch in trial] for step in (PublishedStep(task, PUBLISHED), OurStep(task, replace(OURS, precision="float32")))]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def conv_flops(network: nn.Module, size: int) -> list[int]:
+    """2 k^2 C_in C_out H W of each convolution, in order."""
+    counts = []
+    hooks = [
+        module.register_forward_hook(lambda m, _, out: counts.append(2 * m.kernel_size[0] ** 2 * m.in_channels * m.out_channels * out.shape[2] * out.shape[3]))
+        for module in network.modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    network(torch.zeros(1, 3, size, size))
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+def test_the_floor_counts_each_product_that_is_needed_once(task):
+    own = conv_flops(task.start(), 32)
+    seen = conv_flops(load_loss_network(task.loss, task.loss.layers), 32)  # conv1_1, 1_2, 2_1, 2_2
+    grams = 2 * 64 * 64 * 32 * 32 + 2 * 128 * 128 * 16 * 16
+    # Ours: forward, weight gradients, input gradients but the first; both pictures forward (relu2_2 is the deepest for both), one back.
+    network = 3 * sum(own) - own[0]
+    assert count_flops(task) == network + 3 * sum(seen) + 2 * grams
+    shallow = replace(task, loss=task.loss.model_copy(update={"content_layers": {"relu1_2": 1.0}}))
+    assert count_flops(shallow) == network + 2 * sum(seen) + sum(seen[:2]) + 2 * grams
+    # Published: all layers of the content, too; a Gram's gradient is two products, and the batch's style is as much again, once.
+    assert count_flops(shallow, ours=False) == network + 3 * sum(seen) + 3 * grams
+
+
+def test_published_photos_are_the_middle_of_the_short_side(tmp_path):
+    photo = synthetic_photo(3, 96, 32)
+    photo.save(tmp_path / "a.png")
+    assert np.array_equal(CenterCrops([tmp_path / "a.png"], 32)[0].permute(1, 2, 0), np.asarray(photo)[:, 32:64])
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_batches_come_without_end_and_of_one_size(task, tmp_path, kept):
+    with batches_of(task, replace(PUBLISHED, kept_photos=kept), tmp_path / "kept") as batches:
+        shapes = {tuple(next(batches).shape) for _ in range(9)}  # 11 photos are 5 batches
+    assert shapes == {(2, 3, 32, 32)}
+
+
+def test_made_up_photos_are_of_cocos_size(tmp_path):
+    folder = draw_photos(tmp_path / "photos", 2)
+    assert [Image.open(path).size for path in sorted(folder.iterdir())] == [(640, 480)] * 2
+
+
+def report(distance: float) -> Report:
+    rows = [Row("published", [4.0, 6.0, 5.0], [4.0, 6.0, 5.0], 0.1, 0.0, 0.0), Row("ours", [2.0, 2.0, 1.0], [4.0, 6.0, 5.0], 0.0, distance, 0.02)]
+    return Report({"size": 32, "batch": 4, "device": "cpu"}, 1, "bfloat16", rows, 10**9, 2 * 10**9, 4e9, [("aten::bmm", 0.25)])
+
+
+def test_the_table_says_rate_ratio_and_floor():
+    table = report(0.01).as_markdown()
+    assert "| published | 5 | 0.8 | 1.00 (1.00 to 1.00) | 10.0% | 0.00% |" in table
+    assert "| ours | 2 | 2 | 3.00 (2.00 to 5.00) | 0.0% | 1.00% |" in table  # 4 / 2, 6 / 2, 5 / 1
+    assert "floor: 1 GFLOP a photo (2 as published) at 4 GFLOP/s is 1 s a step; ours reaches 50% of it" in table
+    assert "bmm 25%" in table
+
+
+@pytest.mark.parametrize("distance, told", [(0.02, 0), (0.021, 1), (float("nan"), 1)])
+def test_losses_that_do_not_agree_are_told(distance, told):
+    assert len(report(distance).disagreements) == told
+
+
+TINY = ["--size", "32", "--batch", "2", "--repeats", "1", "--device", "cpu", "--set", "network.width=4", "--set", "network.residual_blocks=0"]
+
+
+def test_the_command_prints_a_table_and_writes_the_figures(photos, tmp_path, capfd):
+    code = cli.run(main, ["--training", "--content", str(photos), "--json", str(tmp_path / "training.json"), *TINY])
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    figures = json.loads((tmp_path / "training.json").read_text())
+    assert [row["name"] for row in figures["rows"]] == ["published", "ours"]
+    assert figures["rows"][1]["distance"] <= figures["rows"][1]["tolerance"]
+    assert "| published |" in out and "| ours |" in out and "floor:" in out
+
+
+def test_a_part_must_be_named(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert "--training" in capsys.readouterr().err
+
+
+def test_too_few_photos_for_a_batch_are_named(photos):
+    assert cli.run(main, ["--training", "--content", str(photos), *TINY, "--batch", "50"]) == 2

@@ -1,0 +1,85 @@
+"""The objective of a batch is that of the loss by hand, compiled or not, and a compiler that fails stops nobody."""
+
+import functools
+
+import pytest
+import torch
+from conftest import TOY_LOSS
+
+from fastnst.loss_network import load_loss_network
+from fastnst.losses import LossConfig, PerceptualLoss
+from fastnst.model import NetworkConfig
+from fastnst.network import TransformNetwork
+from fastnst.objective import Objective, adam
+
+PHOTOS = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def parts() -> tuple[TransformNetwork, PerceptualLoss]:
+    torch.manual_seed(0)
+    config = LossConfig(**TOY_LOSS)
+    loss_network = load_loss_network(config, config.layers)
+    return TransformNetwork(NetworkConfig(width=4, residual_blocks=1)), PerceptualLoss(loss_network, config, torch.rand(1, 3, 32, 32))
+
+
+def test_the_terms_are_those_of_the_loss_by_hand(parts):
+    network, loss = parts
+    content = PHOTOS / 255
+    wanted = loss(network(content), loss.content_targets(content)).scalars()
+    found = Objective(network, loss, torch.float32)(PHOTOS)[0].scalars()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_bfloat16_is_near_float32(parts):
+    wanted, found = (float(Objective(*parts, precision)(PHOTOS)[0].total.detach()) for precision in (torch.float32, torch.bfloat16))
+    assert found != wanted and found == pytest.approx(wanted, rel=0.02)
+
+
+def test_compiled_and_eager_agree_in_value_and_gradient(parts, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    gradients = []
+    for compile in ("off", "on"):
+        total = Objective(*parts, torch.float32, compile)(PHOTOS)[0].total
+        gradients.append([total, *torch.autograd.grad(total, list(parts[0].parameters()))])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("setting, steps, compiled", [("auto", 10**6, False), ("off", 10**6, False), ("on", 1, True)])
+def test_on_the_cpu_only_what_was_asked_for_is_compiled(parts, monkeypatch, setting, steps, compiled):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function: asked.append(function) or function)
+    Objective(*parts, torch.float32, setting, steps)(PHOTOS)
+    assert bool(asked) == compiled
+
+
+def test_a_compiler_that_fails_is_told_of_and_done_without(parts, monkeypatch):
+    def broken(_function):
+        def fail(*_):
+            raise RuntimeError("no C++\ncompiler found")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(RuntimeError, match="compiler"):
+        Objective(*parts, torch.float32, "on")(PHOTOS)
+    said: list[str] = []
+    objective = Objective(*parts, torch.float32, "on", say=said.append)
+    objective._may_fail = True  # as auto sets it where it compiles, on CUDA
+    wanted = Objective(*parts, torch.float32)(PHOTOS)[0].total
+    assert all(torch.equal(objective(PHOTOS)[0].total, wanted) for _ in range(2))
+    assert said == ["torch.compile failed, going on without (no C++ compiler found)"]
+
+
+def test_adam_in_one_kernel_steps_as_plain_adam_does(parts):
+    network, _ = parts
+    plain = TransformNetwork(network.config)
+    plain.load_state_dict(network.state_dict())
+    for one, optimizer in ((network, adam(network)), (plain, torch.optim.Adam(plain.parameters()))):
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            for parameter in one.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(network.parameters(), plain.parameters()))
