@@ -1,6 +1,8 @@
 """Applying a model: every kind of picture in and out, and files as a user has them."""
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -334,3 +336,14 @@ def test_half_a_video_is_refused(stylize_command, tmp_path, monkeypatch, capsys,
     monkeypatch.chdir(tmp_path)
     assert stylize_command("--input", *inputs, "--output", output) == 2
     assert "give one --input that moves" in capsys.readouterr().err
+
+
+def test_torchrun_shares_a_folder_out(model, photos, tmp_path):
+    (photos / "broken.png").write_bytes(b"")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    command = [sys.executable, "-m", "fastnst", "stylize", "--model", model, "--device", "cpu", "--engine", "onnxruntime", "--input", photos, "--output", tmp_path / "out"]
+    done = subprocess.run([*launch, *map(str, command)], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0  # one photo is broken
+    assert done.stdout.count("12 of 13 stylized, 1 failed") == 1  # one summary for both
+    assert "broken.png" in done.stderr
+    assert len(list((tmp_path / "out").rglob("*.*"))) == 12
