@@ -4,7 +4,6 @@ The published way is that of pytorch/examples: their network (ours of the same l
 """
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -25,6 +24,17 @@ from fastnst.runtime import cpu_threads, keep_freed_memory
 from fastnst.stages import StagedNetwork
 
 PUBLISHED = "published"
+# A process says its peak itself: what the system tells its parent includes the parent's own memory at the fork.
+_PEAK_SCRIPT = """
+import atexit, re, resource, sys
+def peak():
+    try:
+        kilobytes = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+    except OSError:
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
+    print("peak", kilobytes, file=sys.stderr)
+atexit.register(peak)
+"""
 # One photo in a fresh process, as the published script does it: torch and torchvision, decode, one pass, encode.
 _PUBLISHED_SCRIPT = """
 import sys, torch
@@ -129,7 +139,7 @@ def measure(
     done, total = 0, len(sizes) * len(ways) * (rounds + 1)
     rates = {precision: _multiply_rate(precision, ways) for precision in {engine.precision if engine else "float32" for _, _, engine in ways}}
     for width, height in sizes:
-        pixels = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))[None]
+        pixels = np.array(picture.resize((width, height), Image.Resampling.BICUBIC))[None]
         here = [Row(way, width, height) for way, _, _ in ways]
         outputs = []
         for turn in range(rounds + 1):
@@ -191,8 +201,8 @@ def measure_fresh_processes(model: str | Path, photo: str | Path, sizes: list[tu
         source, target = Path(folder) / "in.jpg", Path(folder) / "out.jpg"
         for width, height in sizes:
             picture.resize((width, height), Image.Resampling.BICUBIC).save(source, quality=95)
-            ours = [sys.executable, "-c", _OUR_SCRIPT, "--model", str(model), "--device", "cpu", "--input", str(source), "--output", str(target), "--overwrite"]
-            theirs = [sys.executable, "-c", _PUBLISHED_SCRIPT, str(model), str(source), str(target)]
+            ours = [sys.executable, "-c", _PEAK_SCRIPT + _OUR_SCRIPT, "--model", str(model), "--device", "cpu", "--input", str(source), "--output", str(target), "--overwrite"]
+            theirs = [sys.executable, "-c", _PEAK_SCRIPT + _PUBLISHED_SCRIPT, str(model), str(source), str(target)]
             for way, command in ((PUBLISHED, theirs), ("stylize.py", ours)):
                 runs = [_run(command) for _ in range(repeats)]
                 found.append(FreshProcess(way, width, height, min(seconds for seconds, _ in runs), max(peak for _, peak in runs)))
@@ -202,14 +212,11 @@ def measure_fresh_processes(model: str | Path, photo: str | Path, sizes: list[tu
 def _run(command: list[str]) -> tuple[float, int]:
     """Seconds, and the peak of resident memory in MB, of a process of its own."""
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    _, status, usage = os.wait4(process.pid, 0)
+    done = subprocess.run(command, capture_output=True, text=True)
     seconds = time.perf_counter() - began
-    if status:
-        raise RuntimeError(f"{command[:3]} failed: {process.stderr.read().decode()[-500:]}")
-    process.stderr.close()
-    process.returncode = 0
-    return seconds, usage.ru_maxrss // (1 if sys.platform == "darwin" else 1024) // (1024 * 1024 if sys.platform == "darwin" else 1)
+    if done.returncode:
+        raise RuntimeError(f"a process of its own failed: {done.stderr[-500:]}")
+    return seconds, int(done.stderr.rsplit("peak", 1)[1]) // 1024
 
 
 def machine() -> str:
