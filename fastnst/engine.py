@@ -5,7 +5,7 @@ All engines take and give the same arrays, ``(N, H, W, 3)`` uint8 or ``(N, 3, H,
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,6 +18,7 @@ from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, fold
 ENGINES = ("auto", "openvino", "onnxruntime", "torch")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 Pixels = Literal["uint8", "float"]
+_LARGE = 3 * 1_000_000  # numbers of a picture of a megapixel
 
 
 class Engine(Protocol):
@@ -117,16 +118,31 @@ class _GraphEngine:
 
 
 class OpenVinoEngine(_GraphEngine):
-    """OpenVINO on a CPU."""
+    """OpenVINO on a CPU. It compiles for any size, and anew for a size that comes twice in a row, or is large."""
 
     name, _bytes = "openvino", {"bfloat16": 5, "float32": 10}
 
-    def _load(self, model):
+    def __init__(self, network: StagedNetwork, precision: str = "auto") -> None:
+        super().__init__(network, precision)
+        self._last: tuple[Any, ...] = ()  # what the last pictures were: kind and shape
+        self._fixed = lru_cache(1)(lambda pixels, shape: self._load(onnx_graph().network_graph(network, pixels).SerializeToString(), shape))
+
+    def run(self, pictures: np.ndarray, pixels: Pixels = "uint8") -> np.ndarray:
+        this, last = (pixels, pictures.shape), self._last
+        self._last = this
+        if this == last or pictures.size >= _LARGE:  # 0.15 s of compiling make it 5 to 9 % faster, and smaller by an eighth
+            return self._fixed(*this)({"pixels": np.ascontiguousarray(pictures)})[0]
+        return super().run(pictures, pixels)
+
+    def _load(self, model, shape=None):
         import openvino
 
         options = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[self.precision], "INFERENCE_NUM_THREADS": cpu_threads()}
         core = openvino.Core()
-        request = core.compile_model(core.read_model(model), "CPU", options).create_infer_request()
+        graph = core.read_model(model)
+        if shape is not None:
+            graph.reshape({"pixels": list(shape)})
+        request = core.compile_model(graph, "CPU", options).create_infer_request()
         return lambda inputs: list(request.infer(inputs, share_inputs=True).values())
 
 

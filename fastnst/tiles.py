@@ -15,6 +15,7 @@ from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork
 
 _STRIP_BYTES = 128 * 2**20
 _SMALLEST_STRIP = 16
+_LARGEST_IN_FLOAT32 = 2**30  # bytes kept between passes; 100 megapixels then take 3.2 GB in float16
 
 
 def plan_rows(network: StagedNetwork, width: int) -> int:
@@ -27,7 +28,7 @@ def stylize_tiled(
 ) -> np.ndarray:
     """Stylize ``(H, W, 3)`` uint8 in strips of ``rows``; the result may take the place of ``pixels``, which halves their memory.
 
-    Between passes the lowest resolution is kept in float32 where that takes at most half of ``memory`` bytes, else in float16.
+    Between passes the lowest resolution is kept in float32 where that takes at most 1 GiB and half of ``memory`` bytes, else in float16.
     ``report`` gets the share of the work that is done. Raises ``ValueError`` for a network with padding at the start alone.
     """
     return _Strips(engine, pixels, max(_SMALLEST_STRIP, rows), memory, report).run(pixels if in_place else np.empty_like(pixels))
@@ -52,7 +53,7 @@ class _Strips:
         lowest = min(self.sizes[1:])
         self.is_kept = [size == lowest for size in self.sizes[1:]]
         kept = [stage.channels * lowest[0] * lowest[1] for stage, is_kept in zip(self.stages, self.is_kept) if is_kept]
-        self.dtype = np.float32 if 2 * 4 * max(kept) <= memory / 2 else np.float16
+        self.dtype = np.float32 if 2 * 4 * max(kept) <= min(memory / 2, _LARGEST_IN_FLOAT32) else np.float16
         self.kept: dict[int, np.ndarray] = {}  # stage -> (C, h, w)
         self.pending: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # stage -> gain and shift that its norm, then its ReLU, still owe
         self.above: tuple[int, np.ndarray] | None = None  # a row, and what lay there before a pass in place wrote over it

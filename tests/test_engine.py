@@ -45,6 +45,22 @@ def test_an_engine_is_the_network(name, architecture):
     assert np.abs(engine.run(images, "float").transpose(0, 2, 3, 1) * 255 - eager(network, pictures)).max() <= 0.02
 
 
+def test_a_size_that_comes_again_is_compiled_for_and_gives_the_same(monkeypatch):
+    network, stages = staged()
+    engine = load_engine(stages, "cpu", "openvino", "float32")
+    compiled, load = [], engine._load
+    monkeypatch.setattr(engine, "_load", lambda model, shape=None: compiled.append(shape) or load(model, shape))
+    sizes = [(20, 30), (20, 30), (20, 30), (24, 30), (20, 30)]
+    for size in sizes:
+        picture = photo(*size)
+        assert np.abs(engine.run(picture) - eager(network, picture)).max() <= 0.51
+    assert compiled == [None, (1, 20, 30, 3)]
+    monkeypatch.setattr(engines, "_LARGE", 1000)
+    picture = photo(25, 31)
+    assert np.abs(engine.run(picture) - eager(network, picture)).max() <= 0.51
+    assert compiled[2:] == [(1, 25, 31, 3)]
+
+
 @pytest.mark.parametrize("name", ["openvino", "torch"])
 def test_bfloat16_is_above_45_db(name):
     network, stages = staged(width=16, residual_blocks=3, output_scale=0.125)
