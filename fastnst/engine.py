@@ -37,12 +37,15 @@ class Engine(Protocol):
     def run(self, pictures: np.ndarray, pixels: Pixels = "uint8") -> np.ndarray:
         """Stylize ``(N, H, W, 3)`` uint8 (``pixels`` uint8), or ``(N, 3, H, W)`` float32 in [0, 1] (float): the same kind and size."""
 
-    def stage(self, index: int, rows: np.ndarray, gain: np.ndarray | None, shift: np.ndarray | None, above: int, below: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def stage(
+        self, index: int, rows: np.ndarray, gain: np.ndarray | None, shift: np.ndarray | None, above: int, below: int, statistics: bool
+    ) -> tuple[np.ndarray, ...]:
         """One stage's convolution on rows of a picture, for tiles.
 
         ``rows``, ``(1, C, h, W)``, are not normalized yet: ``gain`` and ``shift``, ``(C,)``, then the ReLU of the stage before
         come first (None: they are as they should be). The picture ends at their top where ``above`` is the stage's padding (else 0),
-        and ``below`` likewise. Gives the convolution's output, not normalized, and its channels' means and variances, ``(C,)``.
+        and ``below`` likewise. Gives the convolution's output, not normalized, and for ``statistics``
+        its channels' means and variances, ``(C,)``.
         """
 
 
@@ -94,7 +97,11 @@ class _GraphEngine:
         self.network = network
         self.precision = _cpu_precision(self.name, precision)
         self._whole = cache(lambda pixels: self._load(onnx_graph().network_graph(network, pixels).SerializeToString()))
-        self._alone = cache(lambda index: self._load(onnx_graph().stage_graph(network.stages[index], network.stages[index - 1] if index else None).SerializeToString()))
+        self._alone = cache(self._load_stage)
+
+    def _load_stage(self, index: int, statistics: bool) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
+        before = self.network.stages[index - 1] if index else None
+        return self._load(onnx_graph().stage_graph(self.network.stages[index], before, statistics).SerializeToString())
 
     @property
     def bytes_per_pixel(self) -> int:
@@ -103,15 +110,15 @@ class _GraphEngine:
     def run(self, pictures: np.ndarray, pixels: Pixels = "uint8") -> np.ndarray:
         return self._whole(pixels)({"pixels": np.ascontiguousarray(pictures)})[0]
 
-    def stage(self, index, rows, gain, shift, above, below):
+    def stage(self, index, rows, gain, shift, above, below, statistics):
         side = self.network.stages[index].padding
         inputs = {"rows": rows, "padding": np.array([0, 0, above, side, 0, 0, below, side], np.int64)}
         if index:
             gain = np.ones(rows.shape[1], np.float32) if gain is None else gain
             shift = np.zeros(rows.shape[1], np.float32) if shift is None else shift
             inputs |= {"gain": gain.reshape(1, -1, 1, 1), "shift": shift.reshape(1, -1, 1, 1)}
-        raw, mean, variance = self._alone(index)(inputs)
-        return raw, mean.ravel(), variance.ravel()
+        raw, *moments = self._alone(index, statistics)(inputs)
+        return raw, *(moment.ravel() for moment in moments)
 
     def _load(self, model: bytes) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
         raise NotImplementedError
@@ -252,7 +259,7 @@ class TorchEngine:
         x = F.conv2d(x, tensors["weight"], tensors["bias"], stride=stage.stride)
         return F.pixel_shuffle(x, stage.shuffle) if stage.shuffle > 1 else x
 
-    def stage(self, index, rows, gain, shift, above, below):
+    def stage(self, index, rows, gain, shift, above, below, statistics):
         import torch
 
         with torch.inference_mode():
@@ -262,6 +269,8 @@ class TorchEngine:
                 x = x * gain + shift
                 x = x.relu_() if self.network.stages[index - 1].relu else x
             x = self._convolve(self.network.stages[index], self._stages[index], x.to(self._dtype), above, below).float()
+            if not statistics:
+                return (x.cpu().numpy(),)
             variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
             return x.cpu().numpy(), mean.cpu().numpy(), variance.cpu().numpy()
 

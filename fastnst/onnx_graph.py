@@ -89,11 +89,12 @@ def network_graph(network: StagedNetwork, pixels: str = "uint8", metadata: dict[
     return g.finish([helper.make_tensor_value_info("pixels", kind, shape)], [helper.make_tensor_value_info("stylized", kind, shape)], metadata)
 
 
-def stage_graph(stage: Stage, before: Stage | None) -> onnx.ModelProto:
+def stage_graph(stage: Stage, before: Stage | None, statistics: bool) -> onnx.ModelProto:
     """One stage's convolution on rows of a picture, for tiles: ``rows``, ``gain``, ``shift``, ``padding`` -> ``raw``, ``mean``, ``variance``.
 
     ``rows`` is ``(1, C, h, W)``; ``gain`` and ``shift``, ``(1, C, 1, 1)``, apply the norm of the stage ``before``, whose ReLU follows;
-    ``padding`` is the 8 amounts of ONNX's Pad; ``raw`` is not normalized; ``mean`` and ``variance`` are its channels', ``(1, C, 1, 1)``.
+    ``padding`` is the 8 amounts of ONNX's Pad; ``raw`` is not normalized; ``mean`` and ``variance``, given for ``statistics``, are its
+    channels', ``(1, C, 1, 1)``.
     """
     g = _Graph()
     x = "rows"
@@ -102,16 +103,19 @@ def stage_graph(stage: Stage, before: Stage | None) -> onnx.ModelProto:
         x = g.add("Relu", x) if before.relu else x
     x = _convolution(g, stage, x, "padding")
     g.add("Identity", x, output="raw")
-    g.add("ReduceMean", x, axes=[2, 3], keepdims=1, output="mean")
-    centered = g.add("Sub", x, "mean")
-    g.add("ReduceMean", g.add("Mul", centered, centered), axes=[2, 3], keepdims=1, output="variance")
+    if statistics:
+        g.add("ReduceMean", x, axes=[2, 3], keepdims=1, output="mean")
+        centered = g.add("Sub", x, "mean")
+        g.add("ReduceMean", g.add("Mul", centered, centered), axes=[2, 3], keepdims=1, output="variance")
     inputs = stage.weight.shape[0 if stage.transposed else 1]
     f, rows = TensorProto.FLOAT, [helper.make_tensor_value_info("rows", TensorProto.FLOAT, [1, inputs, "height", "width"])]
     if before is not None:
         rows += [helper.make_tensor_value_info(name, f, [1, inputs, 1, 1]) for name in ("gain", "shift")]
     rows.append(helper.make_tensor_value_info("padding", TensorProto.INT64, [8]))
     outputs = [helper.make_tensor_value_info("raw", f, [1, stage.channels, "rows_out", "columns_out"])]
-    return g.finish(rows, outputs + [helper.make_tensor_value_info(name, f, [1, stage.channels, 1, 1]) for name in ("mean", "variance")])
+    if statistics:
+        outputs += [helper.make_tensor_value_info(name, f, [1, stage.channels, 1, 1]) for name in ("mean", "variance")]
+    return g.finish(rows, outputs)
 
 
 def _convolution(g: _Graph, stage: Stage, x: str, padding: str | None = None) -> str:

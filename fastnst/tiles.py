@@ -90,7 +90,7 @@ class _Strips:
             target = np.empty((stage.channels, *self.sizes[index + 1]), self.dtype)
         count, mean, squares = 0, 0.0, 0.0
         for begin, end in self._strips(index):
-            raw, strip_mean, strip_variance = self._convolve(index, begin, end)
+            raw, strip_mean, strip_variance = self._convolve(index, begin, end, statistics=True)
             # Chan, Golub and LeVeque 1979: means and sums of squared differences of two samples make those of both
             more = (end - begin) * raw.shape[3]
             difference = strip_mean.astype(np.float64) - mean
@@ -145,7 +145,7 @@ class _Strips:
         if index < 0:
             return self.pixels[begin:end].transpose(2, 0, 1)[None].astype(np.float32) - np.float32(PIXEL_SHIFT)
         if index not in self.kept:
-            return self._convolve(index, begin, end)[0]
+            return self._convolve(index, begin, end, statistics=False)[0]
         rows = self.kept[index][:, begin:end].astype(np.float32)
         if self.above is not None:
             first, saved = self.above
@@ -154,8 +154,8 @@ class _Strips:
                 rows[:, :count] = saved[:, begin - first : begin - first + count]
         return rows[None]
 
-    def _convolve(self, index: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Those rows computed anew, and their means and variances."""
+    def _convolve(self, index: int, begin: int, end: int, statistics: bool) -> tuple[np.ndarray, ...]:
+        """Those rows computed anew, and for ``statistics`` their means and variances."""
         stage, height = self.stages[index], self.sizes[index][0]
         if stage.transposed:
             first, last = begin // 2 - 1, (end + 1) // 2 + 1
@@ -165,12 +165,9 @@ class _Strips:
         above, below = max(0, -first), max(0, last - height)
         rows = self._raw(index - 1, first + above, last - below)
         gain, shift = self.pending.get(index - 1, (None, None))
-        raw, mean, variance = self.engine.stage(index, rows, gain, shift, above, below)
-        factor = 2 if stage.transposed else stage.shuffle
-        offset = begin % factor
-        if raw.shape[2] == end - begin:
-            return raw, mean, variance
-        return raw[:, :, offset : offset + end - begin], mean, variance  # strips of passes are even, so statistics are never cut
+        raw, *moments = self.engine.stage(index, rows, gain, shift, above, below, statistics)
+        offset = begin % (2 if stage.transposed else stage.shuffle)
+        return raw[:, :, offset : offset + end - begin], *moments  # strips of passes are even: what statistics are of is never cut
 
 
 def _to_pixels(raw: np.ndarray, output: str) -> np.ndarray:
