@@ -16,7 +16,7 @@ from fastnst.runtime import cpu_flags, cpu_threads, free_memory, gpu_is_likely, 
 from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, fold
 
 ENGINES = ("auto", "openvino", "onnxruntime", "torch")
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
 Pixels = Literal["uint8", "float"]
 _LARGE = 3 * 1_000_000  # numbers of a picture of a megapixel
 
@@ -96,8 +96,11 @@ class _GraphEngine:
     def __init__(self, network: StagedNetwork, precision: str = "auto") -> None:
         self.network = network
         self.precision = _cpu_precision(self.name, precision)
-        self._whole = cache(lambda pixels: self._load(onnx_graph().network_graph(network, pixels).SerializeToString()))
+        self._whole = cache(lambda pixels: self._load(self._graph(pixels)))
         self._alone = cache(self._load_stage)
+
+    def _graph(self, pixels: Pixels) -> bytes:
+        return onnx_graph().network_graph(self.network, pixels, int8=self.precision == "int8").SerializeToString()
 
     def _load_stage(self, index: int, statistics: bool) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
         before = self.network.stages[index - 1] if index else None
@@ -127,12 +130,12 @@ class _GraphEngine:
 class OpenVinoEngine(_GraphEngine):
     """OpenVINO on a CPU. It compiles for any size, and anew for a size that comes twice in a row, or is large."""
 
-    name, _bytes = "openvino", {"bfloat16": 5, "float32": 10}
+    name, _bytes = "openvino", {"int8": 5, "bfloat16": 5, "float32": 10}
 
     def __init__(self, network: StagedNetwork, precision: str = "auto") -> None:
         super().__init__(network, precision)
         self._last: tuple[Any, ...] = ()  # what the last pictures were: kind and shape
-        self._fixed = lru_cache(1)(lambda pixels, shape: self._load(onnx_graph().network_graph(network, pixels).SerializeToString(), shape))
+        self._fixed = lru_cache(1)(lambda pixels, shape: self._load(self._graph(pixels), shape))
 
     def run(self, pictures: np.ndarray, pixels: Pixels = "uint8") -> np.ndarray:
         this, last = (pixels, pictures.shape), self._last
@@ -144,7 +147,8 @@ class OpenVinoEngine(_GraphEngine):
     def _load(self, model, shape=None):
         import openvino
 
-        options = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[self.precision], "INFERENCE_NUM_THREADS": cpu_threads()}
+        half = self.precision == "bfloat16" or (self.precision == "int8" and _multiplies_bfloat16())
+        options = {"INFERENCE_PRECISION_HINT": "bf16" if half else "f32", "INFERENCE_NUM_THREADS": cpu_threads()}
         core = openvino.Core()
         graph = core.read_model(model)
         if shape is not None:
@@ -182,6 +186,8 @@ class TorchEngine:
         if self._device.type == "cpu":
             precision = _cpu_precision(self.name, precision)
             keep_freed_memory()
+        elif precision == "int8":
+            raise ValueError("--precision int8 is there on a CPU with --engine openvino only; use --precision auto")
         elif precision == "auto":
             precision = "float16" if self._device.type == "cuda" else "float32"
         self.precision = precision
@@ -283,8 +289,13 @@ def onnx_graph():
 
 
 def _cpu_precision(engine: str, precision: str) -> str:
+    there = {"openvino": ("float32", "bfloat16", "int8"), "onnxruntime": ("float32",), "torch": ("float32", "bfloat16")}[engine]
     if precision == "auto":
-        return "bfloat16" if engine != "onnxruntime" and {"avx512_bf16", "amx_bf16"} & cpu_flags() else "float32"
-    if precision == "float16" or (precision == "bfloat16" and engine == "onnxruntime"):
-        raise ValueError(f"--precision {precision} is not there on a CPU with --engine {engine}; use auto, float32{'' if engine == 'onnxruntime' else ' or bfloat16'}")
+        return "bfloat16" if "bfloat16" in there and _multiplies_bfloat16() else "float32"
+    if precision not in there:
+        raise ValueError(f"--precision {precision} is not there on a CPU with --engine {engine}; use auto, {' or '.join(there)}")
     return precision
+
+
+def _multiplies_bfloat16() -> bool:
+    return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())

@@ -10,7 +10,7 @@ import torch
 from test_stages import staged
 
 from fastnst import engine as engines
-from fastnst.engine import ENGINES, is_installed, load_engine
+from fastnst.engine import ENGINES, is_installed, load_engine, load_network
 
 ARCHITECTURES = [
     {"norm": norm, "padding": padding, "upsampling": upsampling}
@@ -75,11 +75,31 @@ def test_shipped_styles_are_above_45_db_in_what_auto_chooses():
 
     from fastnst.checkpoint import load_model
     from fastnst.cli import shipped_styles
-    from fastnst.engine import load_network
 
     picture = data.astronaut()[None, 100:300, 100:340]
     for path in shipped_styles().values():
         assert psnr(load_engine(load_network(path), "cpu").run(picture), eager(load_model(path)[0], picture)) > 45, path
+
+
+def test_int8_is_near_on_shipped_styles_and_multiplies_8_bits():
+    from skimage import data
+
+    from fastnst.checkpoint import load_model
+    from fastnst.cli import shipped_styles
+    from fastnst.onnx_graph import network_graph
+
+    picture = data.astronaut()[None, 100:300, 100:340]
+    for path in shipped_styles().values():
+        engine = load_engine(load_network(path), "cpu", "openvino", "int8")
+        assert 35 < psnr(engine.run(picture), eager(load_model(path)[0], picture)) < 55, path  # 55 and more would be bfloat16
+    kinds = [node.op_type for node in network_graph(engine.network, int8=True).graph.node]
+    assert kinds.count("QuantizeLinear") == kinds.count("Conv") + kinds.count("ConvTranspose") - 2  # all but the first and the last
+
+
+def test_int8_wants_instance_norm():
+    _, stages = staged(norm="batch")
+    with pytest.raises(ValueError, match="--precision int8 needs a network with instance norm"):
+        load_engine(stages, "cpu", "openvino", "int8").run(photo(20, 20))
 
 
 @pytest.mark.parametrize("flags, expected", [(frozenset({"avx512_bf16"}), "bfloat16"), (frozenset({"amx_bf16"}), "bfloat16"), (frozenset({"avx2"}), "float32")])
@@ -110,7 +130,8 @@ def test_auto_on_a_gpu_is_torch(monkeypatch):
     [
         (("cpu", "steam"), "--engine: got 'steam', need one of auto, openvino"),
         (("cpu", "auto", "int3"), "--precision: got 'int3'"),
-        (("cpu", "openvino", "float16"), "--precision float16 is not there on a CPU .*use auto, float32 or bfloat16"),
+        (("cpu", "openvino", "float16"), "--precision float16 is not there on a CPU .*use auto, float32 or bfloat16 or int8"),
+        (("cpu", "torch", "int8"), "--precision int8 is not there on a CPU with --engine torch"),
         (("cpu", "onnxruntime", "bfloat16"), "--precision bfloat16 .*use auto, float32$"),
         (("cuda", "openvino"), "--engine openvino computes on the CPU, got --device cuda"),
         (("toaster",), "device 'toaster' is not known"),
