@@ -74,6 +74,17 @@ def parser(verb: str, description: str, epilog: str = "", device: bool = True) -
     return p
 
 
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number from ``least`` to ``most``."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdigit() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"got {text}, need a whole number from {least} to {most}")
+        return int(text)
+
+    return parse
+
+
 def add_config_flags(p: argparse.ArgumentParser, several: bool = False) -> None:
     """--config, of ``several`` files where the command takes them, and --set."""
     more = "; several: one after the other" if several else ""

@@ -9,6 +9,7 @@ import torch
 
 from fastnst.checkpoint import load_model
 from fastnst.engine import Pixels
+from fastnst.files import atomic_write
 from fastnst.model import read_model
 from fastnst.onnx_graph import save_onnx
 from fastnst.stages import fold
@@ -31,7 +32,7 @@ class Parity:
 def export(model: str | Path, output: str | Path, pixels: Pixels = "uint8", overwrite: bool = False) -> list[Parity]:
     """Write ``output`` (ONNX, any batch, height and width) and compare it with torch's eager float32 at ``PARITY_SIZES``.
 
-    ``pixels`` as in ``network_graph``. Raises ``FileExistsError``, or ``ArithmeticError`` (the file is removed) when the two differ by more than a level.
+    ``pixels`` as in ``network_graph``. Raises ``FileExistsError``, or ``ArithmeticError`` (nothing is written) when the two differ by more than a level.
     """
     import onnxruntime
 
@@ -41,15 +42,15 @@ def export(model: str | Path, output: str | Path, pixels: Pixels = "uint8", over
     if output.exists() and not overwrite:
         raise FileExistsError(f"--output {output} exists already; use --overwrite to replace it")
     network, _ = load_model(model)
-    save_onnx(output, fold(*read_model(model)), pixels)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(output), options, providers=["CPUExecutionProvider"])
-    found = [_compare(network, session, pixels, *size) for size in PARITY_SIZES]
-    worst = max(found, key=lambda parity: parity.difference)
-    if not worst.difference <= _LEVELS:
-        output.unlink()
-        raise ArithmeticError(f"{output} differs from torch by {worst.difference:.3g} of 255 at {worst.width}x{worst.height}, more than {_LEVELS:g}; it was removed")
+    with atomic_write(output) as temporary:  # what differs never takes the place of what was there
+        save_onnx(temporary, fold(*read_model(model)), pixels)
+        session = onnxruntime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
+        found = [_compare(network, session, pixels, *size) for size in PARITY_SIZES]
+        worst = max(found, key=lambda parity: parity.difference)
+        if not worst.difference <= _LEVELS:
+            raise ArithmeticError(f"{output} would differ from torch by {worst.difference:.3g} of 255 at {worst.width}x{worst.height}, more than {_LEVELS:g}: not written")
     return found
 
 

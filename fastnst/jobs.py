@@ -26,6 +26,8 @@ def plan_jobs(inputs: list[str], output: str) -> list[Job]:
     folder = Path(output)
     found: list[tuple[Path, Path]] = []  # (source, name below the output folder)
     for text in inputs:
+        if not text:
+            raise ValueError("--input: got an empty name; need a file, a folder or a pattern ('.' is this folder)")
         path = Path(text)
         if path.is_dir():
             below = [image for image in find_images(path) if not _lies_in(image, folder) or _lies_in(path, folder)]

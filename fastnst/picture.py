@@ -64,7 +64,7 @@ def open_rgb(path: str | Path, at_least: int | None = None) -> tuple[Image.Image
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... for damaged files
         raise OSError(f"{path}: damaged or unsupported image ({error})") from error
     try:
-        return _split(image)
+        return to_rgb(image)
     except Exception as error:
         raise OSError(f"{path}: cannot convert {image.mode} pixels to RGB ({error})") from error
 
@@ -75,12 +75,15 @@ def _why_unreadable(path: Path) -> str:
     return f"not an image that can be read (kinds: {', '.join(suffix[1:] for suffix in READABLE)})"
 
 
-def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+def to_rgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """An image of any mode -> sRGB of mode RGB, and its alpha of mode L where it has one; not turned."""
     profile = image.info.get("icc_profile")
     alpha = None
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode[:-1] + "A")
+    if (image.mode != "LAB" and "A" in image.getbands()) or "transparency" in image.info:
         base = "L" if image.mode in ("LA", "La", "L") else "RGB"  # gray stays gray for a gray profile
         alpha = image.convert("RGBA").getchannel("A")  # also palettes and a single transparent colour
         image = image.convert("RGBA").convert(base)

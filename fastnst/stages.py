@@ -13,6 +13,7 @@ The rewrites, each the same function of the same weights:
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -128,7 +129,16 @@ def fold(weights: dict[str, np.ndarray], info: ModelInfo) -> StagedNetwork:
         stages.append(Stage(weight, bias, padding=2, padding_mode=mode, shuffle=2))
     else:
         stages.append(Stage(_split_stride(weight), bias.repeat(4), padding=4, padding_mode=mode, stride=2, shuffle=2))
-    return StagedNetwork(tuple(_contiguous(one) for one in stages), info)
+    return StagedNetwork(_checked(_contiguous(one) for one in stages), info)
+
+
+def _checked(stages: Iterable[Stage]) -> tuple[Stage, ...]:
+    stages = tuple(stages)
+    for index, stage in enumerate(stages):
+        wrong = [name for name in ARRAYS if getattr(stage, name) is not None and not np.isfinite(getattr(stage, name)).all()]
+        if wrong:
+            raise ValueError(f"the {wrong[0]} of stage {index} holds what is no number")
+    return stages
 
 
 def _take_pixels(first: Stage) -> Stage:
@@ -212,4 +222,4 @@ def restore_stages(arrays: dict[str, np.ndarray], rest: str, info: ModelInfo) ->
     for index, options in enumerate(json.loads(rest)):
         found = {name: arrays[f"stage.{index}.{name}"].copy() for name in ARRAYS if f"stage.{index}.{name}" in arrays}
         stages.append(Stage(**found, **options))
-    return StagedNetwork(tuple(stages), info)
+    return StagedNetwork(_checked(stages), info)

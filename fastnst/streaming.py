@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fastnst.picture import ImageSize
-from fastnst.video_input import Frame, VideoInput, open_camera, open_video
+from fastnst.video_input import Frame, VideoInput, is_numbered, open_camera, open_video
 from fastnst.video_output import Encoding, check_writable_video, create_video
 
 Stylize = Callable[[np.ndarray], np.ndarray]  # uint8 RGB (N, H, W, 3) -> the same shape
@@ -70,6 +70,9 @@ def stylize_video(
     check_writable_video(target)
     if target.resolve() == Path(source).resolve():
         raise ValueError(f"--output would overwrite the input {source}; choose another --output")
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    if is_numbered(target) and (Path(source).is_dir() or is_numbered(source)) and target.parent.resolve() == folder.resolve():
+        raise ValueError(f"--output {target} would lie among the input's own pictures, and could overwrite them; choose another folder")
     told = 0
 
     def say_a_few(message: str) -> None:

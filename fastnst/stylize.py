@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fastnst.engine import Engine, load_engine, load_network
 from fastnst.jobs import Job
 from fastnst.model import ModelInfo
-from fastnst.picture import ImageSize, open_rgb, save_picture
+from fastnst.picture import ImageSize, open_rgb, save_picture, to_rgb
 from fastnst.tiles import plan_rows, stylize_tiled
 
 _MEMORY_SHARE = 0.8  # of what is free, for one picture
@@ -51,10 +52,9 @@ class Stylizer:
             picture, alpha = open_rgb(image)
             return self._with_alpha(picture, alpha)
         if isinstance(image, Image.Image):
-            alpha = image.convert("RGBA").getchannel("A") if "A" in image.getbands() or "transparency" in image.info else None
-            return self._with_alpha(image.convert("RGB"), alpha)
+            return self._with_alpha(*to_rgb(ImageOps.exif_transpose(image)))
         if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != 3:
+            if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != 3 or not image.size:
                 raise ValueError(f"got an array of {image.dtype} and shape {image.shape}, need uint8 (H, W, 3) or (N, H, W, 3)")
             return self.pictures(image[None])[0] if image.ndim == 3 else self.pictures(image)
         if type(image).__module__.split(".")[0] == "torch":
@@ -94,7 +94,7 @@ class Stylizer:
     def _tensor(self, images: Any) -> Any:
         import torch
 
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not images.numel():
             raise ValueError(f"got a tensor of {images.dtype} and shape {tuple(images.shape)}, need floats (N, 3, H, W) in [0, 1]")
         if hasattr(self.engine, "run_tensor"):
             return self.engine.run_tensor(images.detach().to(self.engine.device, torch.float32), "float").to(images.device, images.dtype)
@@ -160,6 +160,8 @@ def stylize_files(
 def _decode(source: Path, size: ImageSize) -> tuple[np.ndarray, Image.Image | None]:
     picture, alpha = open_rgb(source)
     height, width = size.of(picture.height, picture.width)
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(f"{source}: scaled to {width}x{height}, more than {Image.MAX_IMAGE_PIXELS:,} pixels; use a smaller --short-side")
     if (width, height) != picture.size:
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
         alpha = alpha and alpha.resize((width, height), Image.Resampling.BICUBIC)

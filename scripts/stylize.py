@@ -1,6 +1,7 @@
 """Apply a trained model to photos, videos or a camera: one forward pass each."""
 
 import sys
+import time
 
 from fastnst import cli
 
@@ -23,8 +24,8 @@ def main(argv=None) -> int:
     source.add_argument("--input", nargs="+", metavar="PHOTO|FOLDER|GLOB|VIDEO", help="what to stylize; folders are searched recursively")
     source.add_argument("--camera", metavar="N|DEVICE|URL", help="stylize a camera live, on a page of this machine")
     p.add_argument("--output", metavar="FILE|FOLDER", help="a file for one photo or video, else a folder; the suffix chooses the format")
-    p.add_argument("--short-side", type=int, metavar="N", help="scale so that the short side has N pixels (default: the photo's size)")
-    p.add_argument("--quality", type=int, default=95, choices=range(1, 101), metavar="1-100", help="of JPEG and WebP (default: 95)")
+    p.add_argument("--short-side", type=cli.whole(1, 65_535), metavar="N", help="scale so that the short side has N pixels (default: the photo's size)")
+    p.add_argument("--quality", type=cli.whole(1, 100), default=95, metavar="1-100", help="of JPEG and WebP (default: 95)")
     existing = p.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     existing.add_argument("--skip-existing", action="store_true", help="go on where an interrupted run stopped: photos whose output exists are not made again")
@@ -34,10 +35,10 @@ def main(argv=None) -> int:
     video = p.add_argument_group("video and camera (pip install 'fastnst[video]')")
     video.add_argument("--stabilize", action="store_true", help="less flicker: blend frames along the motion")
     video.add_argument("--codec", default="auto", help="h264, hevc, av1, vp9 or an encoder of FFmpeg (auto: H.264, VP9 in .webm)")
-    video.add_argument("--crf", type=int, metavar="0-63", help="constant rate factor of the codec: lower is better and larger (default: 18 for H.264)")
+    video.add_argument("--crf", type=cli.whole(0, 63), metavar="0-63", help="constant rate factor of the codec: lower is better and larger (default: 18 for H.264)")
     video.add_argument("--preset", help="speed against size, in the encoder's words, such as veryfast or slow")
-    video.add_argument("--frames-per-second", metavar="N", help="of numbered pictures (default: 25)")
-    video.add_argument("--port", type=int, default=8765, help="of the camera's page (default: 8765)")
+    video.add_argument("--frames-per-second", type=frames_per_second, metavar="N", help="of numbered pictures (default: 25)")
+    video.add_argument("--port", type=cli.whole(0, 65_535), default=8765, help="of the camera's page (default: 8765)")
     args = p.parse_args(argv)
     if args.list_styles:
         for name, path in cli.shipped_styles().items():
@@ -45,8 +46,6 @@ def main(argv=None) -> int:
         return 0
     if not args.camera and not (args.input and args.output):
         p.error("--input and --output are needed, or --camera")
-    if args.short_side is not None and args.short_side < 1:
-        p.error(f"--short-side: got {args.short_side}, need 1 or more")
 
     from fastnst.engine import load_engine, load_network
     from fastnst.ranks import join_ranks
@@ -59,6 +58,20 @@ def main(argv=None) -> int:
         if args.camera:
             return camera(args, stylizer, stop)
         return clip(args, stylizer, stop) if is_clip(args.input, args.output) else photos(args, stylizer, ranks, stop)
+
+
+def frames_per_second(text):
+    """A rate above 0: 25, 12.5 or 30000/1001."""
+    from argparse import ArgumentTypeError
+    from fractions import Fraction
+
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        rate = 0
+    if rate <= 0:
+        raise ArgumentTypeError(f"got {text}, need a number above 0, such as 25 or 30000/1001")
+    return rate
 
 
 def is_clip(inputs, output) -> bool:
@@ -99,7 +112,18 @@ def photos(args, stylizer, ranks, stop) -> int:
                 failures += 1
                 cli.say(bar, f"error: {job.source}: {job.target} exists already; use --overwrite to replace it, or --skip-existing")
         size = ImageSize(short_side=args.short_side)
-        for result in stylize_files(stylizer, jobs, size, args.quality, lambda part: bar.set_postfix_str(f"{part:.0%} of this one"), stop):
+        shown = time.monotonic()
+
+        def strip_done(part):
+            nonlocal shown
+            if stop():
+                raise KeyboardInterrupt  # a large picture takes minutes: nothing of it is written
+            bar.set_postfix_str(f"{part:.0%} of this one", refresh=False)
+            if time.monotonic() - shown > bar.mininterval:
+                shown = time.monotonic()
+                bar.refresh()
+
+        for result in stylize_files(stylizer, jobs, size, args.quality, strip_done, stop):
             if result.error is not None:
                 failures += 1
                 cli.say(bar, f"error: {result.error}")
@@ -115,13 +139,16 @@ def photos(args, stylizer, ranks, stop) -> int:
 
 def clip(args, stylizer, stop) -> int:
     """One video, or numbered pictures, into another."""
-    from fractions import Fraction
+    from pathlib import Path
 
     from fastnst.motion import Stabilizer
     from fastnst.picture import ImageSize
     from fastnst.streaming import stylize_video
     from fastnst.video_output import Encoding
 
+    if args.skip_existing and Path(args.output).exists():
+        print(f"there already: {args.output}")
+        return 0
     bar = cli.progress_bar(None, unit="frame")
 
     def report(progress):
@@ -139,7 +166,7 @@ def clip(args, stylizer, stop) -> int:
             stabilize=Stabilizer() if args.stabilize else None,
             encoding=Encoding(codec=args.codec, quality=args.crf, preset=args.preset),
             picture_quality=args.quality,
-            pictures_per_second=Fraction(args.frames_per_second) if args.frames_per_second else None,
+            pictures_per_second=args.frames_per_second,
             overwrite=args.overwrite,
             on_progress=report,
             say=lambda message: cli.say(bar, message),
@@ -147,7 +174,10 @@ def clip(args, stylizer, stop) -> int:
         )
     broken = f", {found.broken} broken ones left out" if found.broken else ""
     print(f"{found.done} frames{' (stopped)' if stop() else ''}{broken}, {found.frames_per_second:.1f} a second; output: {args.output}")
-    return stop.exit_code or (1 if found.broken else 0)
+    early = found.total is not None and not stop() and found.done + found.broken < 0.8 * found.total
+    if early:
+        cli.say(None, f"error: {args.input[0]} ends early: {found.done} frames, it says that it has about {found.total}; is it cut off?")
+    return stop.exit_code or (1 if found.broken or early else 0)
 
 
 def camera(args, stylizer, stop) -> int:

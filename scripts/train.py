@@ -31,7 +31,7 @@ def main(argv=None) -> int:
     from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
     from fastnst.train import TrainingDiverged
 
-    names = [Path(name).stem for name in args.config]
+    names = [cli.find_config(name).stem for name in args.config]  # all are there, before the first is trained
     several = len(names) > 1
     if len(set(names)) < len(names):
         raise ValueError(f"--config: got {', '.join(names)}, need different names, as each is the name of a folder of results; rename one")

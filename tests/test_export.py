@@ -72,7 +72,7 @@ def test_a_difference_is_an_error_and_leaves_no_file(model, tmp_path, monkeypatc
     monkeypatch.setattr(export_module, "load_model", another)
     main = importlib.import_module("fastnst.scripts.export").main
     assert run(main, ["--model", str(model[0]), "--output", str(tmp_path / "model.onnx")]) == 2
-    assert "differs from torch by" in capsys.readouterr().err
+    assert "would differ from torch by" in capsys.readouterr().err
     assert not (tmp_path / "model.onnx").exists()
 
 
@@ -95,3 +95,24 @@ def test_a_file_that_is_no_model_is_named(tmp_path, data, message):
         load_onnx(tmp_path / "model.onnx")
     with pytest.raises(FileNotFoundError, match="nothing.onnx"):
         load_onnx(tmp_path / "nothing.onnx")
+
+
+def test_a_file_with_weights_that_are_no_numbers_is_named(model, tmp_path):
+    export(model[0], tmp_path / "model.onnx")
+    data = bytearray((tmp_path / "model.onnx").read_bytes())
+    weight = load_onnx(tmp_path / "model.onnx").stages[2].weight.tobytes()
+    at = data.find(weight)
+    assert at > 0
+    data[at : at + 64] = b"\xff" * 64
+    (tmp_path / "model.onnx").write_bytes(data)
+    with pytest.raises(ValueError, match="model.onnx: .*stage 2 holds what is no number"):
+        load_onnx(tmp_path / "model.onnx")
+
+
+def test_a_failed_export_keeps_the_old_file(model, tmp_path, monkeypatch):
+    (tmp_path / "model.onnx").write_bytes(b"precious")
+    monkeypatch.setattr(export_module, "_LEVELS", -1.0)
+    with pytest.raises(ArithmeticError, match="not written"):
+        export(model[0], tmp_path / "model.onnx", overwrite=True)
+    assert (tmp_path / "model.onnx").read_bytes() == b"precious"
+    assert len(list(tmp_path.iterdir())) == 2

@@ -60,7 +60,7 @@ ALLOWED_TO_VERBS = {
     "evaluate": set(NOUNS),
     "distill": set(NOUNS),
     "stylize": {"engine", "jobs", "model", "picture", "tiles"},
-    "export": {"checkpoint", "engine", "model", "onnx_graph", "stages"},
+    "export": {"checkpoint", "engine", "files", "model", "onnx_graph", "stages"},
 }
 # Scripts that are no verb of their own: they put verbs together, or draw.
 COMPOSED = {"preview": {"train", "optimize"}, "publish": {"train"}, "quickstart": {"stylize", "scripts"}, "draw_style": set(), "benchmark": set(), "benchmark_training": {"train"}, "benchmark_inference": set()}

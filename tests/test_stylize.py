@@ -347,3 +347,57 @@ def test_torchrun_shares_a_folder_out(model, photos, tmp_path):
     assert done.stdout.count("12 of 13 stylized, 1 failed") == 1  # one summary for both
     assert "broken.png" in done.stderr
     assert len(list((tmp_path / "out").rglob("*.*"))) == 12
+
+
+def test_numbered_output_among_the_input_is_refused(stylize_command, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for index, frame in enumerate(moving_frames(3)):
+        Image.fromarray(frame).save(tmp_path / "in" / f"f_{index:03d}.png")
+    before = {path: path.read_bytes() for path in (tmp_path / "in").iterdir()}
+    assert stylize_command("--input", tmp_path / "in", "--output", tmp_path / "in" / "f_%03d.png", "--overwrite") == 2
+    assert "among the input's own pictures" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
+
+
+def test_a_clip_that_is_cut_off_is_told(stylize_command, tmp_path, capsys):
+    write_clip(tmp_path / "clip.mkv", moving_frames(40))
+    whole = (tmp_path / "clip.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 4])
+    assert stylize_command("--input", tmp_path / "cut.mkv", "--output", tmp_path / "out.mkv") == 1
+    assert "cut.mkv ends early" in capsys.readouterr().err
+    assert (tmp_path / "out.mkv").exists()
+    assert stylize_command("--input", tmp_path / "clip.mkv", "--output", tmp_path / "out.mkv", "--skip-existing") == 0
+    assert "there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag, value", [("--short-side", "99999"), ("--short-side", "0"), ("--crf", "99"), ("--quality", "0"), ("--frames-per-second", "1/0"), ("--frames-per-second", "-5")])
+def test_a_number_out_of_range_names_its_flag(stylize_command, flag, value, capsys):
+    with pytest.raises(SystemExit) as left:
+        stylize_command("--input", "in.png", "--output", "out.png", flag, value)
+    assert left.value.code == 2
+    assert f"argument {flag}: got {value}, need a" in capsys.readouterr().err
+
+
+def test_pil_images_are_read_as_files_are(stylizer, tmp_path):
+    gray = Image.fromarray(np.linspace(0, 65535, 24 * 32).reshape(24, 32).astype(np.uint16))
+    turned = synthetic_photo(1, 32, 24)
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    gray.save(tmp_path / "gray.png")
+    turned.save(tmp_path / "turned.png", exif=exif)
+    for name in ("gray.png", "turned.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert np.array_equal(np.asarray(stylizer(picture)), np.asarray(stylizer(tmp_path / name)))
+    assert stylizer(synthetic_photo(1).convert("LAB")).mode == "RGB"
+
+
+@pytest.mark.parametrize("nothing", [np.zeros((0, 4, 4, 3), np.uint8), np.zeros((0, 4, 3), np.uint8), torch.zeros(0, 3, 4, 4)])
+def test_no_pictures_at_all_are_refused(stylizer, nothing):
+    with pytest.raises(ValueError, match="got a"):
+        stylizer(nothing)
+
+
+def test_a_picture_scaled_beyond_reason_is_named(stylize_command, tmp_path, capsys):
+    Image.new("RGB", (3, 500)).save(tmp_path / "thin.png")
+    assert stylize_command("--input", tmp_path / "thin.png", "--output", tmp_path / "out.png", "--short-side", "3000") == 1
+    assert "thin.png: scaled to 3000x500000" in capsys.readouterr().err
