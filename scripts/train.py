@@ -31,10 +31,12 @@ def main(argv=None) -> int:
     from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
     from fastnst.train import TrainingDiverged
 
-    names = [cli.find_config(name).stem for name in args.config]  # all are there, before the first is trained
+    names = [Path(name).stem for name in args.config]
     several = len(names) > 1
     if len(set(names)) < len(names):
         raise ValueError(f"--config: got {', '.join(names)}, need different names, as each is the name of a folder of results; rename one")
+    for name in args.config:  # one that is missing is told before the first is trained
+        cli.find_config(name)
     keep_freed_memory()
     codes = {}
     try:
