@@ -5,7 +5,7 @@ All engines take and give the same arrays, ``(N, H, W, 3)`` uint8 or ``(N, 3, H,
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache, cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,6 +18,7 @@ from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, fold
 ENGINES = ("auto", "openvino", "onnxruntime", "torch")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
 Pixels = Literal["uint8", "float"]
+Compiled = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 _LARGE = 3 * 1_000_000  # numbers of a picture of a megapixel
 
 
@@ -96,13 +97,14 @@ class _GraphEngine:
     def __init__(self, network: StagedNetwork, precision: str = "auto") -> None:
         self.network = network
         self.precision = _cpu_precision(self.name, precision)
-        self._whole = cache(lambda pixels: self._load(self._graph(pixels)))
-        self._alone = cache(self._load_stage)
+        # Compiled graphs by what they are for. No functools.cache of methods: it would make a cycle of the engine, which the garbage
+        # collector might find in a forked process, such as one that loads photos, where a runtime's threads are gone: it crashed there.
+        self._compiled: dict[Any, Compiled] = {}
 
     def _graph(self, pixels: Pixels) -> bytes:
         return onnx_graph().network_graph(self.network, pixels, int8=self.precision == "int8").SerializeToString()
 
-    def _load_stage(self, index: int, statistics: bool) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
+    def _load_stage(self, index: int, statistics: bool) -> Compiled:
         before = self.network.stages[index - 1] if index else None
         return self._load(onnx_graph().stage_graph(self.network.stages[index], before, statistics).SerializeToString())
 
@@ -111,7 +113,9 @@ class _GraphEngine:
         return self.network.stages[0].channels * self._bytes[self.precision]
 
     def run(self, pictures: np.ndarray, pixels: Pixels = "uint8") -> np.ndarray:
-        return self._whole(pixels)({"pixels": np.ascontiguousarray(pictures)})[0]
+        if pixels not in self._compiled:
+            self._compiled[pixels] = self._load(self._graph(pixels))
+        return self._compiled[pixels]({"pixels": np.ascontiguousarray(pictures)})[0]
 
     def stage(self, index, rows, gain, shift, above, below, statistics):
         side = self.network.stages[index].padding
@@ -120,10 +124,12 @@ class _GraphEngine:
             gain = np.ones(rows.shape[1], np.float32) if gain is None else gain
             shift = np.zeros(rows.shape[1], np.float32) if shift is None else shift
             inputs |= {"gain": gain.reshape(1, -1, 1, 1), "shift": shift.reshape(1, -1, 1, 1)}
-        raw, *moments = self._alone(index, statistics)(inputs)
+        if (index, statistics) not in self._compiled:
+            self._compiled[index, statistics] = self._load_stage(index, statistics)
+        raw, *moments = self._compiled[index, statistics](inputs)
         return raw, *(moment.ravel() for moment in moments)
 
-    def _load(self, model: bytes) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
+    def _load(self, model: bytes) -> Compiled:
         raise NotImplementedError
 
 
@@ -135,13 +141,16 @@ class OpenVinoEngine(_GraphEngine):
     def __init__(self, network: StagedNetwork, precision: str = "auto") -> None:
         super().__init__(network, precision)
         self._last: tuple[Any, ...] = ()  # what the last pictures were: kind and shape
-        self._fixed = lru_cache(1)(lambda pixels, shape: self._load(self._graph(pixels), shape))
+        self._fixed: tuple[Any, Compiled | None] = ((), None)  # the kind and shape that was compiled for last
 
     def run(self, pictures: np.ndarray, pixels: Pixels = "uint8") -> np.ndarray:
         this, last = (pixels, pictures.shape), self._last
         self._last = this
         if this == last or pictures.size >= _LARGE:  # 0.15 s of compiling make it 5 to 9 % faster, and smaller by an eighth
-            return self._fixed(*this)({"pixels": np.ascontiguousarray(pictures)})[0]
+            if self._fixed[0] != this:
+                self._fixed = ((), None)  # frees the old one before the new one is made
+                self._fixed = (this, self._load(self._graph(pixels), pictures.shape))
+            return self._fixed[1]({"pixels": np.ascontiguousarray(pictures)})[0]
         return super().run(pictures, pixels)
 
     def _load(self, model, shape=None):

@@ -161,3 +161,23 @@ def test_a_photo_is_stylized_without_importing_torch(name, tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_engine_is_freed_at_once_and_not_by_the_garbage_collector(name):
+    """A collector that ran in a forked process would free what belongs to threads that are not there: it crashed."""
+    import gc
+    import weakref
+
+    _, stages = staged()
+    engine = load_engine(stages, "cpu", name, "float32")
+    for _ in range(2):
+        engine.run(photo(20, 20))
+    engine.stage(0, np.zeros((1, 3, 20, 20), np.float32), None, None, 4, 4, True)
+    gone = weakref.ref(engine)
+    gc.disable()
+    try:
+        del engine
+        assert gone() is None
+    finally:
+        gc.enable()
