@@ -5,7 +5,7 @@ All engines take and give the same arrays, ``(N, H, W, 3)`` uint8 or ``(N, 3, H,
 
 import importlib.util
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -154,15 +154,12 @@ class OpenVinoEngine(_GraphEngine):
         return super().run(pictures, pixels)
 
     def _load(self, model, shape=None):
-        import openvino
-
         half = self.precision == "bfloat16" or (self.precision == "int8" and _multiplies_bfloat16())
         options = {"INFERENCE_PRECISION_HINT": "bf16" if half else "f32", "INFERENCE_NUM_THREADS": cpu_threads()}
-        core = openvino.Core()
-        graph = core.read_model(model)
+        graph = openvino_core().read_model(model)
         if shape is not None:
             graph.reshape({"pixels": list(shape)})
-        request = core.compile_model(graph, "CPU", options).create_infer_request()
+        request = openvino_core().compile_model(graph, "CPU", options).create_infer_request()
         return lambda inputs: list(request.infer(inputs, share_inputs=True).values())
 
 
@@ -288,6 +285,14 @@ class TorchEngine:
                 return (x.cpu().numpy(),)
             variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
             return x.cpu().numpy(), mean.cpu().numpy(), variance.cpu().numpy()
+
+
+@cache
+def openvino_core():
+    """OpenVINO's core, one for the life of the process: the last one takes its plugin out of memory, and the next fork crashed then."""
+    import openvino
+
+    return openvino.Core()
 
 
 def onnx_graph():
