@@ -29,7 +29,8 @@ from fastnst.loss_network import load_loss_network
 from fastnst.losses import LossConfig, PerceptualLoss
 from fastnst.model import NetworkConfig
 from fastnst.network import LastConv, TransformNetwork
-from fastnst.objective import Objective, adam
+from fastnst.objective import Objective
+from fastnst.optimizer import adam
 from fastnst.runtime import autocast, keep_freed_memory, resolve_precision
 
 # How far the losses of the same photos, from the same weights, may lie from the published step's, relatively. Rounding alone moves
@@ -151,7 +152,7 @@ class OurStep:
         self.task, device = task, torch.device(task.device)
         self.precision = resolve_precision(way.precision, device)
         self.objective = our_objective(task, device, self.precision, "on" if way.compile else "off")
-        self.optimizer = adam(self.objective.network) if way.fused_adam else torch.optim.Adam(self.objective.network.parameters())
+        self.optimizer = adam(list(self.objective.network.parameters())) if way.fused_adam else torch.optim.Adam(self.objective.network.parameters())
 
     def __call__(self, photos: Tensor) -> Tensor:
         """uint8 ``(N, 3, S, S)`` -> the loss before this step, still on the device."""

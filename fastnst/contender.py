@@ -76,7 +76,8 @@ def load_contenders(
                 raise FileNotFoundError(f"{file}: {error}; say where it lies with --set loss.weights=FILE") from error
         loss = PerceptualLoss(loss_networks[key], recipe.loss, style)
         same = recipe.loss.model_copy(update={"weights": ""}) == trained.loss.model_copy(update={"weights": ""})
-        loss.config, weights_from = _raw_weights(file, loss, same, photos, recipe.crop_size)
+        raw, weights_from = _raw_weights(file, loss, same, photos, recipe.crop_size)
+        loss.config = raw.model_copy(update={"grid_weight": 0.0})  # which is for networks alone: the optimizer's pictures have no cells
         name = file.resolve().parent.name if file.stem == "model" else file.stem
         label = name if all(name != other.label for other in contenders) else f"{name} ({len(contenders) + 1})"
         contenders.append(Contender(label, file, network.to(device), info.step, recipe, style, loss, weights_from))

@@ -1,4 +1,4 @@
-"""What is minimized: content, style and total-variation terms, and ``PerceptualLoss``, which adds them up.
+"""What is minimized: content, style, total-variation and grid terms, and ``PerceptualLoss``, which adds them up.
 
 ``train`` lowers it over the weights of a network, ``optimize`` over the pixels of one image. Functions hold the
 mathematics, classes the settings.
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ Gram = Literal["chw", "hw", "sqrt_chw", "none"]
 
 
 class LossConfig(LossNetworkConfig):
-    """The objective: content_weight x sum_l w_l content_l + style_weight x sum_l w_l style_l + tv_weight x tv.
+    """The objective: content_weight x sum_l w_l content_l + style_weight x sum_l w_l style_l + tv_weight x tv + grid_weight x grid.
 
     ``distance`` between features and between Grams, for each image, averaged over the batch: ``mse`` mean of squares, ``sse``
     sum of squares, ``rmse`` root of the mean of squares. ``gram``: what F F^T is divided by; ``sqrt_chw`` makes the squared
@@ -29,6 +30,8 @@ class LossConfig(LossNetworkConfig):
     ``strength``, 0 to 10, makes the weights mean the same for every painting, loss network and size: content, each style layer
     and total variation are then measured in units of their own size (``calibrate``), 5 is a balanced picture, each 1 more
     doubles the style, and the weights above multiply those units. Without it they are raw, as papers print them.
+
+    ``grid_weight`` is of ``regular_grid``, in squares of [0, 1], never scaled: it keeps a network from weaving its 4 px cells.
     """
 
     strength: float | None = Field(None, ge=0, le=10)
@@ -43,6 +46,7 @@ class LossConfig(LossNetworkConfig):
     tv_power: Literal[1, 2] = Field(2, description="1: absolute differences, 2: squared ones")
     tv_reduction: Literal["mean", "sum"] = Field("sum", description="over the pixels and channels of an image")
     tv_units: Literal["pixels", "network"] = Field("network", description="pixels: [0, 1]; network: (pixels - mean) / std, 0..255 for Caffe weights")
+    grid_weight: float = Field(0.0, ge=0)
 
     @field_validator("content_layers", "style_layers")
     @classmethod
@@ -128,6 +132,23 @@ def total_variation(images: Tensor, power: int = 2, reduction: str = "sum") -> T
     return total / (images.shape[0] if reduction == "sum" else images.numel())
 
 
+def regular_grid(images: Tensor) -> Tensor:
+    """Mean square of the pattern that repeats every 4 px, in windows of 32 px, averaged over the batch; 0 where there is none.
+
+    4 px is what a network's two upsamplings make of one position: short of photos it fills all of them alike, which looks woven.
+    What is coarser than 5 px does not count. Random texture leaves a 64th of its variance.
+    """
+    images = images.float()
+    height, width = (side // 4 * 4 for side in images.shape[-2:])
+    if not (height and width):
+        return images.new_zeros(())
+    fine = (images - F.avg_pool2d(images, 5, 1, 2, count_include_pad=False))[..., :height, :width]
+    places = F.pixel_unshuffle(fine, 4)  # (N, 3 x 16, H / 4, W / 4)
+    window = min(8, *places.shape[-2:])
+    pattern = F.avg_pool2d(places, window, max(1, window // 2)).unflatten(1, (-1, 16))
+    return (pattern - pattern.mean(2, keepdim=True)).square().mean()
+
+
 def distance(a: Tensor, b: Tensor, kind: Distance = "mse") -> Tensor:
     """Distance of each ``a[i]`` to ``b[i]`` (or to a single ``b``), averaged over the batch; in float32 at least."""
     difference = a.float() - b.float() if a.dtype in (torch.float16, torch.bfloat16) else a - b
@@ -172,15 +193,16 @@ class LossTerms:
     content: dict[str, Tensor]
     style: dict[str, Tensor]
     tv: Tensor
+    grid: Tensor | float = 0.0
 
     @property
     def total(self) -> Tensor:
-        return sum(self.content.values()) + sum(self.style.values()) + self.tv
+        return sum(self.content.values()) + sum(self.style.values()) + self.tv + self.grid
 
     def scalars(self) -> dict[str, Tensor]:
         """Detached, by the names under which TensorBoard shows them."""
         zero = torch.zeros_like(self.tv)
-        named = {"loss/total": self.total, "loss/content": sum(self.content.values(), zero), "loss/style": sum(self.style.values(), zero), "loss/tv": self.tv}
+        named = {"loss/total": self.total, "loss/content": sum(self.content.values(), zero), "loss/style": sum(self.style.values(), zero), "loss/tv": self.tv, "loss/grid": zero + self.grid}
         named |= {f"loss_content/{layer}": term for layer, term in self.content.items()}
         named |= {f"loss_style/{layer}": term for layer, term in self.style.items()}
         return {name: term.detach() for name, term in named.items()}
@@ -215,6 +237,7 @@ class PerceptualLoss(nn.Module):
             {layer: c.content_weight * weight * bare.content[layer] for layer, weight in c.content_layers.items()},
             {layer: c.style_weight * weight * bare.style[layer] for layer, weight in c.style_layers.items()},
             c.tv_weight * bare.tv,
+            c.grid_weight * bare.grid,
         )
 
     def measure(self, images: Tensor, content_targets: dict[str, Tensor]) -> LossTerms:
@@ -227,7 +250,7 @@ class PerceptualLoss(nn.Module):
         if c.tv_weight:
             units = (images - self.loss_network.mean) / self.loss_network.std if c.tv_units == "network" else images
             tv = total_variation(units, c.tv_power, c.tv_reduction)
-        return LossTerms(content, style, tv)
+        return LossTerms(content, style, tv, regular_grid(images) if c.grid_weight else images.new_zeros(()))
 
     def _style_target(self, features: Tensor) -> tuple[Tensor, ...]:
         if self.config.statistics == "gram":

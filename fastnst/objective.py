@@ -59,9 +59,3 @@ class Objective:
             targets = self.loss.content_targets(content)
             stylized = self.network(content)
             return self.loss(stylized, targets), stylized
-
-
-def adam(network: nn.Module) -> torch.optim.Adam:
-    """Adam over the weights of ``network``, all in one kernel where the device has it."""
-    parameters = list(network.parameters())
-    return torch.optim.Adam(parameters, fused=parameters[0].device.type in ("cpu", "cuda"))

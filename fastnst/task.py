@@ -20,6 +20,7 @@ from fastnst.metrics import judgement
 from fastnst.model import NetworkConfig
 from fastnst.network import TransformNetwork
 from fastnst.objective import Compile, Objective
+from fastnst.optimizer import OptimizerName
 from fastnst.photo_cache import PhotoCache
 from fastnst.picture import ImageSize
 from fastnst.ranks import Ranks
@@ -40,6 +41,7 @@ class LoopConfig(Config):
     steps: int = Field(40_000, ge=1, le=10**9)
     batch_size: int = Field(4, ge=1, le=4096, description="photos per step, over all ranks")
     accumulate: int = Field(1, ge=1, le=4096, description="parts that a rank's photos of a step are computed in: less memory, the same result")
+    optimizer: OptimizerName = "adam"
     learning_rate: LearningRate = LearningRate()
     clip_gradient: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -22,7 +22,8 @@ from fastnst.image import load_image, resize, to_pil
 from fastnst.losses import LossConfig
 from fastnst.model import MODEL_NAME, read_model
 from fastnst.network import TransformNetwork
-from fastnst.objective import Objective, adam
+from fastnst.objective import Objective
+from fastnst.optimizer import make_optimizer
 from fastnst.picture import ImageSize
 from fastnst.ranks import Ranks
 from fastnst.run import CONFIG_NAME, check_space, check_there, find_run, hold, portable
@@ -118,7 +119,7 @@ def train(
     with ranks.together():  # what is missing or wrong is found here, before anything is written
         state = load_training_state(run_dir / STATE_NAME) if ranks.main and find_run(config, run_dir, _may_change(config)) else None
         task = prepare(config, device, ranks)
-        network, loss, optimizer = task.network, task.loss, adam(task.network)
+        network, loss, optimizer = task.network, task.loss, make_optimizer(loop.optimizer, task.network)
         begun = _snapshot(network, optimizer, 0, Watchdog())
         if state is not None:
             restore(run_dir / STATE_NAME, state, network, optimizer)
@@ -354,4 +355,4 @@ def _summary(
 def _raw_weights(asked: LossConfig, raw: LossConfig) -> str:
     dial = "raw weights" if asked.strength is None else f"strength {asked.strength:g} is here, in raw weights"
     layers = ", ".join(f"{layer} {raw.style_weight * weight:.4g}" for layer, weight in raw.style_layers.items())
-    return f"{dial}: content {raw.content_weight:.4g}, style {layers}, tv {raw.tv_weight:.4g}"
+    return f"{dial}: content {raw.content_weight:.4g}, style {layers}, tv {raw.tv_weight:.4g}, grid {raw.grid_weight:.4g}"

@@ -38,8 +38,9 @@ NOUNS = {
     "photo_cache": {"files", "runtime"},
     "data": {"config", "photo_cache", "picture", "runtime"},
     "objective": {"losses", "runtime"},
+    "optimizer": set(),
     "benchmark_inference": {"checkpoint", "engine", "picture", "runtime", "stages"},
-    "benchmark_training": {"data", "losses", "loss_network", "model", "network", "objective", "runtime"},
+    "benchmark_training": {"data", "losses", "loss_network", "model", "network", "objective", "optimizer", "runtime"},
     "checkpoint": {"files", "model", "network"},
     "sheet": set(),
     "metrics": set(),
@@ -50,9 +51,9 @@ NOUNS = {
     "watchdog": set(),
     "survey": {"data", "picture"},
     "run": {"checkpoint", "config", "files", "model"},
-    "task": {"config", "data", "image", "loss_network", "losses", "metrics", "model", "network", "objective", "photo_cache", "picture", "ranks", "runtime", "schedule"},
+    "task": {"config", "data", "image", "loss_network", "losses", "metrics", "model", "network", "objective", "optimizer", "photo_cache", "picture", "ranks", "runtime", "schedule"},
 }
-TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "benchmark_training", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task"}
+TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "optimizer", "benchmark_training", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task"}
 # Each verb; any noun is open to those that train.
 ALLOWED_TO_VERBS = {
     "train": set(NOUNS),

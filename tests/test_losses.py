@@ -17,6 +17,7 @@ from fastnst.losses import (
     gaussian_wasserstein,
     gram_matrix,
     mean_covariance,
+    regular_grid,
     total_variation,
 )
 
@@ -208,14 +209,15 @@ def test_terms_are_built_from_the_features_named():
 
 
 def test_total_is_the_sum_of_the_terms():
-    one, two, three, four = (torch.tensor(float(value)) for value in (1, 2, 3, 4))
-    terms = LossTerms({"relu3_3": one}, {"relu1_2": two, "relu2_2": three}, four)
-    assert terms.total == 1 + 2 + 3 + 4
+    one, two, three, four, five = (torch.tensor(float(value)) for value in (1, 2, 3, 4, 5))
+    terms = LossTerms({"relu3_3": one}, {"relu1_2": two, "relu2_2": three}, four, five)
+    assert terms.total == 1 + 2 + 3 + 4 + 5
     assert {name: value.item() for name, value in terms.scalars().items()} == {
-        "loss/total": 10,
+        "loss/total": 15,
         "loss/content": 1,
         "loss/style": 5,
         "loss/tv": 4,
+        "loss/grid": 5,
         "loss_content/relu3_3": 1,
         "loss_style/relu1_2": 2,
         "loss_style/relu2_2": 3,
@@ -340,3 +342,36 @@ def test_raw_weights_are_left_as_they_are(pictures):
     photos, style = pictures
     config = strength_of(None)
     assert calibrate(PerceptualLoss(load_loss_network(config, config.layers), config, style), photos) is config
+
+
+def test_regular_grid_of_stripes_every_4_px():
+    # The mean over 5 columns takes 1/5 of a stripe, at the place between two stripes 2/5: 1 - 1/5, -1/5, -2/5, -1/5 are left at the four places.
+    # Their mean is 0, their mean square (0.64 + 0.04 + 0.16 + 0.04) / 4 = 0.22; the picture's border is one cell of 40.
+    stripes = torch.zeros(2, 3, 160, 160)
+    stripes[..., ::4] = 0.5
+    assert float(regular_grid(stripes)) == pytest.approx(0.22 * 0.5**2, rel=0.02)
+    assert float(regular_grid(stripes.roll(1, 3))) == pytest.approx(0.22 * 0.5**2, rel=0.02)  # wherever they lie
+
+
+def test_regular_grid_counts_what_repeats_every_4_px_alone():
+    wide = torch.arange(160).remainder(10).lt(5).float().expand(1, 3, 160, 160)  # every 10 px
+    ramp = torch.linspace(0, 1, 160).expand(1, 3, 160, 160)
+    noise = torch.rand(1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    assert float(regular_grid(wide)) < 0.22 / 20 and float(regular_grid(ramp)) < 1e-6
+    # 64 cells of a window averaged: a 64th of the variance 1/12, of which the 5x5 mean has taken 1/25
+    assert float(regular_grid(noise)) == pytest.approx(1 / 12 * 24 / 25 / 64, rel=0.1)
+
+
+@pytest.mark.parametrize("height, width", [(3, 50), (4, 4), (5, 33), (16, 16), (50, 47)])
+def test_regular_grid_takes_any_size(height, width):
+    assert math.isfinite(float(regular_grid(torch.rand(1, 3, height, width))))
+
+
+def test_the_grid_term_is_part_of_the_objective():
+    images = torch.zeros(1, 3, 64, 64)
+    images[..., ::4] = 0.5
+    with_grid, without = (toy_loss(grid_weight=weight) for weight in (100.0, 0.0))
+    terms, bare = (loss(images, loss.content_targets(images)) for loss in (with_grid, without))
+    assert float(terms.grid) == pytest.approx(100 * float(regular_grid(images)))
+    assert float(terms.total) == pytest.approx(float(bare.total) + float(terms.grid), rel=1e-5)
+    assert float(terms.scalars()["loss/grid"]) == float(terms.grid) > 0 == float(bare.scalars()["loss/grid"])

@@ -10,7 +10,7 @@ from fastnst.loss_network import load_loss_network
 from fastnst.losses import LossConfig, PerceptualLoss
 from fastnst.model import NetworkConfig
 from fastnst.network import TransformNetwork
-from fastnst.objective import Objective, adam
+from fastnst.objective import Objective
 
 PHOTOS = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -70,16 +70,3 @@ def test_a_compiler_that_fails_is_told_of_and_done_without(parts, monkeypatch):
     wanted = Objective(*parts, torch.float32)(PHOTOS)[0].total
     assert all(torch.equal(objective(PHOTOS)[0].total, wanted) for _ in range(2))
     assert said == ["torch.compile failed, going on without (no C++ compiler found)"]
-
-
-def test_adam_in_one_kernel_steps_as_plain_adam_does(parts):
-    network, _ = parts
-    plain = TransformNetwork(network.config)
-    plain.load_state_dict(network.state_dict())
-    for one, optimizer in ((network, adam(network)), (plain, torch.optim.Adam(plain.parameters()))):
-        generator = torch.Generator().manual_seed(1)
-        for _ in range(3):
-            for parameter in one.parameters():
-                parameter.grad = torch.randn(parameter.shape, generator=generator)
-            optimizer.step()
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(network.parameters(), plain.parameters()))

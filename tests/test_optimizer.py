@@ -1,0 +1,92 @@
+"""Steps of the optimizers, against arithmetic and against torch's own."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastnst.model import NetworkConfig
+from fastnst.network import TransformNetwork
+from fastnst.optimizer import Muon, adam, make_optimizer
+
+SMALL = NetworkConfig(width=4, residual_blocks=1)
+
+
+def copy_of(network: TransformNetwork) -> TransformNetwork:
+    other = TransformNetwork(network.config)
+    other.load_state_dict(network.state_dict())
+    return other
+
+
+def give_gradients(network: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_adam_in_one_kernel_steps_as_plain_adam_does():
+    network = TransformNetwork(SMALL)
+    plain = copy_of(network)
+    for one, optimizer in ((network, adam(list(network.parameters()))), (plain, torch.optim.Adam(plain.parameters()))):
+        for step in range(3):
+            give_gradients(one, step)
+            optimizer.step()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(network.parameters(), plain.parameters()))
+
+
+def test_muon_moves_kernels_along_the_nearest_orthogonal_matrix():
+    network = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Conv2d(3, 1, 1))
+    optimizer = Muon(network)
+    before = network[0].weight.detach().clone()
+    give_gradients(network, 0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    optimizer.step()
+    step = (network[0].weight.detach() - before)[:, :, 0, 0]
+    # A 3x2 gradient U S V^T makes a step of -0.01 x 0.2 sqrt(3) x U S' V^T, where S' is between 0.68 and 1.14 (Jordan et al.), not 1 exactly.
+    u, _, v = torch.linalg.svd(network[0].weight.grad[:, :, 0, 0], full_matrices=False)
+    along = -(u.T @ step @ v.T) / (0.01 * 0.2 * 3**0.5)
+    assert along.diagonal().min() > 0.6 and along.diagonal().max() < 1.25
+    assert (along - along.diagonal().diag()).abs().max() < 0.05  # in bfloat16
+
+
+def test_muon_leaves_the_last_convolution_norms_and_biases_to_adam():
+    network = TransformNetwork(SMALL)
+    by_adam = copy_of(network)
+    for one, optimizer in ((network, Muon(network)), (by_adam, adam(list(by_adam.parameters())))):
+        give_gradients(one, 0)
+        optimizer.step()
+    same = {name: torch.equal(a, dict(by_adam.named_parameters())[name]) for name, a in network.named_parameters()}
+    last = max(int(name.split(".")[1]) for name in same)
+    kernels = {name for name, parameter in network.named_parameters() if parameter.ndim == 4}
+    assert {name for name, equal in same.items() if not equal} == kernels - {f"layers.{last}.weight"}
+
+
+@pytest.mark.parametrize("name", ["adam", "muon"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_resumed_is_uninterrupted_in_every_layout(name, layout):
+    network = TransformNetwork(SMALL)
+    interrupted = copy_of(network)
+    plain = copy_of(network)
+    network.to(memory_format=layout)
+    optimizer = make_optimizer(name, network)
+    for step in range(4):
+        give_gradients(network, step)
+        optimizer.step()
+    for start in (0, 2):  # a new optimizer after two steps, with the state of the first
+        resumed = make_optimizer(name, interrupted.to(memory_format=layout))
+        if start:
+            resumed.load_state_dict(state)
+        for step in range(start, start + 2):
+            give_gradients(interrupted, step)
+            resumed.step()
+        state = resumed.state_dict()
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), interrupted.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(network.parameters(), plain.parameters()))
+
+
+def test_muon_and_adam_do_not_take_each_others_state():
+    network = TransformNetwork(SMALL)
+    with pytest.raises(KeyError):
+        Muon(network).load_state_dict(adam(list(network.parameters())).state_dict())
+    with pytest.raises(KeyError):
+        adam(list(network.parameters())).load_state_dict(Muon(network).state_dict())
