@@ -1,0 +1,51 @@
+"""What only a GPU can show; skipped, saying so, where there is none."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastnst.benchmark_inference import psnr
+from fastnst.checkpoint import save_model
+from fastnst.config import validate_config
+from fastnst.engine import load_engine, load_network
+from fastnst.model import NetworkConfig
+from fastnst.network import TransformNetwork
+from fastnst.train import TrainConfig, train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def model(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "model.safetensors"
+    save_model(path, TransformNetwork(NetworkConfig(width=8, residual_blocks=2)), step=1, recipe={})
+    return path
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 64, 48, 3), (3, 37, 51, 3)])
+def test_recorded_passes_are_the_eager_ones_and_near_those_of_the_cpu(model, precision, shape):
+    engine = load_engine(load_network(model), "cuda", "torch", precision)
+    wanted = load_engine(load_network(model), "cpu", "torch", "float32")
+    for seed in range(4):  # the first is eager, the second records, the others replay what the second recorded
+        pictures = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+        found = engine.run(pictures)
+        eager = engine.run_tensor(torch.from_numpy(pictures).cuda(), "uint8").cpu().numpy()
+        assert np.abs(found.astype(int) - eager).max() <= 1
+        assert (psnr(found, wanted.run(pictures)) or 99) > {"float32": 60, "float16": 45, "bfloat16": 35}[precision]
+
+
+def test_results_are_not_overwritten_by_the_next_pass(model):
+    engine = load_engine(load_network(model), "cuda", "torch")
+    pictures = [np.random.default_rng(seed).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8) for seed in range(4)]
+    found = [engine.run(one) for one in pictures]
+    assert all(np.abs(engine.run(one).astype(int) - result).max() <= 1 for one, result in zip(pictures, found))
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "learning_rate": {"initial": 4e-3}}, {"precision": "bfloat16"}, {"compile": "on"}], ids=str)
+def test_training_on_the_gpu_goes_as_on_the_cpu(train_data, tmp_path, changes):
+    train_data["train"] |= {"steps": 6} | changes
+    config = validate_config(TrainConfig, train_data)
+    ends = [train(config, tmp_path / device, torch.device(device)).validation["validation/total"] for device in ("cpu", "cuda")]
+    assert ends[1] == pytest.approx(ends[0], rel=0.05)
