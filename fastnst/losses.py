@@ -31,7 +31,9 @@ class LossConfig(LossNetworkConfig):
     and total variation are then measured in units of their own size (``calibrate``), 5 is a balanced picture, each 1 more
     doubles the style, and the weights above multiply those units. Without it they are raw, as papers print them.
 
-    ``grid_weight`` is of ``regular_grid``, in squares of [0, 1], never scaled: it keeps a network from weaving its 4 px cells.
+    Two terms are for networks alone, in squares of [0, 1], never scaled by ``strength``. ``grid_weight`` is of ``regular_grid``: it
+    keeps them from weaving their 4 px cells. ``stability_weight`` is of the mean square by which the picture of a cut of the photo
+    differs from the cut of its picture (``Objective``): flicker in videos, and what padding does to borders.
     """
 
     strength: float | None = Field(None, ge=0, le=10)
@@ -47,6 +49,7 @@ class LossConfig(LossNetworkConfig):
     tv_reduction: Literal["mean", "sum"] = Field("sum", description="over the pixels and channels of an image")
     tv_units: Literal["pixels", "network"] = Field("network", description="pixels: [0, 1]; network: (pixels - mean) / std, 0..255 for Caffe weights")
     grid_weight: float = Field(0.0, ge=0)
+    stability_weight: float = Field(0.0, ge=0)
 
     @field_validator("content_layers", "style_layers")
     @classmethod
@@ -194,15 +197,18 @@ class LossTerms:
     style: dict[str, Tensor]
     tv: Tensor
     grid: Tensor | float = 0.0
+    stability: Tensor | float = 0.0
 
     @property
     def total(self) -> Tensor:
-        return sum(self.content.values()) + sum(self.style.values()) + self.tv + self.grid
+        return sum(self.content.values()) + sum(self.style.values()) + self.tv + self.grid + self.stability
 
     def scalars(self) -> dict[str, Tensor]:
         """Detached, by the names under which TensorBoard shows them."""
         zero = torch.zeros_like(self.tv)
-        named = {"loss/total": self.total, "loss/content": sum(self.content.values(), zero), "loss/style": sum(self.style.values(), zero), "loss/tv": self.tv, "loss/grid": zero + self.grid}
+        content, style = (sum(terms.values(), zero) for terms in (self.content, self.style))
+        named = {"loss/total": self.total, "loss/content": content, "loss/style": style, "loss/tv": self.tv}
+        named |= {"loss/grid": zero + self.grid, "loss/stability": zero + self.stability}
         named |= {f"loss_content/{layer}": term for layer, term in self.content.items()}
         named |= {f"loss_style/{layer}": term for layer, term in self.style.items()}
         return {name: term.detach() for name, term in named.items()}

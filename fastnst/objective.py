@@ -1,7 +1,8 @@
 """A batch of photos -> the weighted terms of the objective and the stylized photos, as every training step computes it, compiled where that pays."""
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,15 @@ from fastnst.runtime import autocast, memory_format
 
 Compile = Literal["auto", "off", "on"]
 _WORTH_COMPILING = 2000  # steps: a minute of compiling, against some tens of milliseconds saved at each
+
+
+class Cut(NamedTuple):
+    """A square of the photos, in pixels; ``share`` multiplies the stability term that it gives."""
+
+    top: int
+    left: int
+    side: int
+    share: float = 1.0
 
 
 class Objective:
@@ -37,25 +47,34 @@ class Objective:
         self._compiled = torch.compile(self._measure) if wanted else None
         self._may_fail = wanted and compile == "auto"
 
-    def __call__(self, photos: Tensor) -> tuple[LossTerms, Tensor]:
-        """uint8 ``(N, 3, S, S)``, on any device -> terms with gradient, and what the network made of the photos."""
+    def __call__(self, photos: Tensor, cut: Cut | None = None) -> tuple[LossTerms, Tensor]:
+        """uint8 ``(N, 3, S, S)``, on any device -> terms with gradient, and what the network made of the photos.
+
+        With a ``cut`` the stability term is there too, at the price of another pass of the network.
+        """
         photos = photos.to(self.device, non_blocking=True)
         if self._compiled is None:
-            return self._measure(photos)
+            return self._measure(photos, cut)
         if not self._may_fail:
-            return self._compiled(photos)
+            return self._compiled(photos, cut)
         try:
-            found = self._compiled(photos)
+            found = self._compiled(photos, cut)
         except Exception as error:  # compilers raise many kinds: none found, too old, an operation that they cannot do
             self._say(f"torch.compile failed, going on without ({' '.join(str(error).split())[:200]})")
             self._compiled = None
-            return self._measure(photos)
+            return self._measure(photos, cut)
         self._may_fail = False
         return found
 
-    def _measure(self, photos: Tensor) -> tuple[LossTerms, Tensor]:
+    def _measure(self, photos: Tensor, cut: Cut | None) -> tuple[LossTerms, Tensor]:
         content = photos.float().div_(255).contiguous(memory_format=memory_format(self.device))
         with autocast(self.device, self.precision):
             targets = self.loss.content_targets(content)
             stylized = self.network(content)
-            return self.loss(stylized, targets), stylized
+            terms = self.loss(stylized, targets)
+            if cut is None:
+                return terms, stylized
+            window = (..., slice(cut.top, cut.top + cut.side), slice(cut.left, cut.left + cut.side))
+            network = getattr(self.network, "module", self.network)  # averaging over ranks counts on one pass a step
+            change = network(content[window]).float() - stylized[window].float()
+            return replace(terms, stability=self.loss.config.stability_weight * cut.share * change.square().mean()), stylized

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import random
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +20,15 @@ from fastnst.losses import LossConfig, PerceptualLoss, calibrate
 from fastnst.metrics import judgement
 from fastnst.model import NetworkConfig
 from fastnst.network import TransformNetwork
-from fastnst.objective import Compile, Objective
+from fastnst.objective import Compile, Cut, Objective
 from fastnst.optimizer import OptimizerName
 from fastnst.photo_cache import PhotoCache
 from fastnst.picture import ImageSize
 from fastnst.ranks import Ranks
 from fastnst.runtime import is_out_of_memory, largest_that_fits, memory_format, resolve_precision
 from fastnst.schedule import LearningRate
+
+_CUT_EVERY = 4  # steps: another pass of the network at each would make a step half as long again, for the same result (our measurement)
 
 
 class StyleConfig(ImageSize):
@@ -119,15 +122,17 @@ def batches_from(step: int, task: Task) -> AbstractContextManager:
     return training_batches(stream, step * loop.batch_size, loop.batch_size, max(0, loop.steps - step), task.device.type == "cuda", ranks.rank, ranks.size)
 
 
-def learn(task: Task, content: Tensor) -> tuple[list[str], Tensor]:
+def learn(task: Task, content: Tensor, step: int = 0) -> tuple[list[str], Tensor]:
     """Forward and backward over this rank's ``(N, 3, S, S)`` uint8 ``content``, which leaves the gradient of the whole batch in the network.
+
+    ``step`` decides where, and whether, the stability term cuts: at every fourth, with four times its weight.
 
     Returns names and numbers, still on the device: the terms of the loss, what the output looks like, the gradient's norm. They
     are this rank's part of the batch's means: their sum over the ranks is what they say. Raises ``ValueError`` naming the sizes
     that would fit where memory runs out.
     """
     try:
-        return _forward_and_backward(task, content)
+        return _forward_and_backward(task, content, step)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -155,21 +160,28 @@ def validate(network: TransformNetwork, loss: PerceptualLoss, photos: Tensor, ba
     return means, torch.cat(pairs[:4], dim=1).cpu()
 
 
-def _forward_and_backward(task: Task, content: Tensor) -> tuple[list[str], Tensor]:
+def _forward_and_backward(task: Task, content: Tensor, step: int) -> tuple[list[str], Tensor]:
     loop, ranks = task.config.train, task.ranks
     task.network.zero_grad(set_to_none=True)
     parts = content.tensor_split(min(loop.accumulate, len(content)))
-    sums = 0
+    sums, cut = 0, _cut(task.config, content.shape[-1], step)
     for index, part in enumerate(parts):
         share = len(part) / loop.batch_size
         with ranks.averaging(task.objective.network, now=index == len(parts) - 1):
-            terms, stylized = task.objective(part)
+            terms, stylized = task.objective(part, cut)
             (terms.total * (share * ranks.size)).backward()  # averaged over the ranks, each photo then weighs the same
         seen = stylized.detach().float().clamp(0, 1)
         numbers = terms.scalars() | {"output/contrast": seen.std(dim=(2, 3)).mean(), "output/brightness": seen.mean()}
         sums = sums + share * torch.stack(list(numbers.values()))
     norm = nn.utils.clip_grad_norm_(task.network.parameters(), loop.clip_gradient or math.inf)
     return [*numbers, "train/gradient_norm"], torch.cat([sums, norm.detach()[None] * (len(content) / loop.batch_size)])
+
+
+def _cut(config: TrainConfig, side: int, step: int) -> Cut | None:
+    if not config.loss.stability_weight or step % _CUT_EVERY:
+        return None
+    rng, less = random.Random(f"{config.train.seed}:{step}:cut"), side // 8
+    return Cut(rng.randint(0, less), rng.randint(0, less), side - less, _CUT_EVERY)
 
 
 def _what_would_fit(task: Task) -> str:
@@ -180,7 +192,7 @@ def _what_would_fit(task: Task) -> str:
 
     def attempt(count: int, side: int) -> None:
         try:
-            _forward_and_backward(alone, torch.zeros(count, 3, side, side, dtype=torch.uint8))
+            _forward_and_backward(alone, torch.zeros(count, 3, side, side, dtype=torch.uint8), step=0)
         finally:
             task.network.zero_grad(set_to_none=True)
             if task.device.type == "cuda":

@@ -92,9 +92,9 @@ def check_data(config: TrainConfig, run_dir: Path, device: torch.device, report:
     seen = survey(everything, config.data, thorough=True, report=lambda done: report(done, len(everything)))
     task = prepare(config, device, Ranks())
     batch = task.validation.repeat(-(-config.train.batch_size // len(task.validation)), 1, 1, 1)[: config.train.batch_size]
-    for _ in range(2):  # the first warms up
+    for step in range(2):  # the first warms up
         began = time.monotonic()
-        float(learn(task, batch)[1][0])
+        float(learn(task, batch, step)[1][0])
     seconds = (time.monotonic() - began) * config.train.steps
     took = f"about {_duration(seconds)} for {config.train.steps:,} steps on {device.type}, unless photos come slower"
     return f"{seen}\ntime: {took}\ndisk: about {_bytes_needed(task) / 1e6:.1f} MB in {run_dir}"
@@ -238,7 +238,7 @@ def train(
             window_waited += time.monotonic() - asked
             waited += time.monotonic() - asked
             complaints += [(message, step) for message in messages]
-            names, numbers = learn(task, content)
+            names, numbers = learn(task, content, step)
             for group in optimizer.param_groups:
                 group["lr"] = watchdog.rate * learning_rate_at(loop.learning_rate, step, loop.steps)
             optimizer.step()
@@ -355,4 +355,4 @@ def _summary(
 def _raw_weights(asked: LossConfig, raw: LossConfig) -> str:
     dial = "raw weights" if asked.strength is None else f"strength {asked.strength:g} is here, in raw weights"
     layers = ", ".join(f"{layer} {raw.style_weight * weight:.4g}" for layer, weight in raw.style_layers.items())
-    return f"{dial}: content {raw.content_weight:.4g}, style {layers}, tv {raw.tv_weight:.4g}, grid {raw.grid_weight:.4g}"
+    return f"{dial}: content {raw.content_weight:.4g}, style {layers}, tv {raw.tv_weight:.4g}, grid {raw.grid_weight:.4g}, stability {raw.stability_weight:.4g}"

@@ -209,15 +209,16 @@ def test_terms_are_built_from_the_features_named():
 
 
 def test_total_is_the_sum_of_the_terms():
-    one, two, three, four, five = (torch.tensor(float(value)) for value in (1, 2, 3, 4, 5))
-    terms = LossTerms({"relu3_3": one}, {"relu1_2": two, "relu2_2": three}, four, five)
-    assert terms.total == 1 + 2 + 3 + 4 + 5
+    one, two, three, four, five, six = (torch.tensor(float(value)) for value in (1, 2, 3, 4, 5, 6))
+    terms = LossTerms({"relu3_3": one}, {"relu1_2": two, "relu2_2": three}, four, five, six)
+    assert terms.total == 1 + 2 + 3 + 4 + 5 + 6
     assert {name: value.item() for name, value in terms.scalars().items()} == {
-        "loss/total": 15,
+        "loss/total": 21,
         "loss/content": 1,
         "loss/style": 5,
         "loss/tv": 4,
         "loss/grid": 5,
+        "loss/stability": 6,
         "loss_content/relu3_3": 1,
         "loss_style/relu1_2": 2,
         "loss_style/relu2_2": 3,

@@ -10,7 +10,7 @@ from fastnst.loss_network import load_loss_network
 from fastnst.losses import LossConfig, PerceptualLoss
 from fastnst.model import NetworkConfig
 from fastnst.network import TransformNetwork
-from fastnst.objective import Objective
+from fastnst.objective import Cut, Objective
 
 PHOTOS = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -70,3 +70,29 @@ def test_a_compiler_that_fails_is_told_of_and_done_without(parts, monkeypatch):
     wanted = Objective(*parts, torch.float32)(PHOTOS)[0].total
     assert all(torch.equal(objective(PHOTOS)[0].total, wanted) for _ in range(2))
     assert said == ["torch.compile failed, going on without (no C++ compiler found)"]
+
+
+def stability(network, loss, photos, cut) -> float:
+    loss.config = loss.config.model_copy(update={"stability_weight": 10.0})
+    with torch.no_grad():
+        return float(Objective(network, loss, torch.float32)(photos, cut)[0].stability)
+
+
+def test_stability_is_the_change_of_the_picture_where_the_photo_is_cut(parts):
+    network, loss = parts
+    stylized, cut = network(PHOTOS / 255), network(PHOTOS[:, :, 3:27, 1:25] / 255)
+    wanted = 10 * 4 * (cut - stylized[:, :, 3:27, 1:25]).square().mean()
+    assert stability(network, loss, PHOTOS, Cut(top=3, left=1, side=24, share=4)) == pytest.approx(float(wanted), rel=1e-4)
+    assert float(wanted) > 0
+
+
+def test_a_network_that_sees_single_pixels_alone_is_stable(parts):
+    class Darker(torch.nn.Module):
+        def forward(self, images):
+            return images * 0.7
+
+    assert stability(Darker(), parts[1], PHOTOS, Cut(3, 1, 24)) == 0
+
+
+def test_without_a_cut_there_is_no_stability_term(parts):
+    assert stability(*parts, PHOTOS, None) == 0

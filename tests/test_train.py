@@ -57,10 +57,12 @@ def assert_same_run(a: Path, b: Path) -> None:
     states = [load_training_state(folder / "training_state.pt") for folder in (a, b)]
     assert states[0]["step"] == states[1]["step"]
     assert all(torch.equal(states[0]["network"][name], states[1]["network"][name]) for name in states[0]["network"])
-    moments = [state["optimizer"]["state"] for state in states]
-    assert moments[0].keys() == moments[1].keys() and moments[0]
-    for index in moments[0]:
-        assert all(torch.equal(moments[0][index][key], moments[1][index][key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+    of_optimizers = [state["optimizer"] if "muon" in state["optimizer"] else {"adam": state["optimizer"]} for state in states]
+    for optimizer, keys in (("adam", ("step", "exp_avg", "exp_avg_sq")), ("muon", ("momentum_buffer",))):
+        moments = [of_run.get(optimizer, {"state": {}})["state"] for of_run in of_optimizers]
+        assert moments[0].keys() == moments[1].keys() and (moments[0] or optimizer not in of_optimizers[0])
+        for index in moments[0]:
+            assert all(torch.equal(moments[0][index][key], moments[1][index][key]) for key in keys)
 
 
 def events_of(run_dir: Path) -> EventAccumulator:
@@ -78,8 +80,9 @@ def events_of(run_dir: Path) -> EventAccumulator:
         (5, {"data__workers": 1}, {"data__workers": 0}),
         (3, {"network__norm": "batch", "train__learning_rate": {"decay": "cosine", "warmup_steps": 2}, "train__clip_gradient": 1.0}, {}),
         (2, {"train__keep": "last"}, {"train__log_every": 1, "train__validate_every": 1, "train__save_every": 1}),
+        (3, {"train__optimizer": "muon", "loss__grid_weight": 100.0, "loss__stability_weight": 100.0}, {}),
     ],
-    ids=["first-step", "more-workers", "fewer-workers", "batch-norm-cosine-clip", "watched-closer"],
+    ids=["first-step", "more-workers", "fewer-workers", "batch-norm-cosine-clip", "watched-closer", "muon-grid-stability"],
 )
 def test_interrupted_and_resumed_ends_where_uninterrupted_does(train_data, tmp_path, stop_at, settings, settings_later):
     fit(train_data, tmp_path / "whole", **settings)
@@ -365,7 +368,7 @@ def test_the_model_may_be_the_last(train_data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("key, parts", [("train__accumulate", 2), ("train__accumulate", 3), ("train__accumulate", 64)])
 def test_accumulated_gradients_are_those_of_the_whole_batch(train_data, tmp_path, key, parts):
-    data = changed(train_data, train__steps=1, train__batch_size=5)
+    data = changed(train_data, train__steps=1, train__batch_size=5, loss__stability_weight=1000.0)  # all photos of a step are cut at the same place
     fit(data, tmp_path / "whole")
     fit(data, tmp_path / "parts", **{key: parts})
     assert gradient_difference(tmp_path / "whole", tmp_path / "parts") < 1e-3  # float32: a few activations fall on the other side of a ReLU
@@ -479,7 +482,7 @@ def finished(train_data, tmp_path) -> Path:
 
 def test_tensorboard_shows_losses_rates_images_and_config(finished):
     events = events_of(finished)
-    terms = {"/total", "/content", "/style", "/tv", "_content/relu2_2", "_style/relu1_2", "_style/relu2_2"}
+    terms = {"/total", "/content", "/style", "/tv", "/grid", "/stability", "_content/relu2_2", "_style/relu1_2", "_style/relu2_2"}
     watched = {"train/photos_per_second", "train/learning_rate", "train/gradient_norm", "train/waiting_for_photos", "output/contrast", "output/brightness"}
     expected = {f"{kind}{term}" for kind in ("loss", "validation") for term in terms} | watched
     expected |= {f"validation_look/{figure}" for figure in ("flicker", "noise_gain", "border", "grid_2", "grid_4", "clipped")}
@@ -500,7 +503,8 @@ def test_the_terms_add_up_to_the_total(finished):
     events = events_of(finished)
     for kind in ("loss", "validation"):
         value = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if tag.startswith(kind)}
-        assert value[f"{kind}/total"] == pytest.approx(value[f"{kind}/content"] + value[f"{kind}/style"] + value[f"{kind}/tv"], rel=1e-4)
+        parts = ("content", "style", "tv", "grid", "stability")
+        assert value[f"{kind}/total"] == pytest.approx(sum(value[f"{kind}/{part}"] for part in parts), rel=1e-4)
         assert value[f"{kind}/style"] == pytest.approx(value[f"{kind}_style/relu1_2"] + value[f"{kind}_style/relu2_2"], rel=1e-4)
 
 
