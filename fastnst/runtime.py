@@ -97,10 +97,9 @@ def keep_freed_memory(keep: bool = True) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch could not allocate; the CPU's allocator has no exception of its own."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "not enough memory" in str(error))
+    """Whether memory ran out, in Python or in an engine: theirs are RuntimeErrors, told apart by their words alone."""
+    words = ("out of memory", "not enough memory", "allocate", "bad_alloc", "bad alloc")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
 
 
 def largest_that_fits(attempt: Callable[[int], object], too_large: int) -> int:

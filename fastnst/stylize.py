@@ -17,6 +17,7 @@ from fastnst.engine import Engine, load_engine, load_network
 from fastnst.jobs import Job
 from fastnst.model import ModelInfo
 from fastnst.picture import ImageSize, open_rgb, save_picture, to_rgb
+from fastnst.runtime import is_out_of_memory
 from fastnst.tiles import plan_rows, stylize_tiled
 
 _MEMORY_SHARE = 0.8  # of what is free, for one picture
@@ -69,7 +70,7 @@ class Stylizer:
             try:
                 return self.engine.run(pixels)
             except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if self.tile == "off":
                     raise MemoryError(f"{width}x{height} pixels need more memory than {self.engine.device} has free; use --tile auto, or --short-side N") from error
@@ -82,7 +83,7 @@ class Stylizer:
             try:
                 return stylize_tiled(self.engine, pixels, rows, self.engine.free_memory(), report, in_place)
             except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error) or rows <= 16:
+                if not is_out_of_memory(error) or rows <= 16:
                     raise
                 rows = max(16, rows // 2)
                 self.notice(f"strips did not fit either; going on with {rows} rows each")
@@ -198,7 +199,3 @@ def _parse_tile(tile: str | int) -> str | int:
     if str(tile).isdigit() and int(tile) >= 16:
         return int(tile)
     raise ValueError(f"--tile: got {tile!r}, need auto, off or the rows of a strip, 16 or more")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in ("out of memory", "allocate", "bad_alloc", "bad alloc", "memory"))

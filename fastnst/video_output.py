@@ -138,8 +138,9 @@ class _VideoFile:
             try:
                 self.container.start_encoding()
             except (av.FFmpegError, ValueError) as error:
-                wanted = ", ".join(f"{name} {value}" for name, value in (("codec", encoding.codec), ("quality", encoding.quality), ("preset", encoding.preset)))
-                raise ValueError(f"{path}: cannot encode {width}x{height} pixels with {encoder} ({wanted}): {error.strerror}") from error
+                wanted = ", ".join(f"{name} {value}" for name, value in (("--codec", encoding.codec), ("--crf", encoding.quality), ("--preset", encoding.preset)) if value is not None)
+                reason = getattr(error, "strerror", None) or error
+                raise ValueError(f"{path}: cannot encode {width}x{height} pixels with {encoder} into {path.suffix} ({wanted}): {reason}") from error
         except BaseException:
             self.container.close()
             raise

@@ -60,7 +60,7 @@ ALLOWED_TO_VERBS = {
     "optimize": set(NOUNS),
     "evaluate": set(NOUNS),
     "distill": set(NOUNS),
-    "stylize": {"engine", "jobs", "model", "picture", "tiles"},
+    "stylize": {"engine", "jobs", "model", "picture", "runtime", "tiles"},
     "export": {"checkpoint", "engine", "files", "model", "onnx_graph", "stages"},
 }
 # Scripts that are no verb of their own: they put verbs together, or draw.
