@@ -1,4 +1,4 @@
-"""Measure ours against the published, side by side on this machine."""
+"""Measure ours against the published, side by side on this machine: speed, and what comes out."""
 
 import importlib
 import sys
@@ -11,7 +11,7 @@ examples:
   fastnst benchmark --training --help
 
 Each part has flags of its own, which its own help tells."""
-PARTS = {"--inference": "benchmark_inference", "--training": "benchmark_training"}
+PARTS = {"--inference": "benchmark_inference", "--training": "benchmark_training", "--recipes": "benchmark_recipes"}
 
 
 def main(argv=None) -> int:

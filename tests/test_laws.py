@@ -41,6 +41,7 @@ NOUNS = {
     "optimizer": set(),
     "benchmark_inference": {"checkpoint", "engine", "picture", "runtime", "stages"},
     "benchmark_training": {"data", "losses", "loss_network", "model", "network", "objective", "optimizer", "runtime"},
+    "benchmark_recipes": {"image", "judges", "losses", "metrics"},
     "checkpoint": {"files", "model", "network"},
     "sheet": set(),
     "metrics": set(),
@@ -53,7 +54,7 @@ NOUNS = {
     "run": {"checkpoint", "config", "files", "model"},
     "task": {"config", "data", "image", "loss_network", "losses", "metrics", "model", "network", "objective", "optimizer", "photo_cache", "picture", "ranks", "runtime", "schedule"},
 }
-TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "optimizer", "benchmark_training", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task"}
+TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "optimizer", "benchmark_training", "benchmark_recipes", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task"}
 # Each verb; any noun is open to those that train.
 ALLOWED_TO_VERBS = {
     "train": set(NOUNS),
@@ -64,7 +65,7 @@ ALLOWED_TO_VERBS = {
     "export": {"checkpoint", "engine", "files", "model", "onnx_graph", "stages"},
 }
 # Scripts that are no verb of their own: they put verbs together, or draw.
-COMPOSED = {"preview": {"train", "optimize"}, "publish": {"train"}, "quickstart": {"stylize", "scripts"}, "draw_style": set(), "benchmark": set(), "benchmark_training": {"train"}, "benchmark_inference": set()}
+COMPOSED = {"preview": {"train", "optimize"}, "publish": {"train"}, "quickstart": {"stylize", "scripts"}, "draw_style": set(), "benchmark": set(), "benchmark_training": {"train"}, "benchmark_inference": set(), "benchmark_recipes": {"train"}}
 # Scripts of a verb that hand it another verb's act.
 INJECTED = {"evaluate": {"evaluate", "optimize"}}
 

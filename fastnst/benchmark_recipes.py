@@ -1,0 +1,93 @@
+"""Which recipe is better: networks trained by several on the same paintings, photos and seeds, judged by one loss and by neutral judges."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastnst import metrics
+from fastnst.image import to_pil
+from fastnst.judges import Judge
+from fastnst.losses import PerceptualLoss
+
+# Of the loss, what each recipe keeps for itself: terms that make networks better, by which none is judged.
+OWN_TERMS = ("tv_weight", "grid_weight", "stability_weight")
+# name, heading, factor, decimals
+_FIGURES = (
+    ("content", "its content", 1, 3),
+    ("style", "its style", 1, 3),
+    ("ssim", "SSIM", 1, 3),
+    ("flicker", "flicker", 255, 1),
+    ("noise_gain", "noise gain", 1, 2),
+    ("border", "border", 255, 1),
+    ("grid_2", "grid 2 px", 255, 2),
+    ("grid_4", "grid 4 px", 255, 2),
+    ("clipped", "clipped %", 100, 2),
+)
+
+
+def share_loss(settings: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    """The loss settings of a recipe that is to lower the loss of the ``first``: all of that one's but the recipe's own terms."""
+    return {**first, **{name: settings[name] for name in OWN_TERMS}}
+
+
+@torch.inference_mode()
+def judge_network(network: nn.Module, loss: PerceptualLoss, painting: Tensor, judges: Sequence[Judge], photos: Tensor) -> tuple[dict[str, float], list[Image.Image]]:
+    """Means over ``photos``, uint8 ``(N, 3, S, S)``, of the clamped pictures' content and style by ``loss`` (whose own terms are not
+    looked at) and by ``judges``, and of their looks; and the first four pictures."""
+    device = painting.device
+    rows, pictures = [], []
+    for photo in photos:
+        content = (photo[None].float() / 255).to(device)
+        stylized = network(content).clamp(0, 1)
+        terms = loss(stylized, loss.content_targets(content))
+        row = {"content": float(sum(terms.content.values())), "style": float(sum(terms.style.values()))}
+        row["objective"] = row["content"] + row["style"]
+        for judge in judges:
+            row |= {f"{kind}/{judge.name}": value for kind, value in judge.distances(content, painting, stylized).items()}
+        row["ssim"] = float(metrics.structural_similarity(content, stylized))
+        row |= {name: float(value) for name, value in metrics.judgement(network, content, stylized).items()}
+        rows.append(row)
+        if len(pictures) < 4:
+            pictures.append(to_pil(stylized))
+    return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}, pictures
+
+
+def markdown(runs: Sequence[dict[str, Any]], head: str) -> str:
+    """Tables of ``runs``: each has ``recipe``, ``style``, ``seed``, ``seconds``, ``size``, and ``figures`` as ``judge_network`` found them."""
+    recipes, styles, sizes = (list(dict.fromkeys(run[key] for run in runs)) for key in ("recipe", "style", "size"))
+    judges = [name for name in runs[0]["figures"] if "/" in name]
+    lines = ["# Recipes side by side", "", head, ""]
+    for size in sizes:
+        at_size = [run for run in runs if run["size"] == size]
+
+        def of(recipe: str, name: str, style: str | None = None, seed: int | None = None) -> list[float]:
+            return [run["figures"][name] for run in at_size if run["recipe"] == recipe and style in (None, run["style"]) and seed in (None, run["seed"])]
+
+        lines += [f"## {size} px", "", f"| recipe | objective | of the first's | {' | '.join([*judges, *(heading for _, heading, _, _ in _FIGURES)])} | s to train |"]
+        lines += ["|---" * (len(judges) + len(_FIGURES) + 4) + "|"]
+        for recipe in recipes:
+            seeds = dict.fromkeys(run["seed"] for run in at_size if run["recipe"] == recipe)
+            by_seed = [statistics.fmean(of(recipe, "objective", seed=seed)) for seed in seeds]
+            cells = [f"{statistics.fmean(by_seed):.3f} ({min(by_seed):.3f} to {max(by_seed):.3f})"]
+            cells += [f"{statistics.fmean(by_seed) / statistics.fmean(of(recipes[0], 'objective')):.2f}"]
+            cells += [f"{statistics.fmean(of(recipe, name)):.3f}" for name in judges]
+            cells += [f"{statistics.fmean(of(recipe, name)) * factor:.{decimals}f}" for name, _, factor, decimals in _FIGURES]
+            cells += [f"{statistics.fmean(run['seconds'] for run in at_size if run['recipe'] == recipe):.0f}"]
+            lines += [f"| {recipe} | {' | '.join(cells)} |"]
+        lines += ["", f"| objective | {' | '.join(styles)} |", "|---" * (len(styles) + 1) + "|"]
+        for recipe in recipes:
+            found = [of(recipe, "objective", style) for style in styles]
+            lines += [f"| {recipe} | {' | '.join(f'{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})' for values in found)} |"]
+        lines += [""]
+    lines += [
+        "Means over paintings, photos and seeds; in brackets from the best to the worst seed. objective: content + style of the first recipe's loss, "
+        "of the clamped pictures, under which all recipes were trained. NAME/JUDGE: by loss networks that none was trained against (but vgg19_slim, where it is the "
+        "recipes' own); style 0 is the painting's own statistics and 1 the photo untouched, content 0 is the photo and 1 a like photo of other content. "
+        "flicker, border, grid: in levels of 255, as `fastnst evaluate` has them.",
+        "",
+    ]
+    return "\n".join(lines)
