@@ -72,6 +72,7 @@ def test_resumed_is_uninterrupted_in_every_layout(name, layout):
     for step in range(4):
         give_gradients(network, step)
         optimizer.step()
+    state: dict = {}
     for start in (0, 2):  # a new optimizer after two steps, with the state of the first
         resumed = make_optimizer(name, interrupted.to(memory_format=layout))
         if start:
