@@ -96,3 +96,15 @@ def test_a_network_that_sees_single_pixels_alone_is_stable(parts):
 
 def test_without_a_cut_there_is_no_stability_term(parts):
     assert stability(*parts, PHOTOS, None) == 0
+
+
+def test_cuts_at_any_place_are_compiled_once_or_twice(parts, monkeypatch):
+    graphs = []
+    compile = functools.partial(torch.compile, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    monkeypatch.setattr(torch, "compile", compile)
+    network, loss = parts
+    loss.config = loss.config.model_copy(update={"stability_weight": 10.0})
+    compiled, plain = (Objective(network, loss, torch.float32, how) for how in ("on", "off"))
+    for cut in (Cut(0, 3, 24), None, Cut(5, 1, 24), Cut(2, 8, 24), None, Cut(8, 0, 24)):
+        assert torch.allclose(compiled(PHOTOS, cut)[0].total, plain(PHOTOS, cut)[0].total, rtol=1e-4)
+    assert len(graphs) <= 3  # the first cut, none, and any
