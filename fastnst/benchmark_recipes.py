@@ -23,6 +23,7 @@ _FIGURES = (
     ("flicker", "flicker", 255, 1),
     ("noise_gain", "noise gain", 1, 2),
     ("border", "border", 255, 1),
+    ("frame", "frame", 1, 2),
     ("grid_2", "grid 2 px", 255, 2),
     ("grid_4", "grid 4 px", 255, 2),
     ("clipped", "clipped %", 100, 2),

@@ -205,7 +205,7 @@ def _judge_photo(one: Contender, photo: Tensor, runs: dict[str, OptimizerRun], j
 
 def _appearance(picture: Tensor) -> dict[str, float]:
     """The figures that need a picture alone."""
-    return {"grid_2": float(metrics.grid_energy(picture, 2)), "grid_4": float(metrics.grid_energy(picture, 4)), "clipped": float(metrics.clipped(picture))}
+    return {"frame": float(metrics.frame(picture)), "grid_2": float(metrics.grid_energy(picture, 2)), "grid_4": float(metrics.grid_energy(picture, 4)), "clipped": float(metrics.clipped(picture))}
 
 
 @torch.inference_mode()

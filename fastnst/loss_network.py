@@ -50,7 +50,8 @@ class LossNetworkConfig(Config):
     original Caffe weights, as torchvision keeps them) and ``imagenet`` (torchvision's download) for the others; ``random`` (no
     download; for trying the pipeline, not for pictures); or the path of a ``.pth`` or ``.safetensors`` state dict, whole or cut
     off. ``mean`` and ``std`` are of RGB in [0, 1]; left out, they come from the weights: torchvision's own, the safetensors
-    metadata, else ImageNet's.
+    metadata, else ImageNet's. ``padding``: ``zeros``, as the networks were trained, makes an edge around every picture that is not
+    mean gray at its border, and a network that lowers the loss learns to fade its outer pixels; ``reflect`` makes none.
     """
 
     network: LossNetworkName = "vgg16"
@@ -58,6 +59,7 @@ class LossNetworkConfig(Config):
     mean: Triple | None = None
     std: tuple[Positive, Positive, Positive] | None = None
     pooling: Literal["max", "average"] = "max"
+    padding: Literal["zeros", "reflect"] = "zeros"
 
     @model_validator(mode="after")
     def _weights_exist_for_network(self):
@@ -139,13 +141,16 @@ class LossNetwork(nn.Module):
     ``mean`` and ``std`` are of RGB in [0, 1]. Weights start at random (He et al. 2015); ``load_loss_network`` fills them in.
     """
 
-    def __init__(self, network: str, layers: Iterable[str], mean: Triple = IMAGENET_MEAN, std: Triple = IMAGENET_STD, pooling: str = "max") -> None:
+    def __init__(self, network: str, layers: Iterable[str], mean: Triple = IMAGENET_MEAN, std: Triple = IMAGENET_STD, pooling: str = "max", padding: str = "zeros") -> None:
         super().__init__()
         self.network = network
         self._index = {layer: layer_index(network, layer) for layer in layers}
         if not self._index:
             raise ValueError("a loss network needs at least one layer")
         self.features = nn.Sequential(*(module for _, module in _topology(network, pooling)[: max(self._index.values()) + 1]))
+        for module in self.features.modules():
+            if isinstance(module, nn.Conv2d) and any(module.padding):
+                module.padding_mode = padding
         for index, module in enumerate(self.features):
             if isinstance(module, nn.ReLU):  # in place saves memory, but not over a convolution that is asked for
                 module.inplace = index - 1 not in self._index.values()
@@ -191,7 +196,7 @@ def load_loss_network(config: LossNetworkConfig, layers: Iterable[str]) -> LossN
         state, mean, std = _download(config.network, weights)
     else:
         state, mean, std = _read_state(SLIM_WEIGHTS if weights == "embedded" else Path(weights).expanduser())
-    network = LossNetwork(config.network, layers, config.mean or mean or IMAGENET_MEAN, config.std or std or IMAGENET_STD, config.pooling)
+    network = LossNetwork(config.network, layers, config.mean or mean or IMAGENET_MEAN, config.std or std or IMAGENET_STD, config.pooling, config.padding)
     if state is None:
         generator = torch.Generator().manual_seed(0)
         for module in network.modules():

@@ -30,6 +30,7 @@ def judgement(stylize: Stylize, content: Tensor, stylized: Tensor) -> dict[str, 
         "flicker": flicker(clamped, content, stylized),
         "noise_gain": noise_gain(clamped, content, stylized),
         "border": border_error(clamped, content, stylized),
+        "frame": frame(stylized),
         "grid_2": grid_energy(stylized, 2),
         "grid_4": grid_energy(stylized, 4),
         "clipped": clipped(stylized),
@@ -65,6 +66,16 @@ def border_error(stylize: Stylize, content: Tensor, stylized: Tensor) -> Tensor:
     around = change.square().sum(dim=(1, 2, 3)) - middle.square().sum(dim=(1, 2, 3))
     outer = (around.clamp(min=0) / (change[0].numel() - middle[0].numel())).sqrt()
     return outer - _rms(middle)
+
+
+def frame(images: Tensor) -> Tensor:
+    """Share of the colour that the outer 3 px lack against the inside: 0 where there is none, 1 where they are gray, below 0 where they have
+    more; photos have some. Zero padding in the loss network teaches networks such a pale frame. Colour: RMS of the channels about their mean."""
+    colour = (images - images.mean(dim=1, keepdim=True)).square().mean(dim=1)
+    inside = torch.zeros_like(colour[0], dtype=torch.bool)
+    inside[3:-3, 3:-3] = True
+    least = 1 / 255**2  # of a gray picture none can be lacking
+    return 1 - ((colour[:, ~inside].mean(1) + least) / (colour[:, inside].mean(1) + least)).sqrt()
 
 
 def grid_energy(images: Tensor, period: int) -> Tensor:

@@ -18,6 +18,7 @@ _LOOKS = (
     ("flicker", "flicker", 255, 2),
     ("noise_gain", "noise gain", 1, 2),
     ("border", "border", 255, 2),
+    ("frame", "frame", 1, 2),
     ("grid_2", "grid 2 px", 255, 2),
     ("grid_4", "grid 4 px", 255, 2),
     ("clipped", "clipped %", 100, 2),
@@ -27,7 +28,7 @@ Means over the photos; of L-BFGS the last picture is judged, which need not be i
 content; both averaged over a judge's layers. A judge marked * is the network that the model was trained against, so not neutral.
 SSIM: of luminance, against the photo. flicker: RMS change of the output, in levels of 255, when the photo moves by 1 px, beyond moving along.
 noise gain: RMS change of the output over that of the input under noise of 2 levels; the photo itself has 1. border: RMS of what
-padding does to the outer 16 px, beyond the middle. grid: RMS of a regular grid of 2 or 4 px period. clipped: pixels of which a channel is 0 or 255."""
+padding does to the outer 16 px, beyond the middle. frame: share of the colour that the outer 3 px lack. grid: RMS of a regular grid of 2 or 4 px period. clipped: pixels of which a channel is 0 or 255."""
 
 
 def markdown(findings: dict[str, Any]) -> str:

@@ -71,7 +71,7 @@ def test_a_network_that_changes_nothing_has_no_content_distance_and_all_ssim():
 
 
 def test_the_table_gives_means_over_paintings_and_the_spread_over_seeds():
-    figures = dict.fromkeys(("content", "style", "ssim", "flicker", "noise_gain", "border", "grid_2", "grid_4", "clipped"), 0.5)
+    figures = dict.fromkeys(("content", "style", "ssim", "flicker", "noise_gain", "border", "frame", "grid_2", "grid_4", "clipped"), 0.5)
     objective = {("a", "wave", 0): 1.0, ("a", "wave", 1): 2.0, ("a", "scream", 0): 3.0, ("a", "scream", 1): 4.0}
     objective |= {("b", style, seed): 5.0 for style in ("wave", "scream") for seed in (0, 1)}
     runs = [

@@ -502,3 +502,14 @@ def test_the_embedded_network_is_near_vgg19(shared):
     wanted, found = exact(photo), slim(photo)
     errors = {layer: float((found[layer] - wanted[layer]).square().sum() / wanted[layer].square().sum()) for layer in layers}
     assert errors["relu1_1"] < 0.02 and max(errors.values()) < 0.25, errors
+
+
+@pytest.mark.parametrize("network, layer", [("vgg16", "relu3_1"), ("squeezenet1_1", "fire3"), ("vgg19_slim", "relu3_1")])
+def test_reflection_makes_no_edge_around_a_picture_and_zeros_do(network, layer):
+    red = torch.tensor([0.9, 0.1, 0.1]).view(1, 3, 1, 1).expand(1, 3, 48, 48)
+    spreads = []
+    for padding in ("reflect", "zeros"):
+        config = LossNetworkConfig(network=network, weights="embedded" if network == "vgg19_slim" else "random", padding=padding)
+        features = load_loss_network(config, [layer])(red)[layer]
+        spreads.append(float((features - features[..., 5:6, 5:6]).abs().max() / features.abs().max()))
+    assert spreads[0] < 1e-4 and spreads[1] > 0.05

@@ -9,7 +9,7 @@ from skimage.metrics import structural_similarity as reference_ssim
 from torch import Tensor
 
 from fastnst.image import to_tensor
-from fastnst.metrics import border_error, clipped, flicker, grid_energy, judgement, noise_gain, structural_similarity
+from fastnst.metrics import border_error, clipped, flicker, frame, grid_energy, judgement, noise_gain, structural_similarity
 from fastnst.model import NetworkConfig
 from fastnst.network import TransformNetwork
 
@@ -129,6 +129,15 @@ def test_pointwise_maps_have_no_border_and_zero_padding_has(photos):
 # Clipping, and content kept
 
 
+def test_frame_is_the_colour_that_the_outer_pixels_lack():
+    red = torch.tensor([1.0, 0.0, 0.0])[None, :, None, None].expand(2, 3, 64, 64).clone()
+    assert frame(red).tolist() == pytest.approx([0, 0], abs=1e-6)
+    red[1, :, 3:-3, 3:-3] *= 0.5  # twice the colour around: 1 - 2
+    red[0, :, :3] = red[0, :, -3:] = red[0, :, :, :3] = red[0, :, :, -3:] = 0.5
+    assert frame(red).tolist() == pytest.approx([1, -1], abs=0.02)
+    assert float(frame(pattern(torch.rand(128, 128)))) == pytest.approx(0)  # gray
+
+
 def test_clipped_counts_pixels_not_channels():
     image = torch.full((1, 3, 4, 5), 0.5)
     image[0, :, 0, 0] = 0.0  # one black pixel
@@ -152,7 +161,7 @@ def test_structural_similarity_is_that_of_the_luminance(photos):
 
 def test_a_judgement_clamps_and_has_a_figure_for_each_picture(photos):
     found = judgement(lambda images: 3 * images - 1, photos, 3 * photos - 1)
-    assert list(found) == ["flicker", "noise_gain", "border", "grid_2", "grid_4", "clipped"]
+    assert list(found) == ["flicker", "noise_gain", "border", "frame", "grid_2", "grid_4", "clipped"]
     assert all(values.shape == (2,) and values.isfinite().all() for values in found.values())
     whole = judgement(lambda images: (3 * images - 1).clamp(0, 1), photos, (3 * photos - 1).clamp(0, 1))
     assert {name: values.tolist() for name, values in found.items()} == {name: values.tolist() for name, values in whole.items()}

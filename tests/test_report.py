@@ -9,7 +9,7 @@ from PIL import Image
 from fastnst.report import curves, markdown, sheet
 
 JUDGED = {"style/vgg19_slim": [0.2, 0.4], "content/vgg19_slim": [0.5, 0.5], "ssim": [0.5, 0.7]}
-JUDGED |= {"grid_2": [1 / 255, 3 / 255], "grid_4": [0, 0], "clipped": [0.01, 0.03]}
+JUDGED |= {"frame": [0.25, 0.35], "grid_2": [1 / 255, 3 / 255], "grid_4": [0, 0], "clipped": [0.01, 0.03]}
 START = {"mean": [8, 4, 2], "quartiles": [[7, 8, 9], [3, 4, 5], [1, 2, 3]], "worth": [1.5, None], "worth_quartiles": [1.5, 12.3, None], "judged": JUDGED}
 FINDINGS = {
     "machine": "abacus",
@@ -22,7 +22,7 @@ FINDINGS = {
     "sizes": {
         "64": {
             "enlarged": 1,
-            "photo": {name: JUDGED[name] for name in ("grid_2", "grid_4", "clipped")},
+            "photo": {name: JUDGED[name] for name in ("frame", "grid_2", "grid_4", "clipped")},
             "models": {
                 "wave": {
                     "objective": [3.0, 5.0],
@@ -56,7 +56,7 @@ def test_the_tables_hold_means_spreads_and_speed_ups():
     # 50 s against 10 ms are 5,000 times; both are scaled, as only two iterations were made.
     assert speed == "| 64 px | wave | 1.5 | 50 * | 150 * | 10 | 500 | 1 | 5,000 | 15,000 |"
     assert cells(text, "| wave | 4 | content") == ["wave", "4", "content", "8", "4", "2"]
-    assert cells(text, "| wave | 0.300") == ["wave", "0.300", "0.500", "0.600", "3.00", "2.00", "0.00", "2.00", "0.00", "2.00"]
+    assert cells(text, "| wave | 0.300") == ["wave", "0.300", "0.500", "0.600", "3.00", "2.00", "0.00", "0.30", "2.00", "0.00", "2.00"]
     assert cells(text, "| the photo")[:5] == ["the photo", "1.000", "0.000", "1.000", "0.00"]
     assert cells(text, "| its L-BFGS, 2 from noise")[4:6] == ["-", "-"]  # a picture alone tells nothing of steadiness
     assert "c.jpg: damaged" in text and "enlarged: 1 at 64 px" in text

@@ -485,7 +485,7 @@ def test_tensorboard_shows_losses_rates_images_and_config(finished):
     terms = {"/total", "/content", "/style", "/tv", "/grid", "/stability", "_content/relu2_2", "_style/relu1_2", "_style/relu2_2"}
     watched = {"train/photos_per_second", "train/learning_rate", "train/gradient_norm", "train/waiting_for_photos", "output/contrast", "output/brightness"}
     expected = {f"{kind}{term}" for kind in ("loss", "validation") for term in terms} | watched
-    expected |= {f"validation_look/{figure}" for figure in ("flicker", "noise_gain", "border", "grid_2", "grid_4", "clipped")}
+    expected |= {f"validation_look/{figure}" for figure in ("flicker", "noise_gain", "border", "frame", "grid_2", "grid_4", "clipped")}
     assert set(events.Tags()["scalars"]) == expected
     assert [event.step for event in events.Scalars("validation/total")] == [0, 3, 6]
     assert {2, 4, 6} <= {event.step for event in events.Scalars("loss/total")}
