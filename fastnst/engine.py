@@ -4,6 +4,7 @@ All engines take and give the same arrays, ``(N, H, W, 3)`` uint8 or ``(N, 3, H,
 """
 
 import importlib.util
+import threading
 from collections.abc import Callable
 from functools import cache, cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ ENGINES = ("auto", "openvino", "onnxruntime", "torch")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
 Pixels = Literal["uint8", "float"]
 Compiled = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
+_WORTH_RECORDING = 8  # pictures of one shape in a row: a video, not a folder that happens to hold two
 _LARGE = 3 * 1_000_000  # numbers of a picture of a megapixel
 
 
@@ -202,7 +204,8 @@ class TorchEngine:
         self.batch = 1 if self._device.type == "cpu" else 16
         self._layout = torch.channels_last if self._device.type == "cuda" else torch.contiguous_format
         self._last: tuple[Any, ...] = ()  # kind and shape of the last pictures
-        self._replay: tuple[Any, Any] = ((), None)  # the kind and shape recorded last
+        self._in_a_row = 0  # pictures of that kind and shape
+        self._replay: Callable[[Any], Any] | None = None  # a pass over them, recorded
 
     def free_memory(self) -> int:
         import torch
@@ -226,14 +229,18 @@ class TorchEngine:
         import torch
 
         x = torch.from_numpy(np.ascontiguousarray(pictures))
-        this, last = (pixels, pictures.shape), self._last
-        self._last = this
-        if self._device.type != "cuda" or this != last:
-            return self.run_tensor(x.to(self._device), pixels).cpu().numpy()
-        if self._replay[0] != this:
-            self._replay = ((), None)  # frees the old one's memory before the new one is made
-            self._replay = (this, _Replay(lambda given: self.run_tensor(given, pixels), x, self._device))
-        return self._replay[1](x).numpy()
+        this = (pixels, pictures.shape)
+        if this != self._last:
+            self._last, self._in_a_row, self._replay = this, 0, None  # the memory of a recorded pass is for the new ones
+        self._in_a_row += 1
+        if self._device.type == "cuda" and self._in_a_row == _WORTH_RECORDING:
+            try:
+                self._replay = _Replay(lambda given: self.run_tensor(given, pixels), x, self._device)
+            except RuntimeError:  # such as no memory for a second set of activations: it goes as well without, and is not tried again
+                self._replay = None
+        if self._replay is not None:
+            return self._replay(x).numpy()
+        return self.run_tensor(x.to(self._device), pixels).cpu().numpy()
 
     def run_tensor(self, x: Any, pixels: Pixels) -> Any:
         """``run`` for tensors on the device of the engine."""
@@ -302,30 +309,34 @@ class _Replay:
     def __init__(self, compute: Callable[[Any], Any], pictures: Any, device: Any) -> None:
         import torch
 
-        self._sent = torch.empty_like(pictures, pin_memory=True)
-        self._input = pictures.to(device)
-        with torch.cuda.device(device), torch.backends.cudnn.flags(benchmark=True):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # libraries choose their kernels and take their memory now: it may not happen while recording
-                for _ in range(3):
-                    compute(self._input)
-            torch.cuda.current_stream().wait_stream(aside)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._output = compute(self._input)
-        self._received = torch.empty(self._output.shape, dtype=self._output.dtype, pin_memory=True)
+        cudnn, graph, aside = torch.backends.cudnn, torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        chooses, self._lock, self._graph = cudnn.benchmark, threading.Lock(), graph
+        try:
+            cudnn.benchmark = True
+            with torch.inference_mode(), torch.cuda.device(device):
+                self._sent = torch.empty_like(pictures, pin_memory=True)
+                self._input = pictures.to(device)
+                aside.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(aside):  # libraries choose their kernels and take their memory now: it may not happen while recording
+                    for _ in range(3):
+                        compute(self._input)
+                torch.cuda.current_stream().wait_stream(aside)
+                with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                    self._output = compute(self._input)
+                self._received = torch.empty(self._output.shape, dtype=self._output.dtype, pin_memory=True)
+        finally:
+            cudnn.benchmark = chooses
 
     def __call__(self, pictures: Any) -> Any:
         import torch
 
-        with torch.cuda.device(self._input.device):
+        with self._lock, torch.inference_mode(), torch.cuda.device(self._input.device):
             self._sent.copy_(pictures)
             self._input.copy_(self._sent, non_blocking=True)
             self._graph.replay()
             self._received.copy_(self._output, non_blocking=True)
             torch.cuda.current_stream().synchronize()
-        return self._received.clone()
+            return self._received.clone()
 
 
 @cache

@@ -148,6 +148,7 @@ class LossNetwork(nn.Module):
         if not self._index:
             raise ValueError("a loss network needs at least one layer")
         self.features = nn.Sequential(*(module for _, module in _topology(network, pooling)[: max(self._index.values()) + 1]))
+        self._reflects = padding == "reflect"
         for module in self.features.modules():
             if isinstance(module, nn.Conv2d) and any(module.padding):
                 module.padding_mode = padding
@@ -175,7 +176,7 @@ class LossNetwork(nn.Module):
                     raise
                 raise ValueError(
                     f"an image of {images.shape[3]}x{images.shape[2]} pixels is too small for {max(wanted, key=wanted.get)} of {self.network}; "
-                    "enlarge it, or use shallower layers"
+                    f"enlarge it, or use shallower layers{', or loss.padding: zeros' if self._reflects else ''}"
                 ) from error
             if index in wanted.values():
                 found[index] = x

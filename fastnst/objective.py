@@ -58,13 +58,11 @@ class Objective:
         if not self._may_fail:
             return self._compiled(photos, cut)
         try:
-            found = self._compiled(photos, cut)
+            return self._compiled(photos, cut)
         except Exception as error:  # compilers raise many kinds: none found, too old, an operation that they cannot do
             self._say(f"torch.compile failed, going on without ({' '.join(str(error).split())[:200]})")
             self._compiled = None
             return self._measure(photos, cut)
-        self._may_fail = False
-        return found
 
     def _measure(self, photos: Tensor, cut: Cut | None) -> tuple[LossTerms, Tensor]:
         content = photos.float().div_(255).contiguous(memory_format=memory_format(self.device))

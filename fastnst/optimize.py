@@ -65,6 +65,12 @@ class OptimizeConfig(Config):
     loss: LossConfig = LossConfig()
     optimize: DescentConfig = DescentConfig()
 
+    @model_validator(mode="after")
+    def _no_term_that_needs_a_network(self):
+        if self.loss.stability_weight:
+            raise ValueError(f"loss.stability_weight: got {self.loss.stability_weight:g}, need 0: it is of networks, which train fits")
+        return self
+
 
 @dataclass(frozen=True)
 class OptimizeProgress:

@@ -28,7 +28,7 @@ class Muon:
     def __init__(self, network: nn.Module) -> None:
         self._kernels = [parameter for parameter in network.parameters() if parameter.ndim == 4][:-1]
         if not self._kernels:
-            raise ValueError("optimizer muon needs a network of two convolutions or more")
+            raise ValueError("train.optimizer: muon needs a network of two convolutions or more; use adam")
         taken = set(map(id, self._kernels))
         self._matrices = [nn.Parameter(_as_matrix(kernel.detach())) for kernel in self._kernels]  # the same memory
         muon = torch.optim.Muon(self._matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")

@@ -97,9 +97,9 @@ def keep_freed_memory(keep: bool = True) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, in Python or in an engine: theirs are RuntimeErrors, told apart by their words alone."""
-    words = ("out of memory", "not enough memory", "allocate", "bad_alloc", "bad alloc")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
+    """Whether memory ran out, in Python or in an engine, whose errors are told apart by their words alone."""
+    words = ("out of memory", "not enough memory", "allocate memory", "failed to allocate", "alloc_failed", "bad_alloc", "bad alloc", "create a memory object")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def largest_that_fits(attempt: Callable[[int], object], too_large: int) -> int:

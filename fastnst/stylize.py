@@ -69,7 +69,7 @@ class Stylizer:
         if self.tile == "off" or (self.tile == "auto" and height * width * count * self.engine.bytes_per_pixel <= _MEMORY_SHARE * free):
             try:
                 return self.engine.run(pixels)
-            except (MemoryError, RuntimeError) as error:
+            except Exception as error:  # ONNX Runtime has kinds of its own
                 if not is_out_of_memory(error):
                     raise
                 if self.tile == "off":
@@ -82,7 +82,7 @@ class Stylizer:
         while True:
             try:
                 return stylize_tiled(self.engine, pixels, rows, self.engine.free_memory(), report, in_place)
-            except (MemoryError, RuntimeError) as error:
+            except Exception as error:  # ONNX Runtime has kinds of its own
                 if not is_out_of_memory(error) or rows <= 16:
                     raise
                 rows = max(16, rows // 2)

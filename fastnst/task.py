@@ -28,7 +28,7 @@ from fastnst.ranks import Ranks
 from fastnst.runtime import is_out_of_memory, largest_that_fits, memory_format, resolve_precision
 from fastnst.schedule import LearningRate
 
-_CUT_EVERY = 4  # steps: another pass of the network at each would make a step half as long again, for the same result (our measurement)
+CUT_EVERY = 4  # steps: another pass of the network at each would make a step half as long again, for the same result (our measurement)
 
 
 class StyleConfig(ImageSize):
@@ -50,7 +50,7 @@ class LoopConfig(Config):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: Compile = Field("auto", description="torch.compile; auto: on CUDA, in one process, for 2,000 steps or more")
     seed: int = Field(0, ge=0, lt=2**63)
-    log_every: int = Field(20, ge=1, description="steps")
+    log_every: int = Field(20, ge=1, description="steps; the stability term is there at every fourth")
     validate_every: int = Field(500, ge=1, description="steps")
     save_every: int = Field(500, ge=1, description="steps")
     keep: Literal["best", "last"] = Field("best", description="the model of the lowest validation total, or of the last save")
@@ -150,6 +150,7 @@ def validate(network: TransformNetwork, loss: PerceptualLoss, photos: Tensor, ba
         content = batch.to(device).float().div_(255)
         stylized = network(content)
         scalars = loss(stylized, loss.content_targets(content)).scalars()
+        del scalars["loss/stability"]  # which needs another pass, and has none here
         looks = {f"loss_look/{name}": each.mean() for name, each in judgement(network, content, stylized).items()}
         for name, value in (scalars | looks).items():
             sums[name] = sums.get(name, 0) + value * len(batch)
@@ -178,10 +179,10 @@ def _forward_and_backward(task: Task, content: Tensor, step: int) -> tuple[list[
 
 
 def _cut(config: TrainConfig, side: int, step: int) -> Cut | None:
-    if not config.loss.stability_weight or step % _CUT_EVERY:
+    if not config.loss.stability_weight or step % CUT_EVERY:
         return None
     rng, less = random.Random(f"{config.train.seed}:{step}:cut"), side // 8
-    return Cut(rng.randint(0, less), rng.randint(0, less), side - less, _CUT_EVERY)
+    return Cut(rng.randint(0, less), rng.randint(0, less), side - less, CUT_EVERY)
 
 
 def _what_would_fit(task: Task) -> str:

@@ -30,7 +30,7 @@ from fastnst.run import CONFIG_NAME, check_space, check_there, find_run, hold, p
 from fastnst.runtime import resolve_precision
 from fastnst.schedule import learning_rate_at
 from fastnst.survey import survey
-from fastnst.task import Task, TrainConfig, batches_from, check_same_photos, learn, prepare, validate
+from fastnst.task import CUT_EVERY, Task, TrainConfig, batches_from, check_same_photos, learn, prepare, validate
 from fastnst.watchdog import Trouble, Watchdog
 
 _SAVE_SECONDS = 300  # a slow machine saves this often, whatever save_every says: no more is lost to a power cut
@@ -92,12 +92,14 @@ def check_data(config: TrainConfig, run_dir: Path, device: torch.device, report:
     seen = survey(everything, config.data, thorough=True, report=lambda done: report(done, len(everything)))
     task = prepare(config, device, Ranks())
     batch = task.validation.repeat(-(-config.train.batch_size // len(task.validation)), 1, 1, 1)[: config.train.batch_size]
-    for step in range(2):  # the first warms up
+    took = []
+    for step in (1, 0, 1):  # the first warms up; with a cut and without
         began = time.monotonic()
         float(learn(task, batch, step)[1][0])
-    seconds = (time.monotonic() - began) * config.train.steps
-    took = f"about {_duration(seconds)} for {config.train.steps:,} steps on {device.type}, unless photos come slower"
-    return f"{seen}\ntime: {took}\ndisk: about {_bytes_needed(task) / 1e6:.1f} MB in {run_dir}"
+        took.append(time.monotonic() - began)
+    seconds = (took[1] + (CUT_EVERY - 1) * took[2]) / CUT_EVERY * config.train.steps
+    needed = f"about {_duration(seconds)} for {config.train.steps:,} steps on {device.type}, unless photos come slower"
+    return f"{seen}\ntime: {needed}\ndisk: about {_bytes_needed(task) / 1e6:.1f} MB in {run_dir}"
 
 
 def train(

@@ -65,6 +65,9 @@ class PlannedRun:
     @property
     def file(self) -> Path:
         loss, network = self.loss.config.model_dump(exclude={"weights"}), self.loss.loss_network
+        for name in ("grid_weight", "stability_weight", "padding"):  # runs from before there were these are found as ever
+            if loss[name] == LossConfig.model_fields[name].default:
+                del loss[name]
         settings = [loss, network.mean.tolist(), network.std.tolist(), self.start, self.iterations, list(self.photo.shape), list(self.painting.shape)]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for tensor in (self.photo, self.painting, *network.state_dict().values()):

@@ -1,6 +1,7 @@
 """Recipes side by side: the same loss, photos and seeds for all, kept runs, and arithmetic of the tables."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fastnst import cli
 from fastnst.benchmark_recipes import judge_network, markdown, share_loss
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import LossConfig, PerceptualLoss
-from fastnst.train import train
+from fastnst.train import TrainingDiverged, train
 
 pytest.importorskip("skimage", reason="needs SSIM of scikit-image: pip install 'fastnst[test]'")
 
@@ -28,7 +29,7 @@ def command(train_data, photos, painting, tmp_path):
     (tmp_path / "held_out").mkdir()
     for name in ("photo_00.jpg", "photo_01.png"):
         (photos / name).rename(tmp_path / "held_out" / name)
-    recipes = [str(tmp_path / "toy.yaml"), f"{tmp_path / 'toy.yaml'}+train.optimizer=muon+loss.strength=1"]
+    recipes = [str(tmp_path / "toy.yaml"), f"{tmp_path / 'toy.yaml'}+train.optimizer=muon+loss.grid_weight=10"]
     where = ["--content", str(photos), "--held-out", str(tmp_path / "held_out"), "--style", str(painting), "--output", str(tmp_path / "out")]
     return ["--recipes", *recipes, *where, "--sizes", "32", "48", "--photos", "2"]
 
@@ -52,6 +53,60 @@ def test_recipes_that_see_different_numbers_of_photos_are_refused(command, capsy
     command[2] += "+train.steps=3"
     assert cli.run(benchmark.main, command) == 2
     assert "different numbers of photos" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        (["--style", "nowhere.png"], "nowhere.png"),
+        (["--output", "{photos}/out"], "--output .* lies inside of --content"),
+        (["--judge", "vgg11"], "--judge: network: got 'vgg11'"),
+        (["--held-out", "nowhere"], "nowhere"),
+        (["--set", "train.foo=1"], "recipe .*: --set train.foo"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_are_told_before_anything_is_trained(command, photos, tmp_path, capsys, changes, complaint):
+    assert cli.run(benchmark.main, [*command, *(part.format(photos=photos) for part in changes)]) == 2
+    assert re.search(complaint, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["loss.strength=1", "loss.padding=reflect", "style.long_side=32"])
+def test_what_is_the_firsts_for_all_is_not_a_recipes_to_change(command, capsys, change):
+    command[2] += f"+{change}"
+    assert cli.run(benchmark.main, command) == 2
+    assert f"{change.partition('=')[0]} is the first recipe's for all" in capsys.readouterr().err
+
+
+def test_paintings_of_the_same_name_are_refused(command, painting, tmp_path, capsys):
+    (tmp_path / "more").mkdir()
+    other = painting.rename(tmp_path / "more" / painting.name)
+    Image.open(other).save(painting)
+    assert cli.run(benchmark.main, [*command, "--style", str(painting), str(other)]) == 2
+    assert "have the same name" in capsys.readouterr().err
+
+
+def test_other_settings_are_other_runs_and_judging_anew_keeps_the_time(command, tmp_path):
+    read = lambda: json.loads((tmp_path / "out" / "recipes.json").read_text())["runs"]  # noqa: E731
+    assert cli.run(benchmark.main, [*command, "--seeds", "0"]) == 0
+    first = read()
+    assert cli.run(benchmark.main, [*command, "--seeds", "0", "--photos", "1"]) == 0
+    assert [run["seconds"] for run in read()] == [run["seconds"] for run in first] and read() != first
+    assert cli.run(benchmark.main, [*command, "--seeds", "0", "--set", "train.steps=1"]) == 0
+    assert read()[0]["figures"]["objective"] != first[0]["figures"]["objective"]
+
+
+def test_a_recipe_that_diverges_costs_its_own_runs_only(command, tmp_path, monkeypatch, capsys):
+    def diverge(config, *rest, **more):
+        if config.train.optimizer == "muon":
+            raise TrainingDiverged("the loss is not finite at step 1")
+        return train(config, *rest, **more)
+
+    monkeypatch.setattr("fastnst.train.train", diverge)
+    assert cli.run(benchmark.main, [*command, "--seeds", "0"]) == 1
+    assert "seed 0: the loss is not finite" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "out" / "recipes.json").read_text())["runs"]) == 2
 
 
 def test_the_loss_of_the_first_is_shared_but_for_the_recipes_own_terms():

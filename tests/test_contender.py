@@ -102,3 +102,11 @@ def test_mistakes_are_named(run_dir, painting, tmp_path):
     save_model(tmp_path / "bare.safetensors", TransformNetwork(NetworkConfig(width=2, residual_blocks=0)), 0, {})
     with pytest.raises(ValueError, match="bare.safetensors.*no recipe"):
         load_contenders([tmp_path / "bare.safetensors"], painting, [], [])
+
+
+def test_terms_for_networks_alone_judge_nobody(run_dir, painting, photos):
+    state = torch.load(run_dir / "training_state.pt", weights_only=True)
+    state["loss"] |= {"grid_weight": 1000.0, "stability_weight": 20.0}
+    torch.save(state, run_dir / "training_state.pt")
+    config = load(run_dir, painting).loss.config
+    assert (config.grid_weight, config.stability_weight) == (0, 0)

@@ -28,7 +28,7 @@ def model(tmp_path):
 def test_recorded_passes_are_the_eager_ones_and_near_those_of_the_cpu(model, precision, shape):
     engine = load_engine(load_network(model), "cuda", "torch", precision)
     wanted = load_engine(load_network(model), "cpu", "torch", "float32")
-    for seed in range(4):  # the first is eager, the second records, the others replay what the second recorded
+    for seed in range(12):  # the first are eager, the eighth records, the others replay what it recorded
         pictures = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
         found = engine.run(pictures)
         eager = engine.run_tensor(torch.from_numpy(pictures).cuda(), "uint8").cpu().numpy()
@@ -36,9 +36,18 @@ def test_recorded_passes_are_the_eager_ones_and_near_those_of_the_cpu(model, pre
         assert (psnr(found, wanted.run(pictures)) or 99) > {"float32": 60, "float16": 45, "bfloat16": 35}[precision]
 
 
+def test_recording_leaves_the_libraries_settings_and_uses_them(model, monkeypatch):
+    engine = load_engine(load_network(model), "cuda", "torch")
+    seen, run_tensor = [], engine.run_tensor
+    monkeypatch.setattr(engine, "run_tensor", lambda *given: seen.append(torch.backends.cudnn.enabled) or run_tensor(*given))
+    for _ in range(9):
+        engine.run(np.zeros((1, 32, 32, 3), np.uint8))
+    assert engine._replay is not None and all(seen) and not torch.backends.cudnn.benchmark
+
+
 def test_results_are_not_overwritten_by_the_next_pass(model):
     engine = load_engine(load_network(model), "cuda", "torch")
-    pictures = [np.random.default_rng(seed).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8) for seed in range(4)]
+    pictures = [np.random.default_rng(seed).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8) for seed in range(12)]
     found = [engine.run(one) for one in pictures]
     assert all(np.abs(engine.run(one).astype(int) - result).max() <= 1 for one, result in zip(pictures, found))
 

@@ -22,6 +22,7 @@ import fastnst.train
 from fastnst.checkpoint import load_model, load_training_state
 from fastnst.config import validate_config
 from fastnst.network import TransformNetwork
+from fastnst.task import _cut
 from fastnst.train import TrainConfig, TrainingDiverged, train
 from fastnst.watchdog import Trouble
 
@@ -380,6 +381,22 @@ def gradient_difference(a: Path, b: Path) -> float:
     return float((moments[0] - moments[1]).norm() / moments[0].norm())
 
 
+def test_every_fourth_step_has_the_stability_term(train_data, tmp_path):
+    fit(train_data, tmp_path / "run", loss__stability_weight=20.0, train__steps=6, train__log_every=1, train__validate_every=6)
+    logged = {event.step: event.value for event in events_of(tmp_path / "run").Scalars("loss/stability")}
+    assert {step for step, value in logged.items() if value > 0} == {1, 5}  # after the updates number 0 and 4
+
+
+@pytest.mark.parametrize("side", [16, 17, 33, 256])
+def test_a_cut_lies_within_the_photo_and_elsewhere_each_time(train_data, side):
+    config = validate_config(TrainConfig, changed(train_data, loss__stability_weight=1.0))
+    cuts = [_cut(config, side, step) for step in range(0, 400, 4)]
+    assert all(cut.side == side - side // 8 and cut.share == 4 for cut in cuts)
+    places = {cut.top for cut in cuts} | {cut.left for cut in cuts}
+    assert min(places) == 0 and max(places) + side - side // 8 == side  # it reaches all borders
+    assert _cut(config, side, 4) == cuts[1] and all(_cut(config, side, step) is None for step in (1, 2, 3, 5))
+
+
 def test_batch_norm_in_parts_is_refused(train_data, tmp_path):
     with pytest.raises(ValueError, match="network.norm: batch norm needs the whole batch at once: set train.accumulate=1"):
         fit(train_data, tmp_path / "run", network__norm="batch", train__accumulate=2)
@@ -484,7 +501,7 @@ def test_tensorboard_shows_losses_rates_images_and_config(finished):
     events = events_of(finished)
     terms = {"/total", "/content", "/style", "/tv", "/grid", "/stability", "_content/relu2_2", "_style/relu1_2", "_style/relu2_2"}
     watched = {"train/photos_per_second", "train/learning_rate", "train/gradient_norm", "train/waiting_for_photos", "output/contrast", "output/brightness"}
-    expected = {f"{kind}{term}" for kind in ("loss", "validation") for term in terms} | watched
+    expected = {f"{kind}{term}" for kind in ("loss", "validation") for term in terms} - {"validation/stability"} | watched
     expected |= {f"validation_look/{figure}" for figure in ("flicker", "noise_gain", "border", "frame", "grid_2", "grid_4", "clipped")}
     assert set(events.Tags()["scalars"]) == expected
     assert [event.step for event in events.Scalars("validation/total")] == [0, 3, 6]
@@ -503,7 +520,7 @@ def test_the_terms_add_up_to_the_total(finished):
     events = events_of(finished)
     for kind in ("loss", "validation"):
         value = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if tag.startswith(kind)}
-        parts = ("content", "style", "tv", "grid", "stability")
+        parts = ("content", "style", "tv", "grid") + (("stability",) if kind == "loss" else ())
         assert value[f"{kind}/total"] == pytest.approx(sum(value[f"{kind}/{part}"] for part in parts), rel=1e-4)
         assert value[f"{kind}/style"] == pytest.approx(value[f"{kind}_style/relu1_2"] + value[f"{kind}_style/relu2_2"], rel=1e-4)
 
