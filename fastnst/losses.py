@@ -191,7 +191,7 @@ def calibrate(loss: "PerceptualLoss", photos: Tensor) -> LossConfig:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The weighted summands of the objective, scalars with gradient; ``content`` and ``style`` by layer."""
+    """The weighted summands of the objective, scalars with gradient; ``content`` and ``style`` by layer; 0.0: not asked for."""
 
     content: dict[str, Tensor]
     style: dict[str, Tensor]
@@ -208,7 +208,7 @@ class LossTerms:
         zero = torch.zeros_like(self.tv)
         content, style = (sum(terms.values(), zero) for terms in (self.content, self.style))
         named = {"loss/total": self.total, "loss/content": content, "loss/style": style, "loss/tv": self.tv}
-        named |= {"loss/grid": zero + self.grid, "loss/stability": zero + self.stability}
+        named |= {f"loss/{name}": term for name, term in (("grid", self.grid), ("stability", self.stability)) if isinstance(term, Tensor)}
         named |= {f"loss_content/{layer}": term for layer, term in self.content.items()}
         named |= {f"loss_style/{layer}": term for layer, term in self.style.items()}
         return {name: term.detach() for name, term in named.items()}
@@ -256,7 +256,7 @@ class PerceptualLoss(nn.Module):
         if c.tv_weight:
             units = (images - self.loss_network.mean) / self.loss_network.std if c.tv_units == "network" else images
             tv = total_variation(units, c.tv_power, c.tv_reduction)
-        return LossTerms(content, style, tv, regular_grid(images) if c.grid_weight else images.new_zeros(()))
+        return LossTerms(content, style, tv, regular_grid(images) if c.grid_weight else 0.0)
 
     def _style_target(self, features: Tensor) -> tuple[Tensor, ...]:
         if self.config.statistics == "gram":

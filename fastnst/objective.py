@@ -70,9 +70,10 @@ class Objective:
             targets = self.loss.content_targets(content)
             stylized = self.network(content)
             terms = self.loss(stylized, targets)
+            weight = self.loss.config.stability_weight
             if cut is None:
-                return terms, stylized
+                return (replace(terms, stability=torch.zeros_like(terms.tv)) if weight else terms), stylized
             window = (..., slice(cut.top, cut.top + cut.side), slice(cut.left, cut.left + cut.side))
             network = getattr(self.network, "module", self.network)  # averaging over ranks counts on one pass a step
             change = network(content[window]).float() - stylized[window].float()
-            return replace(terms, stability=self.loss.config.stability_weight * cut.share * change.square().mean()), stylized
+            return replace(terms, stability=weight * cut.share * change.square().mean()), stylized

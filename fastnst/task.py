@@ -150,7 +150,6 @@ def validate(network: TransformNetwork, loss: PerceptualLoss, photos: Tensor, ba
         content = batch.to(device).float().div_(255)
         stylized = network(content)
         scalars = loss(stylized, loss.content_targets(content)).scalars()
-        del scalars["loss/stability"]  # which needs another pass, and has none here
         looks = {f"loss_look/{name}": each.mean() for name, each in judgement(network, content, stylized).items()}
         for name, value in (scalars | looks).items():
             sums[name] = sums.get(name, 0) + value * len(batch)
