@@ -12,22 +12,11 @@ from fastnst import metrics
 from fastnst.image import to_pil
 from fastnst.judges import Judge
 from fastnst.losses import PerceptualLoss
+from fastnst.report import LOOKS
 
 # Of the loss, what each recipe keeps for itself: terms that make networks better, by which none is judged.
 OWN_TERMS = ("tv_weight", "grid_weight", "stability_weight")
-# name, heading, factor, decimals
-_FIGURES = (
-    ("content", "its content", 1, 3),
-    ("style", "its style", 1, 3),
-    ("ssim", "SSIM", 1, 3),
-    ("flicker", "flicker", 255, 1),
-    ("noise_gain", "noise gain", 1, 2),
-    ("border", "border", 255, 1),
-    ("frame", "frame", 1, 2),
-    ("grid_2", "grid 2 px", 255, 2),
-    ("grid_4", "grid 4 px", 255, 2),
-    ("clipped", "clipped %", 100, 2),
-)
+_FIGURES = (("content", "its content", 1, 3), ("style", "its style", 1, 3), *LOOKS)
 
 
 def share_loss(settings: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:

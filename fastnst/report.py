@@ -13,7 +13,7 @@ from fastnst.sheet import contact_sheet
 
 _POINTS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 # name in the findings, heading, factor, decimals
-_LOOKS = (
+LOOKS = (
     ("ssim", "SSIM", 1, 3),
     ("flicker", "flicker", 255, 2),
     ("noise_gain", "noise gain", 1, 2),
@@ -151,12 +151,12 @@ def _judges(findings: dict[str, Any], found: dict[str, Any]) -> list[str]:
         partial = findings["models"][label]["loss_network"]
         rows.append(_judged(label, of_model["judged"], columns, partial))
         rows += [_judged(f"its L-BFGS, {most} from {start}", of_start["judged"], columns, partial) for start, of_start in of_model["optimizer"].items()]
-    return _table(["", *(" ".join(name.split("/")) for name in columns), *(heading for _, heading, _, _ in _LOOKS)], rows)
+    return _table(["", *(" ".join(name.split("/")) for name in columns), *(heading for _, heading, _, _ in LOOKS)], rows)
 
 
 def _judged(name: str, judged: dict[str, Sequence[float]], columns: Sequence[str], partial: str = "") -> list[str]:
     distances = [f"{statistics.fmean(judged[column]):.3f}" + (" *" if column.endswith(f"/{partial}") else "") for column in columns]
-    looks = [f"{statistics.fmean(judged[key]) * factor:.{decimals}f}" if key in judged else "-" for key, _, factor, decimals in _LOOKS]
+    looks = [f"{statistics.fmean(judged[key]) * factor:.{decimals}f}" if key in judged else "-" for key, _, factor, decimals in LOOKS]
     return [name, *distances, *looks]
 
 

@@ -136,4 +136,4 @@ def test_the_table_gives_means_over_paintings_and_the_spread_over_seeds():
     text = markdown(runs, "head")
     # a: seed 0 has (1 + 3) / 2 = 2, seed 1 (2 + 4) / 2 = 3, the mean is 2.5; b has 5, twice as much. Half of 255 levels is 127.5.
     assert "| a | 2.500 (2.000 to 3.000) | 1.00 |" in text and "| b | 5.000 (5.000 to 5.000) | 2.00 |" in text
-    assert "| a | 1.500 (1.000 to 2.000) | 3.500 (3.000 to 4.000) |" in text and "| 127.5 |" in text
+    assert "| a | 1.500 (1.000 to 2.000) | 3.500 (3.000 to 4.000) |" in text and "| 127.50 |" in text

@@ -41,7 +41,7 @@ NOUNS = {
     "optimizer": set(),
     "benchmark_inference": {"checkpoint", "engine", "picture", "runtime", "stages"},
     "benchmark_training": {"data", "losses", "loss_network", "model", "network", "objective", "optimizer", "runtime"},
-    "benchmark_recipes": {"image", "judges", "losses", "metrics"},
+    "benchmark_recipes": {"image", "judges", "losses", "metrics", "report"},
     "checkpoint": {"files", "model", "network"},
     "sheet": set(),
     "metrics": set(),
