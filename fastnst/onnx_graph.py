@@ -51,7 +51,7 @@ def network_graph(network: StagedNetwork, pixels: str = "uint8", metadata: dict[
     """The whole network, any batch, height and width from 1 up.
 
     ``pixels``: ``uint8`` takes and gives ``(N, H, W, 3)`` of 0..255 named ``pixels`` and ``stylized``; ``float`` takes and
-    gives ``(N, 3, H, W)`` in [0, 1]. ``int8``: all but the first and the last convolution multiply 8-bit numbers.
+    gives ``(N, 3, H, W)`` in [0, 1]. ``int8``: convolutions multiply 8-bit numbers, but those of the stem.
     """
     arrays, _ = describe(network)
     g, config = _Graph(arrays), network.info.network
@@ -68,7 +68,7 @@ def network_graph(network: StagedNetwork, pixels: str = "uint8", metadata: dict[
         s = config.start_padding
         x = g.add("Pad", x, g.ints(0, 0, s, s, 0, 0, s, s), mode="reflect")
     values = [x]  # what went into each stage, and out of the last
-    ranges = [None, *input_ranges(network)[1:-1], None] if int8 else [None] * len(network.stages)
+    ranges = input_ranges(network) if int8 else [None] * len(network.stages)
     for stage, within in zip(network.stages, ranges):
         x = _convolution(g, stage, values[-1], within=within)
         if stage.norm_weight is not None:

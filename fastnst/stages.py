@@ -23,7 +23,7 @@ from fastnst.model import ModelInfo
 
 EPSILON = 1e-5  # of torch's norms
 PIXEL_SHIFT = 128.0  # what is subtracted from pixels of 0..255
-_DEVIATIONS = 8.0
+_DEVIATIONS = 12.0
 ARRAYS = ("weight", "bias", "norm_weight", "norm_bias")
 
 
@@ -188,14 +188,15 @@ def _contiguous(stage: Stage) -> Stage:
     return replace(stage, **{name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items() if array is not None})
 
 
-def input_ranges(network: StagedNetwork) -> list[tuple[float, float]]:
+def input_ranges(network: StagedNetwork) -> list[tuple[float, float] | None]:
     """Between what the input of each stage lies, but for rare outliers: what 8 bits are to span. Found without any picture.
 
-    An instance norm leaves channels of known mean and deviation: ``norm_bias`` and ``norm_weight``; sums of blocks add up, taken
-    as independent. Eight deviations gave the closest pictures of the shipped styles (of 4, 6, 8 and 10). Raises ``ValueError`` where there
-    are other norms.
+    None for the stem: 8 bits there cost 2 dB and save 5 % of the time. An instance norm leaves channels of known mean and deviation:
+    ``norm_bias`` and ``norm_weight``; sums of blocks add up, taken as independent. Twelve deviations: with eight the shipped styles' pictures
+    are 1 dB closer on the whole, but where a photo has outliers they are off by up to 34 levels instead of 15. Raises ``ValueError``
+    where there are other norms.
     """
-    ranges, outputs = [(-PIXEL_SHIFT, 255 - PIXEL_SHIFT)], []
+    ranges, outputs = [], []
     for stage in network.stages[:-1]:
         if stage.norm_weight is None:
             raise ValueError("--precision int8 needs a network with instance norm; use --precision auto")
@@ -206,7 +207,8 @@ def input_ranges(network: StagedNetwork) -> list[tuple[float, float]]:
         low = 0.0 if stage.relu else float((mean - _DEVIATIONS * deviation).min())
         ranges.append((low, max(float((mean + _DEVIATIONS * deviation).max()), low + EPSILON)))
         outputs.append((np.maximum(mean, 0) if stage.relu else mean, deviation))
-    return ranges
+    stem = 2 if network.info.network.stem == "half" else 3
+    return [None] * stem + ranges[stem - 1 :]
 
 
 def describe(network: StagedNetwork) -> tuple[dict[str, np.ndarray], str]:

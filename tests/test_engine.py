@@ -91,9 +91,9 @@ def test_int8_is_near_on_shipped_styles_and_multiplies_8_bits():
     picture = data.astronaut()[None, 100:300, 100:340]
     for path in shipped_styles().values():
         engine = load_engine(load_network(path), "cpu", "openvino", "int8")
-        assert 35 < psnr(engine.run(picture), eager(load_model(path)[0], picture)) < 55, path  # 55 and more would be bfloat16
+        assert 42 < psnr(engine.run(picture), eager(load_model(path)[0], picture)) < 55, path  # 55 and more would be bfloat16
     kinds = [node.op_type for node in network_graph(engine.network, int8=True).graph.node]
-    assert kinds.count("QuantizeLinear") == kinds.count("Conv") + kinds.count("ConvTranspose") - 2  # all but the first and the last
+    assert kinds.count("QuantizeLinear") == kinds.count("Conv") + kinds.count("ConvTranspose") - 3  # all but the stem
 
 
 def test_int8_wants_instance_norm():

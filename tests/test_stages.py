@@ -89,12 +89,13 @@ def test_missing_weights_are_named():
 
 
 def test_ranges_by_hand():
-    # Norms of mean 0.5 and deviation 2 everywhere: after a ReLU 0 to 0.5 + 8 * 2 = 16.5. A block's sum: its input (mean 0.5,
-    # deviation 2, after a ReLU) and its second norm: mean 1, deviation sqrt(8): 1 - 8 * 2.828 = -21.6 to 23.6.
+    # None for the stem's three stages. Norms of mean 0.5 and deviation 2 everywhere: after a ReLU 0 to 0.5 + 12 * 2 = 24.5. A block's
+    # sum: its input (mean 0.5, deviation 2, after a ReLU) and its second norm: mean 1, deviation sqrt(8): 1 - 12 * 2.828 = -32.9 to 34.9.
     network, _ = staged(width=1, residual_blocks=1)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if parameter.ndim == 1 and not isinstance(network.get_submodule(name.rsplit(".", 1)[0]), torch.nn.Conv2d):
                 parameter.fill_(2.0 if name.endswith("weight") else 0.5)
     ranges = input_ranges(fold({name: tensor.numpy() for name, tensor in network.state_dict().items()}, ModelInfo(network.config, 0, {}, {}, None)))
-    assert [tuple(round(side, 1) for side in span) for span in ranges] == [(-128, 127), (0, 16.5), (0, 16.5), (0, 16.5), (0, 16.5), (-21.6, 23.6), (0, 16.5), (0, 16.5)]
+    assert ranges[:3] == [None] * 3
+    assert [tuple(round(side, 1) for side in span) for span in ranges[3:]] == [(0, 24.5), (0, 24.5), (-32.9, 34.9), (0, 24.5), (0, 24.5)]
