@@ -37,9 +37,10 @@ def main(argv=None) -> int:
     from fastnst.loss_network import load_loss_network
     from fastnst.losses import LossConfig, PerceptualLoss
     from fastnst.model import MODEL_NAME
+    from fastnst.run import CONFIG_NAME
     from fastnst.runtime import keep_freed_memory, resolve_device
     from fastnst.sheet import contact_sheet
-    from fastnst.train import CONFIG_NAME, TrainConfig, validate
+    from fastnst.task import TrainConfig, validate
 
     if (args.output / MODEL_NAME).exists() and not args.overwrite:
         raise FileExistsError(f"--output: {args.output / MODEL_NAME} exists already; use --overwrite to replace it")

@@ -52,9 +52,10 @@ NOUNS = {
     "watchdog": set(),
     "survey": {"data", "picture"},
     "run": {"checkpoint", "config", "files", "model"},
+    "training": {"checkpoint", "image", "model", "picture", "run", "schedule", "task", "watchdog"},
     "task": {"config", "data", "image", "loss_network", "losses", "metrics", "model", "network", "objective", "optimizer", "photo_cache", "picture", "ranks", "runtime", "schedule"},
 }
-TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "optimizer", "benchmark_training", "benchmark_recipes", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task"}
+TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "optimizer", "benchmark_training", "benchmark_recipes", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task", "training"}
 # Each verb; any noun is open to those that train.
 ALLOWED_TO_VERBS = {
     "train": set(NOUNS),
@@ -65,7 +66,7 @@ ALLOWED_TO_VERBS = {
     "export": {"checkpoint", "engine", "files", "model", "onnx_graph", "stages"},
 }
 # Scripts that are no verb of their own: they put verbs together, or draw.
-COMPOSED = {"preview": {"train", "optimize"}, "publish": {"train"}, "quickstart": {"stylize", "scripts"}, "draw_style": set(), "benchmark": set(), "benchmark_training": {"train"}, "benchmark_inference": set(), "benchmark_recipes": {"train"}}
+COMPOSED = {"preview": {"train", "optimize"}, "publish": set(), "quickstart": {"stylize", "scripts"}, "draw_style": set(), "benchmark": set(), "benchmark_training": {"train"}, "benchmark_inference": set(), "benchmark_recipes": {"train"}}
 # Scripts of a verb that hand it another verb's act.
 INJECTED = {"evaluate": {"evaluate", "optimize"}}
 

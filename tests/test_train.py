@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import fastnst.run
 import fastnst.train
+import fastnst.training
 from fastnst.checkpoint import load_model, load_training_state
 from fastnst.config import validate_config
 from fastnst.network import TransformNetwork
@@ -117,7 +118,7 @@ def test_a_crash_loses_only_the_steps_since_the_last_save(train_data, tmp_path):
 
 
 def test_a_crash_between_the_last_state_and_the_model_is_mended_by_the_same_command(train_data, tmp_path, monkeypatch):
-    save_model = fastnst.train.save_model
+    save_model = fastnst.training.save_model
 
     def disk_full(path, network, step, *rest):
         if step == 6:
@@ -125,7 +126,7 @@ def test_a_crash_between_the_last_state_and_the_model_is_mended_by_the_same_comm
         save_model(path, network, step, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(fastnst.train, "save_model", disk_full)
+        patch.setattr(fastnst.training, "save_model", disk_full)
         fit(train_data, tmp_path / "run")
     fit(train_data, tmp_path / "run")
     assert load_model(tmp_path / "run" / "model.safetensors")[1].step == 6
@@ -262,7 +263,7 @@ def test_a_loss_that_is_not_finite_stops_naming_step_and_terms(train_data, tmp_p
     fit(train_data, run_dir, train__steps=4, train__rollbacks=0)
     before = {name: (run_dir / name).read_bytes() for name in ("training_state.pt", "model.safetensors")}
     with monkeypatch.context() as patch, pytest.raises(TrainingDiverged) as stopped:
-        patch.setattr(fastnst.train, "learning_rate_at", lambda *_: 1e30)  # update 5 ruins the weights, the loss of step 6 shows it
+        patch.setattr(fastnst.training, "learning_rate_at", lambda *_: 1e30)  # update 5 ruins the weights, the loss of step 6 shows it
         fit(train_data, run_dir, train__rollbacks=0)
     assert "step 6" in str(stopped.value) and "at step 4, is intact" in str(stopped.value) and "train.rollbacks=0" in str(stopped.value)
     assert all(term in str(stopped.value) for term in ("loss/total nan", "loss/content", "loss/style"))
@@ -338,7 +339,7 @@ def test_a_good_state_that_is_none_is_gone_back_behind(train_data, tmp_path, mon
         seen.append(step)
         return Trouble("made up", "nothing") if seen.count(5) in (1, 2) and step == 5 else None  # twice from the state of step 4
 
-    monkeypatch.setattr(fastnst.train.Watchdog, "watch", watch)
+    monkeypatch.setattr(fastnst.training.Watchdog, "watch", watch)
     result = fit(train_data, tmp_path / "run", report=lambda progress: messages.append(progress.message), train__log_every=1)
     assert result.finished
     assert [message.split(", the rate")[0] for message in messages if "Back to" in message] == [
@@ -354,15 +355,15 @@ def test_the_model_is_the_best_on_validation_and_says_its_step(train_data, tmp_p
         _, pairs = validate(*args)
         return {"validation/total": next(totals)}, pairs
 
-    validate = fastnst.train.validate
-    monkeypatch.setattr(fastnst.train, "validate", scored)
+    validate = fastnst.training.validate
+    monkeypatch.setattr(fastnst.training, "validate", scored)
     result = fit(train_data, tmp_path / "run", train__validate_every=2)
     assert (result.best_step, load_model(result.model)[1].step) == (4, 4)
     assert load_training_state(tmp_path / "run" / "training_state.pt")["step"] == 6
 
 
 def test_the_model_may_be_the_last(train_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(fastnst.train, "validate", lambda *_: ({"validation/total": next(totals)}, torch.zeros(3, 8, 8)))
+    monkeypatch.setattr(fastnst.training, "validate", lambda *_: ({"validation/total": next(totals)}, torch.zeros(3, 8, 8)))
     totals = iter([9.0, 5.0, 4.0, 7.0])
     assert load_model(fit(train_data, tmp_path / "run", train__validate_every=2, train__keep="last").model)[1].step == 6
 

@@ -1,0 +1,240 @@
+"""A training under way: one step after another, what is said and saved between them, and the way back when it goes wrong."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from fastnst.checkpoint import STATE_NAME, restore, save_model, save_training_state
+from fastnst.image import resize, to_pil
+from fastnst.model import MODEL_NAME, read_model
+from fastnst.picture import ImageSize
+from fastnst.run import check_there, portable
+from fastnst.schedule import learning_rate_at
+from fastnst.task import Task, batches_from, learn, validate
+from fastnst.watchdog import Trouble, Watchdog
+
+_SAVE_SECONDS = 300  # a slow machine saves this often, whatever save_every says: no more is lost to a power cut
+
+
+@dataclass(frozen=True)
+class TrainProgress:
+    """What ``train`` reports: after every step, and with ``losses`` (mean since the last) or ``validation`` when it has them."""
+
+    step: int
+    steps: int
+    photos_per_second: float | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)
+    message: str = ""
+
+
+class TrainingDiverged(RuntimeError):
+    """The training has gone wrong more often than ``train.rollbacks`` allows."""
+
+
+class Due(NamedTuple):
+    """What is to be done between two steps."""
+
+    log: bool
+    validate: bool
+    save: bool
+    stop: bool
+
+
+class NoBoard:
+    """Stands for TensorBoard's writer on the ranks that write nothing."""
+
+    def __getattr__(self, _name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def snapshot(network: nn.Module, optimizer: torch.optim.Optimizer, step: int, watchdog: Watchdog) -> dict[str, Any]:
+    """A copy of what a rollback restores."""
+    return deepcopy({"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict(), "watchdog": watchdog.state()})
+
+
+class Training:
+    """A run of ``task`` from ``step`` on, into ``run_dir``: ``due``, ``log`` and ``judge``, then ``go_back`` or ``validate``, ``save`` and ``learn``.
+
+    ``begun`` is the ``snapshot`` of the untrained network; ``fresh`` is false where the run was resumed; ``unreadable`` are complaints by photo.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        run_dir: Path,
+        optimizer: torch.optim.Optimizer,
+        watchdog: Watchdog,
+        step: int,
+        begun: dict[str, Any],
+        fresh: bool,
+        unreadable: dict[str, str],
+        report: Callable[[TrainProgress], None],
+    ) -> None:
+        self.task, self.run_dir, self.optimizer, self.watchdog, self.step = task, run_dir, optimizer, watchdog, step
+        self.unreadable, self._report = unreadable, report
+        self.losses: dict[str, float] = {}
+        self.validation: dict[str, float] = {}
+        self.learned, self.waited = 0, 0.0  # steps, and seconds in waiting for photos
+        self.good = snapshot(task.network, optimizer, step, watchdog)
+        self.board: SummaryWriter | NoBoard = NoBoard()
+        self._begun, self._older = begun, begun if fresh else self.good
+        self._went_back = -1  # the step of the good one, where it may prove not to be
+        self._fresh, self._first = fresh, step  # what lies at a resumed step was logged before
+        self._flat = min(0.01, 0.1 * float(task.style.std(dim=(2, 3)).mean()))  # contrast: a painting may be nearly flat itself
+        self._window: list[Tensor] = []  # the numbers of each step since the last log, still on the device
+        self._names: list[str] = []
+        self._complaints: list[tuple[str, int]] = []
+        self._wary, self._is_best, self._window_waited = False, False, 0.0
+        self._loading = ExitStack()
+        self.began = self._window_began = self._saved = time.monotonic()
+
+    def __enter__(self) -> "Training":
+        loop, watchdog = self.task.config.train, self.watchdog
+        if self.task.ranks.main and not self._fresh and self.step > 0 and (loop.keep == "last" or watchdog.best_step in (0, self.step)):
+            if not _holds_model_of(self.run_dir, self.step):
+                self._save_model()  # a crash came between the state and the model
+        self._batches = self._loading.enter_context(batches_from(self.step, self.task))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._loading.close()
+
+    def say(self, message: str) -> None:
+        self._report(TrainProgress(self.step, self.task.config.train.steps, message=message))
+
+    def due(self, should_stop: bool) -> Due:
+        """What is to be done now, the same on all ranks."""
+        loop, step = self.task.config.train, self.step
+        stop, overdue = self.task.ranks.any(should_stop, time.monotonic() - self._saved > _SAVE_SECONDS)
+        stopping, moved = step >= loop.steps or stop, step > self._first
+        validating = (self._fresh or moved) and (step % loop.validate_every == 0 or step >= loop.steps)
+        saving = moved and (step % loop.save_every == 0 or validating or stopping or overdue)
+        logging = bool(self._window) and (step % loop.log_every == 0 or validating or saving)
+        return Due(logging, validating, saving, stopping)
+
+    def log(self) -> Trouble | None:
+        """Tell of the steps since the last time; what the watchdog says of them."""
+        task, loop, step = self.task, self.task.config.train, self.step
+        rows = [dict(zip(self._names, row)) for row in task.ranks.sum(torch.stack(self._window)).tolist()]  # sync point
+        self.losses = {name: sum(row[name] for row in rows) / len(rows) for name in self._names}
+        seconds = time.monotonic() - self._window_began
+        rate = len(rows) * loop.batch_size / seconds
+        scheduled = self.watchdog.rate * learning_rate_at(loop.learning_rate, step - 1, loop.steps)
+        timing = {"train/photos_per_second": rate, "train/learning_rate": scheduled, "train/waiting_for_photos": self._window_waited / seconds}
+        for name, value in (self.losses | timing).items():
+            self.board.add_scalar(name, value, step)
+        for message, at in sum(task.ranks.gather(self._complaints), []):
+            if message not in self.unreadable:
+                self.unreadable[message] = f"step {at}"
+                self.say(f"skipped {message}")
+        self._report(TrainProgress(step, loop.steps, rate, self.losses))
+        trouble = self.watchdog.watch(step, rows, self._flat, loop.learning_rate.warmup_steps)
+        self._wary = self.watchdog.suspicious(rows[-1], self._flat)  # too early to call it trouble, but nothing to save
+        self._window.clear()
+        self._complaints.clear()
+        self._window_began, self._window_waited = time.monotonic(), 0.0
+        return trouble
+
+    def last_look(self) -> Trouble | None:
+        """What speaks against saving the weights."""
+        advice = "lower train.learning_rate.initial or the weights of loss, or set train.clip_gradient"
+        if not all(bool(parameter.isfinite().all()) for parameter in self.task.network.parameters()):
+            return Trouble(f"the weights are not finite at step {self.step}", advice)
+        if self._wary and self.step >= self.task.config.train.steps:
+            return Trouble(f"the loss or the output of the last steps, up to {self.step}, is far from what it was", advice)
+        return None
+
+    def go_back(self, trouble: Trouble) -> None:
+        """Restore the last good state, with a lower rate. Raises ``TrainingDiverged`` where that was done often enough."""
+        allowed = self.task.config.train.rollbacks
+        if self.watchdog.rollbacks >= allowed:
+            self.board.add_text("watchdog", f"{trouble.what}; given up after {self.watchdog.rollbacks} rollbacks", self.good["step"])
+            raise TrainingDiverged(_given_up(trouble, self.watchdog, self.good["step"], allowed))
+        self.good = self._begun if trouble.from_start else self._older if self.good["step"] == self._went_back else self.good
+        self.watchdog = self.watchdog.rolled_back(self.good["watchdog"])
+        restore(self.run_dir / STATE_NAME, deepcopy(self.good), self.task.network, self.optimizer)
+        self.good["watchdog"] = self.watchdog.state()
+        self.step = self._first = self._went_back = self.good["step"]
+        self._loading.close()
+        self._batches = self._loading.enter_context(batches_from(self.step, self.task))
+        rate = f"the rate now {self.watchdog.rate:.2g} of the schedule's (rollback {self.watchdog.rollbacks} of {allowed})"
+        message = f"{trouble.what}. Back to step {self.step}, {rate}. If it happens again: {trouble.advice}"
+        self.board.add_text("watchdog", message, self.step)
+        self.say(f"watchdog: {message}")
+        if self.task.ranks.main:
+            self._save_state()
+            self.board.flush()
+        self._wary, self._fresh = False, False
+
+    def validate(self) -> None:
+        """Judge the network on the photos held out; on the main rank."""
+        if not self.task.ranks.main:
+            return
+        self.validation, pairs = validate(self.task.network, self.task.loss, self.task.validation, self.task.photos_at_once)
+        for name, value in self.validation.items():
+            self.board.add_scalar(name, value, self.step)
+        self.board.add_image("validation/content_and_stylized", pairs, self.step)
+        self._report(TrainProgress(self.step, self.task.config.train.steps, validation=self.validation))
+        self._is_best = not self._wary and self.step > 0 and self.watchdog.is_best(self.step, self.validation["validation/total"])
+        self._window_began = time.monotonic()
+
+    def save(self) -> None:
+        """Keep the state, and the model where it is the best so far; not where the last steps look suspicious."""
+        if self._wary:
+            return
+        if self.task.ranks.main:
+            self._save_state()
+            if self._is_best or self.task.config.train.keep == "last" or not self.watchdog.best_step or not (self.run_dir / MODEL_NAME).exists():
+                self._save_model()  # behind the state: a model alone could not be gone on with
+            self.board.flush()
+        self._older, self.good = self.good, snapshot(self.task.network, self.optimizer, self.step, self.watchdog)
+        self._saved = time.monotonic()
+
+    def learn(self) -> None:
+        """One step, of the next photos."""
+        loop, asked = self.task.config.train, time.monotonic()
+        content, messages = next(self._batches)
+        self._window_waited += time.monotonic() - asked
+        self.waited += time.monotonic() - asked
+        self._complaints += [(message, self.step) for message in messages]
+        self._names, numbers = learn(self.task, content, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.watchdog.rate * learning_rate_at(loop.learning_rate, self.step, loop.steps)
+        self.optimizer.step()
+        self.step += 1
+        self.learned += 1
+        self._window.append(numbers)
+        self._is_best = False
+        self._report(TrainProgress(self.step, loop.steps))
+
+    def _save_state(self) -> None:
+        check_there(self.run_dir)
+        loss = self.task.loss.config.model_dump()
+        save_training_state(self.run_dir / STATE_NAME, self.task.network, self.optimizer, self.step, self.unreadable, loss, self.watchdog.state())
+
+    def _save_model(self) -> None:
+        style = self.task.style
+        thumbnail = to_pil(resize(style, ImageSize(long_side=128).of(*style.shape[-2:])))
+        save_model(self.run_dir / MODEL_NAME, self.task.network, self.step, portable(self.task.config), thumbnail)
+
+
+def _holds_model_of(run_dir: Path, step: int) -> bool:
+    try:
+        return read_model(run_dir / MODEL_NAME)[1].step == step
+    except (OSError, ValueError):
+        return False
+
+
+def _given_up(trouble: Trouble, watchdog: Watchdog, good_step: int, allowed: int) -> str:
+    tried = f" {watchdog.rollbacks} rollbacks with lower rates, the last {watchdog.rate:.2g} of the schedule's, did not help." if watchdog.rollbacks else ""
+    intact = f"What was saved before, at step {good_step}, is intact." if good_step else "No good step was saved."
+    return f"{trouble.what}.{tried} {intact} What to change: {trouble.advice}; or allow more than train.rollbacks={allowed}"
