@@ -175,25 +175,41 @@ def cpu_threads() -> int:
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):
-        return cores
+    for folder in _cgroups("cpu"):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = (folder / "cpu.max").read_text().split()
+            cores = max(1, min(cores, math.ceil(int(quota) / int(period))))
+    return cores
 
 
 def free_memory() -> int:
-    """Bytes of main memory that this process may still take, by the system and by its cgroup; 2 GiB where neither tells."""
+    """Bytes of main memory that this process may still take, by the system and by its cgroups; 2 GiB where none tells."""
     limits = []
     with contextlib.suppress(OSError, StopIteration, ValueError):
         line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
         limits.append(int(line.split()[1]) * 1024)
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        with contextlib.suppress(OSError, ValueError):
-            folder = Path("/sys/fs/cgroup")
-            cached = re.search(r"^inactive_file (\d+)", (folder / limit).with_name("memory.stat").read_text(), re.MULTILINE)
-            limits.append(int((folder / limit).read_text()) - int((folder / used).read_text()) + int(cached[1] if cached else 0))
+    for folder in _cgroups("memory"):
+        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            with contextlib.suppress(OSError, ValueError):
+                cached = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+                limits.append(int((folder / limit).read_text()) - int((folder / used).read_text()) + int(cached[1] if cached else 0))
     return max(0, min(limits)) if limits else 2 * 2**30
+
+
+def _cgroups(controller: str) -> list[Path]:
+    """The folders of the cgroup that ``controller`` limits this process by, and of those around it; empty where there are no cgroups.
+
+    In a container the path may be one of the host's, which is not there: the mount itself is the container's then.
+    """
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controller in controllers.split(",") or not controllers:  # version 1, or 2
+                mount = Path("/sys/fs/cgroup") / (controller if controllers else "")
+                parts = [part for part in path.split("/") if part]
+                found += [mount.joinpath(*parts[:count]) for count in range(len(parts), -1, -1)]
+    return found
 
 
 def gpu_is_likely() -> bool:

@@ -124,3 +124,41 @@ def test_works_outside_the_main_thread_without_signals():
     thread.start()
     thread.join()
     assert asked == [False]
+
+
+def _machine(root, monkeypatch, files):
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    monkeypatch.setattr(runtime, "Path", lambda path: root / str(path).lstrip("/"))
+
+
+@pytest.mark.parametrize("where, limit, used, own", [
+    ("sys/fs/cgroup/user/app", "memory.max", "memory.current", "0::/user/app"),  # version 2, the process's own group
+    ("sys/fs/cgroup/user", "memory.max", "memory.current", "0::/user/app"),  # one around it
+    ("sys/fs/cgroup", "memory.max", "memory.current", "0::/docker/of_the_host"),  # a container that sees the host's path
+    ("sys/fs/cgroup/memory/app", "memory.limit_in_bytes", "memory.usage_in_bytes", "5:cpu,cpuacct:/\n4:memory:/app"),  # version 1
+])
+def test_free_memory_is_what_the_cgroups_leave(tmp_path, monkeypatch, where, limit, used, own):
+    # 1000 of which 400 are used, 100 of these by files that could go: 700. The system has 2 kB.
+    _machine(tmp_path, monkeypatch, {
+        "proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 2 kB\n", "proc/self/cgroup": own + "\n",
+        f"{where}/{limit}": "1000", f"{where}/{used}": "400", f"{where}/memory.stat": "anon 3\ninactive_file 100\n",
+    })
+    assert runtime.free_memory() == 700
+
+
+def test_free_memory_without_a_limit_is_the_systems(tmp_path, monkeypatch):
+    _machine(tmp_path, monkeypatch, {
+        "proc/meminfo": "MemAvailable: 2 kB\n", "proc/self/cgroup": "0::/app\n",
+        "sys/fs/cgroup/app/memory.max": "max", "sys/fs/cgroup/app/memory.current": "400", "sys/fs/cgroup/app/memory.stat": "inactive_file 1\n",
+    })
+    assert runtime.free_memory() == 2048
+    (tmp_path / "proc/meminfo").unlink()
+    assert runtime.free_memory() == 2 * 2**30
+
+
+def test_threads_are_not_more_than_the_quota(tmp_path, monkeypatch):
+    _machine(tmp_path, monkeypatch, {"proc/self/cgroup": "0::/app\n", "sys/fs/cgroup/app/cpu.max": "50000 100000"})  # half a core
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert runtime.cpu_threads() == 1
