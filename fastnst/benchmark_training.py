@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -331,13 +331,13 @@ def measure_rate(device: str, precision: torch.dtype, size: int = 256) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One way: seconds of a step in each turn, the published step's beside them, and the losses' largest distance."""
+    """One way: seconds of a step in each turn, the published step's beside them, and the losses' largest distance (None: of another network or loss)."""
 
     name: str
     seconds: list[float]
     published_seconds: list[float]
     waiting: float
-    distance: float
+    distance: float | None
     tolerance: float
 
     def photos_per_second(self, batch: int) -> float:
@@ -369,7 +369,7 @@ class Report:
 
     @property
     def disagreements(self) -> list[str]:
-        return [f"{row.name}: losses {row.distance:.2%} from the published ones, {row.tolerance:.1%} allowed" for row in self.rows if not row.distance <= row.tolerance]
+        return [f"{row.name}: losses {row.distance:.2%} from the published ones, {row.tolerance:.1%} allowed" for row in self.rows if row.distance is not None and not row.distance <= row.tolerance]
 
     def as_json(self) -> dict[str, Any]:
         rows = [asdict(row) | {"photos_per_second": row.photos_per_second(self.task["batch"]), "ratio": statistics.median(row.ratios)} for row in self.rows]
@@ -387,7 +387,7 @@ class Report:
             ratios = row.ratios
             lines.append(
                 f"| {row.name} | {statistics.median(row.seconds):.3g} | {row.photos_per_second(batch):.3g} | {statistics.median(ratios):.2f} "
-                f"({min(ratios):.2f} to {max(ratios):.2f}) | {row.waiting:.1%} | {row.distance:.2%} |"
+                f"({min(ratios):.2f} to {max(ratios):.2f}) | {row.waiting:.1%} | {'not the same' if row.distance is None else f'{row.distance:.2%}'} |"
             )
         ours = statistics.median(self.rows[-1].seconds)
         lines += [
@@ -407,12 +407,13 @@ def measure(
     steps: int = 1,
     levers: bool = False,
     profile: int = 8,
+    others: Sequence[tuple[str, Task]] = (),
     say: Callable[[str], None] = lambda message: None,
 ) -> Report:
     """Time the published step and each way in turns of ``steps`` steps, ``repeats`` times, photos kept in ``folder``.
 
-    The last row is ours. First each goes over the same three batches from the same weights: ``disagreements`` tells whose losses
-    do not come out as published.
+    The last row is ours; ``others`` are tasks, with names, that ours is measured on, too. First each goes over the same three batches
+    from the same weights: ``disagreements`` tells whose losses do not come out as published.
     """
     with batches_of(task, PUBLISHED, folder) as batches:
         trial = [next(batches) for _ in range(3)]
@@ -423,11 +424,12 @@ def measure(
     with Runner(task, PUBLISHED, folder) as published:
         wanted = published.ask("losses", trial)
         published.ask("steps", 1)
-        for way in [*(LEVERS if levers else ()), OURS]:
-            with Runner(task, way, folder) as own:
+        compared = [(way, task) for way in (LEVERS if levers else ())]
+        for way, its_task in [*compared, *((replace(OURS, name=name), other) for name, other in others), (OURS, task)]:
+            with Runner(its_task, way, folder) as own:
                 say(f"{way.name}: the losses of {len(trial)} steps")
                 losses = own.ask("losses", trial)
-                distance = max(abs(a - b) / abs(b) for a, b in zip(losses, wanted))
+                distance = max(abs(a - b) / abs(b) for a, b in zip(losses, wanted)) if its_task is task else None
                 own.ask("steps", 1)  # warm
                 turns = []
                 for turn in range(repeats):

@@ -3,6 +3,7 @@
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from fastnst import cli
@@ -10,6 +11,7 @@ from fastnst import cli
 EPILOG = """\
 examples:
   fastnst benchmark --training
+  fastnst benchmark --training --also lean
   OMP_NUM_THREADS=2 fastnst benchmark --training --content photos/ --loss-weights vgg16.pth --levers --json training.json
 
 Network, loss network, photos, size and batch are the same on both sides. Each runs in a process of its own, with its own
@@ -27,6 +29,7 @@ def main(argv=None) -> int:
     p.add_argument("--repeats", type=int, default=5, help="turns of each side")
     p.add_argument("--steps", type=int, default=1, help="steps a turn")
     p.add_argument("--levers", action="store_true", help="measure each lever alone, too")
+    p.add_argument("--also", action="append", default=[], metavar="CONFIG", help="measure ours with that config's network, and with its loss, too; may be repeated")
     p.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
     args = p.parse_args(argv)
     for flag in ("size", "batch", "repeats", "steps"):
@@ -39,12 +42,20 @@ def main(argv=None) -> int:
     from fastnst.runtime import resolve_device
     from fastnst.train import TrainConfig
 
-    weights = f"loss.weights={args.loss_weights}"
-    config = load_config(TrainConfig, cli.find_config(args.config), ["style.image=.", "data.content=.", *args.set, weights])
+    given = ["style.image=.", "data.content=."]
+    config = load_config(TrainConfig, cli.find_config(args.config), [*given, *args.set, f"loss.weights={args.loss_weights}"])
+    configs = {Path(name).stem: load_config(TrainConfig, cli.find_config(name), [*given, "loss.weights=random"]) for name in args.also}
     with tempfile.TemporaryDirectory() as folder:
         content = args.content or draw_photos(Path(folder) / "photos", 64)
         task = Task(config.network, config.loss, content, args.size, args.batch, str(resolve_device(args.device)))
-        report = measure(task, Path(folder) / "kept", args.repeats, args.steps, args.levers, say=lambda message: print(message, file=sys.stderr, flush=True))
+        others = []
+        for name, other in configs.items():
+            lent = replace(task, network=other.network)
+            loss = other.loss.model_copy(update={"strength": None})  # no speed depends on it
+            others += [(f"ours, network of {name}", lent), (f"ours, network and loss of {name}", replace(lent, loss=loss))]
+        report = measure(
+            task, Path(folder) / "kept", args.repeats, args.steps, args.levers, others=others, say=lambda message: print(message, file=sys.stderr, flush=True)
+        )
     print(report.as_markdown())
     if args.json:
         with atomic_write(args.json) as temporary:

@@ -107,6 +107,17 @@ def test_the_command_prints_a_table_and_writes_the_figures(photos, tmp_path, cap
     assert "| published |" in out and "| ours |" in out and "floor:" in out
 
 
+def test_another_network_and_loss_are_measured_beside_it(photos, tmp_path, capfd):
+    (tmp_path / "small.yaml").write_text("network: {width: 4, residual_blocks: 0, stem: half}\nloss: {network: vgg19_slim, strength: 5, content_layers: {relu1_1: 1}, style_layers: {relu1_1: 1}}\n")
+    code = cli.run(main, ["--training", "--content", str(photos), "--also", str(tmp_path / "small.yaml"), "--json", str(tmp_path / "training.json"), *TINY])
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    rows = json.loads((tmp_path / "training.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["published", "ours, network of small", "ours, network and loss of small", "ours"]
+    assert [row["distance"] is None for row in rows] == [False, True, True, False]
+    assert out.count("not the same") == 2
+
+
 def test_a_part_must_be_named(capsys):
     with pytest.raises(SystemExit) as ended:
         main([])
