@@ -20,7 +20,7 @@ from PIL import Image
 from fastnst.checkpoint import load_model
 from fastnst.engine import Engine, is_installed, load_engine, load_network
 from fastnst.picture import open_rgb
-from fastnst.runtime import cpu_threads, keep_freed_memory
+from fastnst.runtime import arithmetic_rate, cpu_threads, keep_freed_memory
 from fastnst.stages import StagedNetwork
 
 PUBLISHED = "published"
@@ -61,7 +61,7 @@ class Row:
     fastest: float = 0.0
     ratio: float = 1.0  # how many times as fast as the published way: the median over rounds
     psnr: float | None = None  # dB to the published way's output; None: equal
-    floor_share: float = 0.0  # the arithmetic, at the rate that this machine multiplies matrices, over the time
+    floor_share: float = 0.0  # the arithmetic, at the highest rate of this machine, over the time; 0 where not known
     times: list[float] = field(default_factory=list, repr=False)
 
     @property
@@ -137,7 +137,8 @@ def measure(
     picture, _ = open_rgb(photo)
     rows: list[Row] = []
     done, total = 0, len(sizes) * len(ways) * (rounds + 1)
-    rates = {precision: _multiply_rate(precision, ways) for precision in {engine.precision if engine else "float32" for _, _, engine in ways}}
+    shares = [engine for _, _, engine in ways if engine is not None and engine.precision != "int8"]  # whose arithmetic torch can measure, too
+    rates = {key: arithmetic_rate(key[0], getattr(torch, key[1])) for key in {(engine.device, engine.precision) for engine in shares}}
     for width, height in sizes:
         pixels = np.array(picture.resize((width, height), Image.Resampling.BICUBIC))[None]
         here = [Row(way, width, height) for way, _, _ in ways]
@@ -157,8 +158,8 @@ def measure(
             row.milliseconds, row.fastest = float(np.median(row.times)), min(row.times)
             row.ratio = float(np.median([theirs / ours for theirs, ours in zip(here[0].times, row.times)]))
             row.psnr = psnr(output, outputs[0])
-            if engine is not None:
-                row.floor_share = operations(engine.network, height, width) / rates[engine.precision] / (row.milliseconds / 1000)
+            if engine in shares:
+                row.floor_share = operations(engine.network, height, width) / rates[engine.device, engine.precision] / (row.milliseconds / 1000)
         rows += here
     return rows
 
@@ -177,20 +178,6 @@ def psnr(output: np.ndarray, reference: np.ndarray) -> float | None:
     """dB between pictures of 0..255; None where they are equal."""
     error = float(np.mean((output.astype(np.float64) - reference) ** 2))
     return float(10 * np.log10(255**2 / error)) if error else None
-
-
-def _multiply_rate(precision: str, ways: list) -> float:
-    """Operations a second of a large matrix product: what the machine can do."""
-    device = next((engine.device for _, _, engine in ways if engine is not None), "cpu")
-    side = 2048 if device == "cpu" else 8192
-    a = torch.ones(side, side, dtype=getattr(torch, precision), device=device)
-
-    def once() -> float:
-        began = time.perf_counter()
-        (a @ a)[0, 0].item()
-        return time.perf_counter() - began
-
-    return 2 * side**3 / min(once() for _ in range(6))
 
 
 def measure_fresh_processes(model: str | Path, photo: str | Path, sizes: list[tuple[int, int]], repeats: int = 3) -> list[FreshProcess]:

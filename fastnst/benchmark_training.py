@@ -31,7 +31,7 @@ from fastnst.model import NetworkConfig
 from fastnst.network import LastConv, TransformNetwork
 from fastnst.objective import Objective
 from fastnst.optimizer import adam
-from fastnst.runtime import autocast, keep_freed_memory, resolve_precision
+from fastnst.runtime import arithmetic_rate, autocast, keep_freed_memory, resolve_precision
 
 # How far the losses of the same photos, from the same weights, may lie from the published step's, relatively. Rounding alone moves
 # them: Adam's first steps are of one size however small the gradient is.
@@ -307,28 +307,6 @@ def count_flops(task: Task, ours: bool = True) -> int:
     return counter.get_total_flops()
 
 
-def measure_rate(device: str, precision: torch.dtype, size: int = 256) -> float:
-    """The machine's highest rate in FLOP/s, of a large matrix product and of a convolution as the loss network has them."""
-    with torch.no_grad():
-        a, b = (torch.randn(2048, 2048, device=device, dtype=precision) for _ in range(2))
-        image = torch.randn(4, 128, size // 2, size // 2, device=device, dtype=precision).contiguous(memory_format=torch.channels_last)
-        kernel = torch.randn(128, 128, 3, 3, device=device, dtype=precision).contiguous(memory_format=torch.channels_last)
-        work = [
-            (lambda: a @ b, 2 * 2048**3),
-            (lambda: F.conv2d(image, kernel, padding=1), 2 * 9 * 128 * 128 * image.shape[2] * image.shape[3] * 4),
-        ]
-        best = 0.0
-        for act, flops in work:
-            for _ in range(4):
-                before = time.perf_counter()
-                for _ in range(1 if device == "cpu" else 50):
-                    act()
-                if device != "cpu":
-                    torch.cuda.synchronize()
-                best = max(best, flops * (1 if device == "cpu" else 50) / (time.perf_counter() - before))
-    return best
-
-
 @dataclass(frozen=True)
 class Row:
     """One way: seconds of a step in each turn, the published step's beside them, and the losses' largest distance (None: of another network or loss)."""
@@ -420,7 +398,7 @@ def measure(
     rows: list[Row] = []
     top: list[tuple[str, float]] = []
     precision = resolve_precision(OURS.precision, torch.device(task.device))
-    rate = measure_rate(task.device, precision)
+    rate = arithmetic_rate(task.device, precision)
     with Runner(task, PUBLISHED, folder) as published:
         wanted = published.ask("losses", trial)
         published.ask("steps", 1)

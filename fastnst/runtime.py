@@ -11,6 +11,7 @@ import platform
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -210,6 +211,28 @@ def _cgroups(controller: str) -> list[Path]:
                 parts = [part for part in path.split("/") if part]
                 found += [mount.joinpath(*parts[:count]) for count in range(len(parts), -1, -1)]
     return found
+
+
+def arithmetic_rate(device: str, precision: torch.dtype) -> float:
+    """The machine's highest rate in FLOP/s, measured: that of a large matrix product or of a convolution, in floating point."""
+    import torch
+    import torch.nn.functional as F
+
+    turns, side = (1, 2048) if device == "cpu" else (20, 8192)
+    with torch.inference_mode():
+        a, b = (torch.randn(side, side, device=device, dtype=precision) for _ in range(2))
+        image = torch.randn(4, 128, 128, 128, device=device, dtype=precision).contiguous(memory_format=torch.channels_last)
+        kernel = torch.randn(128, 128, 3, 3, device=device, dtype=precision).contiguous(memory_format=torch.channels_last)
+        best = 0.0
+        for act, flops in ((lambda: a @ b, 2 * side**3), (lambda: F.conv2d(image, kernel, padding=1), 2 * 9 * 128 * 128 * 128**2 * 4)):
+            for _ in range(6):
+                began = time.perf_counter()
+                for _ in range(turns):
+                    act()
+                if device != "cpu":
+                    torch.accelerator.synchronize()
+                best = max(best, flops * turns / (time.perf_counter() - began))
+    return best
 
 
 def gpu_is_likely() -> bool:
