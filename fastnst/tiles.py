@@ -7,6 +7,8 @@ convolutions see. The result is that of the whole picture, but for the rounding 
 """
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
+from operator import mul
 
 import numpy as np
 
@@ -29,7 +31,7 @@ def stylize_tiled(
     """Stylize ``(H, W, 3)`` uint8 in strips of ``rows``; the result may take the place of ``pixels``, which halves their memory.
 
     Between passes the lowest resolution is kept in float32 where that takes at most 1 GiB and half of ``memory`` bytes, else in float16.
-    ``report`` gets the share of the work that is done. Raises ``ValueError`` for a network with padding at the start alone.
+    ``report`` gets the share of the work that is done.
     """
     return _Strips(engine, pixels, max(_SMALLEST_STRIP, rows), memory, report).run(pixels if in_place else np.empty_like(pixels))
 
@@ -39,20 +41,20 @@ class _Strips:
 
     def __init__(self, engine: Engine, pixels: np.ndarray, rows: int, memory: int, report: Callable[[float], None]) -> None:
         network = engine.network
-        if network.info.network.start_padding:
-            raise ValueError("exact tiles are not there for networks with `padding: start`; use --tile off and --short-side N")
         self.engine, self.stages, self.rows, self.report = engine, network.stages, rows, report
         self.output = network.info.network.output
         config = network.info.network
         missing = [max(config.smallest_side - side, -side % config.multiple) for side in pixels.shape[:2]]
         self.shape = pixels.shape[:2]
         self.pixels = np.pad(pixels, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge") if any(missing) else pixels
+        if start := config.start_padding:
+            self.pixels = np.pad(self.pixels, ((start, start), (start, start), (0, 0)), mode="reflect")
         self.sizes = [self.pixels.shape[:2]]  # (height, width) of what goes into each stage, and out of the last
         for stage in self.stages:
             self.sizes.append(tuple(stage.size(side) for side in self.sizes[-1]))
-        lowest = min(self.sizes[1:])
-        self.is_kept = [size == lowest for size in self.sizes[1:]]
-        kept = [stage.channels * lowest[0] * lowest[1] for stage, is_kept in zip(self.stages, self.is_kept) if is_kept]
+        scales = list(accumulate((stage.stride / stage.shuffle / (1 + stage.transposed) for stage in self.stages), mul))
+        self.is_kept = [scale == max(scales) for scale in scales]
+        kept = [stage.channels * height * width for stage, is_kept, (height, width) in zip(self.stages, self.is_kept, self.sizes[1:]) if is_kept]
         self.dtype = np.float32 if 2 * 4 * max(kept) <= min(memory / 2, _LARGEST_IN_FLOAT32) else np.float16
         self.kept: dict[int, np.ndarray] = {}  # stage -> (C, h, w)
         self.pending: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # stage -> gain and shift that its norm, then its ReLU, still owe
@@ -85,7 +87,7 @@ class _Strips:
         keeps = self.is_kept[index]
         in_place = keeps and stage.skip  # a block's second convolution takes the place of its first
         if in_place:
-            target = self.kept[index - 1]
+            target = self.kept[index - 1][:, : self.sizes[index + 1][0], : self.sizes[index + 1][1]]
         elif keeps:
             target = np.empty((stage.channels, *self.sizes[index + 1]), self.dtype)
         count, mean, squares = 0, 0.0, 0.0
@@ -111,8 +113,11 @@ class _Strips:
         if keeps:
             self.kept[index] = target
         if keeps and stage.skip:
-            self._finish(index, self.kept[index - 2])
-            self.kept[index] = self.kept.pop(index - 2)
+            s = stage.shave
+            block_input = self.kept.pop(index - 2)
+            block_input = block_input[:, s:-s, s:-s] if s else block_input
+            self._finish(index, block_input)
+            self.kept[index] = block_input
             del self.kept[index - 1]
         elif keeps and index + 2 < len(self.stages) and self.stages[index + 2].skip:
             self._finish(index, None)

@@ -25,7 +25,7 @@ def test_strips_are_the_whole(name, height, width):
 
 
 @pytest.mark.parametrize(
-    "norm, padding, upsampling", list(itertools.product(("instance", "batch"), ("reflect", "replicate", "zeros"), ("nearest", "bilinear", "transposed", "subpixel")))
+    "norm, padding, upsampling", list(itertools.product(("instance", "batch"), ("reflect", "replicate", "zeros", "start"), ("nearest", "bilinear", "transposed", "subpixel")))
 )
 def test_every_architecture(norm, padding, upsampling):
     _, stages = staged(norm=norm, padding=padding, upsampling=upsampling)
@@ -34,7 +34,7 @@ def test_every_architecture(norm, padding, upsampling):
     assert np.abs(stylize_tiled(engine, picture, 16, PLENTY) - engine.run(picture[None])[0].astype(int)).max() <= 1
 
 
-@pytest.mark.parametrize("options", [{"residual_blocks": 0}, {"residual_blocks": 5}, {"stem": "half"}], ids=str)
+@pytest.mark.parametrize("options", [{"residual_blocks": 0}, {"residual_blocks": 5}, {"stem": "half"}, {"padding": "start", "residual_blocks": 3}, {"padding": "start", "stem": "half"}], ids=str)
 def test_every_depth_and_strip(options):
     _, stages = staged(**options)
     engine = load_engine(stages, "cpu", "torch", "float32")
@@ -70,12 +70,6 @@ def test_progress_goes_up_to_one():
     shares = []
     stylize_tiled(load_engine(stages, "cpu", "torch", "float32"), photo(60, 20)[0], 16, PLENTY, shares.append)
     assert shares == sorted(shares) and shares[0] < 0.2 and shares[-1] == pytest.approx(1)
-
-
-def test_padding_at_the_start_alone_is_refused_with_a_way_out():
-    _, stages = staged(padding="start")
-    with pytest.raises(ValueError, match="padding: start.*--tile off and --short-side"):
-        stylize_tiled(load_engine(stages, "cpu", "torch"), photo(60, 20)[0], 16, PLENTY)
 
 
 def test_rows_of_a_strip():
