@@ -122,7 +122,7 @@ class _GraphEngine:
 
     def stage(self, index, rows, gain, shift, above, below, statistics):
         side = self.network.stages[index].padding
-        inputs = {"rows": rows, "padding": np.array([0, 0, above, side, 0, 0, below, side], np.int64)}
+        inputs = {"rows": rows} | ({"padding": np.array([0, 0, above, side, 0, 0, below, side], np.int64)} if side else {})
         if index:
             gain = np.ones(rows.shape[1], np.float32) if gain is None else gain
             shift = np.zeros(rows.shape[1], np.float32) if shift is None else shift

@@ -94,7 +94,7 @@ def stage_graph(stage: Stage, before: Stage | None, statistics: bool) -> onnx.Mo
     """One stage's convolution on rows of a picture, for tiles: ``rows``, ``gain``, ``shift``, ``padding`` -> ``raw``, ``mean``, ``variance``.
 
     ``rows`` is ``(1, C, h, W)``; ``gain`` and ``shift``, ``(1, C, 1, 1)``, apply the norm of the stage ``before``, whose ReLU follows;
-    ``padding`` is the 8 amounts of ONNX's Pad; ``raw`` is not normalized; ``mean`` and ``variance``, given for ``statistics``, are its
+    ``padding``, where the stage has some, is the 8 amounts of ONNX's Pad; ``raw`` is not normalized; ``mean`` and ``variance``, given for ``statistics``, are its
     channels', ``(1, C, 1, 1)``.
     """
     g = _Graph()
@@ -112,7 +112,8 @@ def stage_graph(stage: Stage, before: Stage | None, statistics: bool) -> onnx.Mo
     f, rows = TensorProto.FLOAT, [helper.make_tensor_value_info("rows", TensorProto.FLOAT, [1, inputs, "height", "width"])]
     if before is not None:
         rows += [helper.make_tensor_value_info(name, f, [1, inputs, 1, 1]) for name in ("gain", "shift")]
-    rows.append(helper.make_tensor_value_info("padding", TensorProto.INT64, [8]))
+    if stage.padding:
+        rows.append(helper.make_tensor_value_info("padding", TensorProto.INT64, [8]))
     outputs = [helper.make_tensor_value_info("raw", f, [1, stage.channels, "rows_out", "columns_out"])]
     if statistics:
         outputs += [helper.make_tensor_value_info(name, f, [1, stage.channels, 1, 1]) for name in ("mean", "variance")]

@@ -14,9 +14,9 @@ PLENTY, LITTLE = 10**12, 0  # of memory: float32 between passes, float16
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime", "torch"])
-@pytest.mark.parametrize("height, width", [(137, 53), (300, 16), (64, 48), (33, 9)])
-def test_strips_are_the_whole(name, height, width):
-    _, stages = staged(residual_blocks=2)
+@pytest.mark.parametrize("height, width, padding", [(137, 53, "reflect"), (300, 16, "reflect"), (64, 48, "zeros"), (33, 9, "reflect"), (157, 53, "start")])
+def test_strips_are_the_whole(name, height, width, padding):
+    _, stages = staged(residual_blocks=2, padding=padding)
     engine = load_engine(stages, "cpu", name, "float32")
     picture = photo(height, width)[0]
     whole = engine.run(picture[None])[0].astype(int)
