@@ -64,21 +64,26 @@ class Stylizer:
 
     def pictures(self, pixels: np.ndarray, report: Callable[[float], None] = lambda done: None, in_place: bool = False) -> np.ndarray:
         """``(N, H, W, 3)`` uint8 -> the same; ``in_place`` lets strips overwrite ``pixels``. Raises ``MemoryError`` where even strips are too large."""
-        count, height, width = pixels.shape[:3]
-        free = self.engine.free_memory()
-        if self.tile == "off" or (self.tile == "auto" and height * width * count * self.engine.bytes_per_pixel <= _MEMORY_SHARE * free):
-            try:
-                return self.engine.run(pixels)
-            except Exception as error:  # ONNX Runtime has kinds of its own
-                if not is_out_of_memory(error):
-                    raise
-                if self.tile == "off":
-                    raise MemoryError(f"{width}x{height} pixels need more memory than {self.engine.device} has free; use --tile auto, or --short-side N") from error
-                self.notice(f"{width}x{height} pixels did not fit into the memory of {self.engine.device}; going on in strips")
-        rows = self.tile if isinstance(self.tile, int) else plan_rows(self.engine.network, width)
-        return np.stack([self._strips(one, rows, report, in_place) for one in pixels]) if count > 1 else self._strips(pixels[0], rows, report, in_place)[None]
+        whole = self._whole(pixels.shape[:3], lambda: self.engine.run(pixels))
+        return np.stack([self._strips(one, report, in_place) for one in pixels]) if whole is None else whole
 
-    def _strips(self, pixels: np.ndarray, rows: int, report: Callable[[float], None], in_place: bool) -> np.ndarray:
+    def _whole(self, shape: tuple[int, int, int], run: Callable[[], Any]) -> Any:
+        """What ``run`` makes of whole pictures, ``(N, H, W)``; None where they are to go in strips."""
+        count, height, width = shape
+        if self.tile != "off" and (self.tile != "auto" or height * width * count * self.engine.bytes_per_pixel > _MEMORY_SHARE * self.engine.free_memory()):
+            return None
+        try:
+            return run()
+        except Exception as error:  # ONNX Runtime has kinds of its own
+            if not is_out_of_memory(error):
+                raise
+            if self.tile == "off":
+                raise MemoryError(f"{width}x{height} pixels need more memory than {self.engine.device} has free; use --tile auto, or --short-side N") from error
+            self.notice(f"{width}x{height} pixels did not fit into the memory of {self.engine.device}; going on in strips")
+        return None
+
+    def _strips(self, pixels: np.ndarray, report: Callable[[float], None] = lambda done: None, in_place: bool = False) -> np.ndarray:
+        rows = self.tile if isinstance(self.tile, int) else plan_rows(self.engine.network, pixels.shape[1])
         while True:
             try:
                 return stylize_tiled(self.engine, pixels, rows, self.engine.free_memory(), report, in_place)
@@ -97,9 +102,18 @@ class Stylizer:
 
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not images.numel():
             raise ValueError(f"got a tensor of {images.dtype} and shape {tuple(images.shape)}, need floats (N, 3, H, W) in [0, 1]")
-        if hasattr(self.engine, "run_tensor"):
-            return self.engine.run_tensor(images.detach().to(self.engine.device, torch.float32), "float").to(images.device, images.dtype)
-        return torch.from_numpy(self.engine.run(images.detach().cpu().float().numpy(), "float")).to(images.device, images.dtype)
+        given = images.detach().float()
+
+        def run() -> Any:
+            if hasattr(self.engine, "run_tensor"):
+                return self.engine.run_tensor(given.to(self.engine.device), "float")
+            return torch.from_numpy(self.engine.run(given.cpu().numpy(), "float"))
+
+        whole = self._whole((len(given), *given.shape[2:]), run)
+        if whole is None:
+            pixels = given.cpu().permute(0, 2, 3, 1).numpy() * 255
+            whole = torch.from_numpy(np.stack([self._strips(one, in_place=True) for one in pixels])).permute(0, 3, 1, 2) / 255
+        return whole.to(images.device, images.dtype)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def plan_rows(network: StagedNetwork, width: int) -> int:
 def stylize_tiled(
     engine: Engine, pixels: np.ndarray, rows: int, memory: int, report: Callable[[float], None] = lambda done: None, in_place: bool = False
 ) -> np.ndarray:
-    """Stylize ``(H, W, 3)`` uint8 in strips of ``rows``; the result may take the place of ``pixels``, which halves their memory.
+    """Stylize ``(H, W, 3)``, uint8 or float32 of 0..255, in strips of ``rows``; the result, of the same kind, may take the place of ``pixels``, which halves their memory.
 
     Between passes the lowest resolution is kept in float32 where that takes at most 1 GiB and half of ``memory`` bytes, else in float16.
     ``report`` gets the share of the work that is done.
@@ -78,7 +78,7 @@ class _Strips:
         for begin, end in self._strips(last):
             if begin < self.shape[0]:
                 raw = self._raw(last, begin, end)[0, :, : self.shape[0] - begin, : self.shape[1]]
-                result[begin:end] = _to_pixels(raw, self.output)
+                result[begin:end] = _to_pixels(raw, self.output, result.dtype)
             self._advance(last, begin, end)
         return result
 
@@ -175,10 +175,11 @@ class _Strips:
         return raw[:, :, offset : offset + end - begin], *moments  # strips of passes are even: what statistics are of is never cut
 
 
-def _to_pixels(raw: np.ndarray, output: str) -> np.ndarray:
-    """``(3, h, W)`` of the last convolution -> ``(h, W, 3)`` uint8."""
+def _to_pixels(raw: np.ndarray, output: str, kind: np.dtype) -> np.ndarray:
+    """``(3, h, W)`` of the last convolution -> ``(h, W, 3)``."""
     if output == "tanh":
         raw = 127.5 + 150 * np.tanh(raw)
     elif output == "sigmoid":
         raw = 255 / (1 + np.exp(-raw))
-    return np.clip(raw, 0, 255).round().astype(np.uint8).transpose(1, 2, 0)
+    raw = np.clip(raw, 0, 255)
+    return (raw.round() if kind == np.uint8 else raw).astype(kind).transpose(1, 2, 0)

@@ -139,6 +139,14 @@ def test_a_tile_that_is_none_is_named(stylizer, tile):
         Stylizer(stylizer.engine, tile)
 
 
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime", "torch"])
+def test_a_tensor_goes_in_strips_as_whole(model, engine):
+    tensor = torch.cat([to_tensor(synthetic_photo(index, 70, 90)) for index in range(2)])
+    whole, strips = (Stylizer.from_file(model, "cpu", engine, "float32", tile)(tensor) for tile in ("off", 16))
+    assert strips.shape == whole.shape and strips.dtype == whole.dtype
+    assert (strips - whole).abs().max() <= 0.1 / 255  # nothing is rounded to 8 bits
+
+
 def test_the_same_kind_comes_out_as_went_in(stylizer, tmp_path):
     picture = synthetic_photo(0, 40, 30)
     picture.save(tmp_path / "in.png")
