@@ -46,11 +46,14 @@ def judge_network(network: nn.Module, loss: PerceptualLoss, painting: Tensor, ju
     return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}, pictures
 
 
-def markdown(runs: Sequence[dict[str, Any]], head: str) -> str:
-    """Tables of ``runs``: each has ``recipe``, ``style``, ``seed``, ``seconds``, ``size``, and ``figures`` as ``judge_network`` found them."""
-    recipes, styles, sizes = (list(dict.fromkeys(run[key] for run in runs)) for key in ("recipe", "style", "size"))
+def markdown(runs: Sequence[dict[str, Any]], head: str, recipes: Sequence[str], diverged: Sequence[str] = ()) -> str:
+    """Tables of ``runs``: each has ``recipe``, ``style``, ``seed``, ``seconds``, ``size``, and ``figures`` as ``judge_network`` found them.
+
+    ``diverged`` says which of the runs of ``recipes`` are missing; ratios are over the paintings and seeds that both recipes have.
+    """
+    styles, sizes = (list(dict.fromkeys(run[key] for run in runs)) for key in ("style", "size"))
     judges = [name for name in runs[0]["figures"] if "/" in name]
-    lines = ["# Recipes side by side", "", head, ""]
+    lines = ["# Recipes side by side", "", head, "", *(f"- diverged, and in no mean: {what}" for what in diverged), *([""] if diverged else [])]
     for size in sizes:
         at_size = [run for run in runs if run["size"] == size]
 
@@ -59,11 +62,20 @@ def markdown(runs: Sequence[dict[str, Any]], head: str) -> str:
 
         lines += [f"## {size} px", "", f"| recipe | objective | of the first's | {' | '.join([*judges, *(heading for _, heading, _, _ in _FIGURES)])} | s to train |"]
         lines += ["|---" * (len(judges) + len(_FIGURES) + 4) + "|"]
+        def pairs(recipe: str) -> dict[tuple[str, int], float]:
+            return {(run["style"], run["seed"]): run["figures"]["objective"] for run in at_size if run["recipe"] == recipe}
+
+        firsts = pairs(recipes[0])
         for recipe in recipes:
+            mine = pairs(recipe)
+            if not mine:
+                lines += [f"| {recipe} | diverged {'| ' * (len(judges) + len(_FIGURES) + 2)}|"]
+                continue
             seeds = dict.fromkeys(run["seed"] for run in at_size if run["recipe"] == recipe)
             by_seed = [statistics.fmean(of(recipe, "objective", seed=seed)) for seed in seeds]
             cells = [f"{statistics.fmean(by_seed):.3f} ({min(by_seed):.3f} to {max(by_seed):.3f})"]
-            cells += [f"{statistics.fmean(by_seed) / statistics.fmean(of(recipes[0], 'objective')):.2f}"]
+            both = [pair for pair in mine if pair in firsts]
+            cells += [f"{sum(mine[pair] for pair in both) / sum(firsts[pair] for pair in both):.2f}" if both else ""]
             cells += [f"{statistics.fmean(of(recipe, name)):.3f}" for name in judges]
             cells += [f"{statistics.fmean(of(recipe, name)) * factor:.{decimals}f}" for name, _, factor, decimals in _FIGURES]
             cells += [f"{statistics.fmean(run['seconds'] for run in at_size if run['recipe'] == recipe):.0f}"]
@@ -71,7 +83,8 @@ def markdown(runs: Sequence[dict[str, Any]], head: str) -> str:
         lines += ["", f"| objective | {' | '.join(styles)} |", "|---" * (len(styles) + 1) + "|"]
         for recipe in recipes:
             found = [of(recipe, "objective", style) for style in styles]
-            lines += [f"| {recipe} | {' | '.join(f'{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})' for values in found)} |"]
+            cells = [f"{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "diverged" for values in found]
+            lines += [f"| {recipe} | {' | '.join(cells)} |"]
         lines += [""]
     lines += [
         "Means over paintings, photos and seeds; in brackets from the best to the worst seed. objective: content + style of the first recipe's loss, "

@@ -1,5 +1,6 @@
 """A training under way: one step after another, what is said and saved between them, and the way back when it goes wrong."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -99,8 +100,10 @@ class Training:
 
     def __enter__(self) -> "Training":
         loop, watchdog = self.task.config.train, self.watchdog
-        if self.task.ranks.main and not self._fresh and self.step > 0 and (loop.keep == "last" or watchdog.best_step in (0, self.step)):
-            if not _holds_model_of(self.run_dir, self.step):
+        if self.task.ranks.main and not self._fresh and self.step > 0:
+            if loop.keep == "best" and watchdog.best_step not in (0, self.step) and not _holds_model_of(self.run_dir, watchdog.best_step):
+                watchdog.best_step, watchdog.best_total = 0, math.inf  # train.keep was `last`, and the best is gone
+            if (loop.keep == "last" or watchdog.best_step in (0, self.step)) and not _holds_model_of(self.run_dir, self.step):
                 self._save_model()  # a crash came between the state and the model
         self._batches = self._loading.enter_context(batches_from(self.step, self.task))
         return self
@@ -159,7 +162,10 @@ class Training:
         if self.watchdog.rollbacks >= allowed:
             self.board.add_text("watchdog", f"{trouble.what}; given up after {self.watchdog.rollbacks} rollbacks", self.good["step"])
             raise TrainingDiverged(_given_up(trouble, self.watchdog, self.good["step"], allowed))
-        self.good = self._begun if trouble.from_start else self._older if self.good["step"] == self._went_back else self.good
+        if trouble.from_start:
+            self.good = self._older = self._begun
+        elif self.good["step"] == self._went_back:
+            self.good = self._older
         self.watchdog = self.watchdog.rolled_back(self.good["watchdog"])
         restore(self.run_dir / STATE_NAME, deepcopy(self.good), self.task.network, self.optimizer)
         self.good["watchdog"] = self.watchdog.state()

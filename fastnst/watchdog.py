@@ -34,6 +34,7 @@ class Watchdog:
     rollbacks: int = 0
     best_step: int = 0
     best_total: float = math.inf
+    first_loss: float = math.inf
     first_mean: float = math.inf
     lowest_mean: float = math.inf
     most_contrast: float = 0.0
@@ -51,14 +52,17 @@ class Watchdog:
                 kind = "gradient" if math.isfinite(row["loss/total"]) else "loss"
                 numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name.startswith("loss/") or kind in name)
                 return Trouble(f"the {kind} is not finite at step {at}: {numbers}", f"{_FINER}, or lower the weights of loss")
+            self.first_loss = row["loss/total"] if math.isinf(self.first_loss) else self.first_loss
             self.recent = [*self.recent[1 - WINDOW :], [row["loss/total"], row["output/contrast"], row["output/brightness"]]]
             if len(self.recent) == WINDOW:
                 loss, contrast, brightness = _mean(self.recent)
-                self.first_mean = loss if math.isinf(self.first_mean) else self.first_mean
                 if contrast < flat and self.most_contrast > 5 * flat:
                     return Trouble(f"the output has gone {_color(brightness)} at step {at}: contrast {contrast:.2g}, was {self.most_contrast:.2g}", _FINER)
-                if loss > EXPLODED * self.lowest_mean:
-                    return Trouble(f"the loss has exploded at step {at}: {loss:.4g}, was {self.lowest_mean:.4g} (means of {WINDOW} steps)", _FINER)
+                if loss > EXPLODED * self._lowest:
+                    begun = math.isfinite(self.lowest_mean)
+                    was = f"was {self._lowest:.4g} (means of {WINDOW} steps)" if begun else f"the mean of {WINDOW} steps, was {self._lowest:.4g} untrained"
+                    return Trouble(f"the loss has exploded at step {at}: {loss:.4g}, {was}", _FINER, from_start=not begun)
+                self.first_mean = loss if math.isinf(self.first_mean) else self.first_mean
                 self.lowest_mean = min(self.lowest_mean, loss)
                 self.most_contrast = max(self.most_contrast, contrast)
                 if at >= PATIENCE + warmup and self.lowest_mean > STUCK * self.first_mean:
@@ -68,7 +72,12 @@ class Watchdog:
 
     def suspicious(self, last: dict[str, float], flat: float = 0.01) -> bool:
         """Whether the ``last`` step looks bad already, though not for long enough to call it trouble: not to be saved."""
-        return last["loss/total"] > EXPLODED * self.lowest_mean or (last["output/contrast"] < flat and self.most_contrast > 5 * flat)
+        return last["loss/total"] > EXPLODED * self._lowest or (last["output/contrast"] < flat and self.most_contrast > 5 * flat)
+
+    @property
+    def _lowest(self) -> float:
+        """What an explosion is measured by: the lowest mean, or, before there is one, the loss of the untrained network."""
+        return self.lowest_mean if math.isfinite(self.lowest_mean) else self.first_loss
 
     def is_best(self, step: int, total: float) -> bool:
         """Whether ``total`` on validation is the lowest so far; it is remembered then."""

@@ -21,6 +21,7 @@ stopped, and with more seeds or recipes trains what is missing. Writes recipes.m
 
 def main(argv=None) -> int:
     p = cli.parser("benchmark --recipes", __doc__, EPILOG)
+    p.usage = "fastnst benchmark --recipes CONFIG[+KEY=VALUE...] [CONFIG...] --style PAINTING... --content FOLDER --held-out FOLDER --output FOLDER [options]"
     p.add_argument("recipes", nargs="+", metavar="CONFIG[+KEY=VALUE...]", help="the first one's loss is that of all")
     p.add_argument("--style", nargs="+", required=True, type=Path, metavar="PAINTING|FOLDER", help="paintings, or folders of them")
     p.add_argument("--content", required=True, type=Path, metavar="FOLDER", help="photos to train on")
@@ -75,7 +76,7 @@ def main(argv=None) -> int:
     changes = f"; --set {' '.join(args.set)}" if args.set else ""
     head = f"{next(iter(seen.values())):,} photos seen, seeds {', '.join(map(str, args.seeds))}, judged on {len(paths)} held-out photos, on {machine(device)}{changes}."
     _sheets(args.output, folders)
-    for file, text in (("recipes.json", json.dumps({"head": head, "diverged": diverged, "runs": runs}, indent=1)), ("recipes.md", markdown(runs, head))):
+    for file, text in (("recipes.json", json.dumps({"head": head, "diverged": diverged, "runs": runs}, indent=1)), ("recipes.md", markdown(runs, head, args.recipes, diverged))):
         with atomic_write(args.output / file) as temporary:
             temporary.write_text(text, encoding="utf-8")
     print(args.output / "recipes.md")
@@ -158,7 +159,8 @@ def _run(args, name, config, seed, first, judges, paths, device, stop):
     safe = re.sub(r"[^\w.-]", "_", Path(name).name)[:60]
     folder = args.output / "runs" / f"{safe}_{config.style.image.stem}_{seed}_{digest}"
     clock, kept = folder / "seconds.json", folder / "figures.json"
-    asked = {"sizes": args.sizes, "photos": [str(path) for path in paths], "judges": args.judge}
+    by = json.loads(first.loss.model_dump_json()) | {"at": first.data.crop_size}  # the loss is calibrated at that size
+    asked = {"sizes": args.sizes, "photos": [[str(path), path.stat().st_size] for path in paths], "judges": args.judge, "loss": by}
     if kept.is_file() and (read := json.loads(kept.read_text(encoding="utf-8")))["asked"] == asked:
         return folder, read["figures"]
 

@@ -54,6 +54,9 @@ def main(argv=None) -> int:
     config = validate_config(EvaluateConfig, asked, source="--judge, --sizes, --photos or --iterations")
     shipped = cli.shipped_styles()
     models = [shipped.get(model, Path(model)) for model in args.model]
+    for given, model in zip(args.model, models):
+        if not model.is_file():
+            raise FileNotFoundError(f"--model: no file {given}, and no style of that name comes along; there are: {', '.join(shipped)}")
     device = resolve_device(args.device)
     keep_freed_memory()
     bar = None

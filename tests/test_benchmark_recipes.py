@@ -133,7 +133,19 @@ def test_the_table_gives_means_over_paintings_and_the_spread_over_seeds():
         {"recipe": recipe, "style": style, "seed": seed, "size": 256, "seconds": 10, "figures": figures | {"objective": value}}
         for (recipe, style, seed), value in objective.items()
     ]
-    text = markdown(runs, "head")
+    text = markdown(runs, "head", ["a", "b"])
     # a: seed 0 has (1 + 3) / 2 = 2, seed 1 (2 + 4) / 2 = 3, the mean is 2.5; b has 5, twice as much. Half of 255 levels is 127.5.
     assert "| a | 2.500 (2.000 to 3.000) | 1.00 |" in text and "| b | 5.000 (5.000 to 5.000) | 2.00 |" in text
     assert "| a | 1.500 (1.000 to 2.000) | 3.500 (3.000 to 4.000) |" in text and "| 127.50 |" in text
+
+
+def test_runs_that_diverged_are_told_and_compared_only_where_both_are():
+    figures = dict.fromkeys(("content", "style", "ssim", "flicker", "noise_gain", "border", "frame", "grid_2", "grid_4", "clipped"), 0.5)
+    objective = {("a", "wave"): 1.0, ("a", "scream"): 3.0, ("b", "wave"): 2.0}
+    runs = [{"recipe": recipe, "style": style, "seed": 0, "size": 256, "seconds": 10, "figures": figures | {"objective": value}} for (recipe, style), value in objective.items()]
+    text = markdown(runs, "head", ["a", "b", "c"], ["b, scream, seed 0: not finite"])
+    assert "- diverged, and in no mean: b, scream, seed 0: not finite" in text
+    assert "| b | 2.000 (2.000 to 2.000) | 2.00 |" in text  # against a's wave alone: 2 / 1
+    assert "| b | 2.000 (2.000 to 2.000) | diverged |" in text and "| c | diverged | diverged |" in text and "| c | diverged | |" in text
+    columns = {line.count("|") for line in text.splitlines() if line.startswith(("| recipe", "| a | 2", "| c | diverged | |"))}
+    assert len(columns) == 1

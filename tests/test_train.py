@@ -362,6 +362,29 @@ def test_the_model_is_the_best_on_validation_and_says_its_step(train_data, tmp_p
     assert load_training_state(tmp_path / "run" / "training_state.pt")["step"] == 6
 
 
+def test_a_best_that_is_gone_is_forgotten(train_data, tmp_path, monkeypatch):
+    totals = iter([9.0, 4.0, 5.0, 6.0])  # at steps 0, 2, 4, and 6 after the resumption
+    monkeypatch.setattr(fastnst.training, "validate", lambda *_: ({"validation/total": next(totals)}, torch.zeros(3, 8, 8)))
+    fit(train_data, tmp_path / "run", train__validate_every=2, train__steps=4, train__keep="last")
+    result = fit(train_data, tmp_path / "run", train__validate_every=2, train__steps=6, train__keep="best")
+    assert (result.best_step, load_model(result.model)[1].step) == (6, 6)  # not 2, which nobody kept
+
+
+def test_a_rollback_to_the_start_leaves_nothing_of_the_run_to_go_back_to(train_data, tmp_path, monkeypatch):
+    watch, seen = fastnst.training.Watchdog.watch, []
+
+    def stuck_then_exploded(self, step, rows, *more):
+        seen.append(step)
+        if len(seen) in (3, 4):  # two saves are behind; the second trouble comes before the next one
+            return Trouble("it is stuck", "advice", from_start=len(seen) == 3)
+        return watch(self, step, rows, *more)
+
+    monkeypatch.setattr(fastnst.training.Watchdog, "watch", stuck_then_exploded)
+    messages = []
+    fit(train_data, tmp_path / "run", report=lambda progress: messages.append(progress.message), train__log_every=1, train__save_every=1)
+    assert ["Back to step 0" in message for message in messages if "Back to" in message] == [True, True]
+
+
 def test_the_model_may_be_the_last(train_data, tmp_path, monkeypatch):
     monkeypatch.setattr(fastnst.training, "validate", lambda *_: ({"validation/total": next(totals)}, torch.zeros(3, 8, 8)))
     totals = iter([9.0, 5.0, 4.0, 7.0])

@@ -42,6 +42,15 @@ def test_an_explosion_is_five_times_the_lowest_mean():
     assert watchdog.watch(80, rows([10.0] * WINDOW)).what == "the loss has exploded at step 61: 5.155, was 1 (means of 20 steps)"
 
 
+def test_an_explosion_in_the_first_steps_is_measured_by_the_untrained_loss():
+    assert Watchdog().watch(20, rows([1.0] + [4.9] * 19)) is None
+    # (2 + 19 x 12) / 20 = 11.5, above 5 x 2
+    trouble = Watchdog().watch(20, rows([2.0] + [12.0] * 19))
+    assert trouble.what == "the loss has exploded at step 20: 11.5, the mean of 20 steps, was 2 untrained" and trouble.from_start
+    watchdog = after([2.0, 3.0])
+    assert watchdog.suspicious(rows([10.1])[0]) and not watchdog.suspicious(rows([9.9])[0])
+
+
 def test_a_single_bad_step_is_suspicious_but_no_trouble():
     watchdog = after([1.0] * 40)
     assert watchdog.watch(41, rows([60.0])) is None  # (19 + 60) / 20 = 3.95
