@@ -15,7 +15,7 @@ import numpy as np
 
 from fastnst.model import damaged, read_model
 from fastnst.runtime import cpu_flags, cpu_threads, free_memory, gpu_is_likely, keep_freed_memory, resolve_device
-from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, fold, input_ranges
+from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, fold
 
 ENGINES = ("auto", "openvino", "onnxruntime", "torch")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
@@ -109,8 +109,7 @@ class _GraphEngine:
 
     def _load_stage(self, index: int, statistics: bool) -> Compiled:
         before = self.network.stages[index - 1] if index else None
-        within = input_ranges(self.network)[index] if self.precision == "int8" else None
-        return self._load(onnx_graph().stage_graph(self.network.stages[index], before, statistics, within).SerializeToString())
+        return self._load(onnx_graph().stage_graph(self.network.stages[index], before, statistics).SerializeToString())
 
     @property
     def bytes_per_pixel(self) -> int:

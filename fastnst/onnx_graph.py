@@ -90,19 +90,19 @@ def network_graph(network: StagedNetwork, pixels: str = "uint8", metadata: dict[
     return g.finish([helper.make_tensor_value_info("pixels", kind, shape)], [helper.make_tensor_value_info("stylized", kind, shape)], metadata)
 
 
-def stage_graph(stage: Stage, before: Stage | None, statistics: bool, within: tuple[float, float] | None = None) -> onnx.ModelProto:
+def stage_graph(stage: Stage, before: Stage | None, statistics: bool) -> onnx.ModelProto:
     """One stage's convolution on rows of a picture, for tiles: ``rows``, ``gain``, ``shift``, ``padding`` -> ``raw``, ``mean``, ``variance``.
 
     ``rows`` is ``(1, C, h, W)``; ``gain`` and ``shift``, ``(1, C, 1, 1)``, apply the norm of the stage ``before``, whose ReLU follows;
     ``padding``, where the stage has some, is the 8 amounts of ONNX's Pad; ``raw`` is not normalized; ``mean`` and ``variance``, given for ``statistics``, are its
-    channels', ``(1, C, 1, 1)``. ``within``: what 8 bits are to span, for int8.
+    channels', ``(1, C, 1, 1)``.
     """
     g = _Graph()
     x = "rows"
     if before is not None:
         x = g.add("Add", g.add("Mul", x, "gain"), "shift")
         x = g.add("Relu", x) if before.relu else x
-    x = _convolution(g, stage, x, "padding", within)
+    x = _convolution(g, stage, x, "padding")
     g.add("Identity", x, output="raw")
     if statistics:
         g.add("ReduceMean", x, axes=[2, 3], keepdims=1, output="mean")
