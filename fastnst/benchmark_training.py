@@ -347,7 +347,8 @@ class Report:
 
     @property
     def disagreements(self) -> list[str]:
-        return [f"{row.name}: losses {row.distance:.2%} from the published ones, {row.tolerance:.1%} allowed" for row in self.rows if row.distance is not None and not row.distance <= row.tolerance]
+        apart = [row for row in self.rows if row.distance is not None and not row.distance <= row.tolerance]
+        return [f"{row.name}: losses {row.distance:.2%} from the published ones, {row.tolerance:.1%} allowed" for row in apart]
 
     def as_json(self) -> dict[str, Any]:
         rows = [asdict(row) | {"photos_per_second": row.photos_per_second(self.task["batch"]), "ratio": statistics.median(row.ratios)} for row in self.rows]

@@ -28,8 +28,9 @@ def plan_rows(network: StagedNetwork, width: int) -> int:
 def stylize_tiled(
     engine: Engine, pixels: np.ndarray, rows: int, memory: int, report: Callable[[float], None] = lambda done: None, in_place: bool = False
 ) -> np.ndarray:
-    """Stylize ``(H, W, 3)``, uint8 or float32 of 0..255, in strips of ``rows``; the result, of the same kind, may take the place of ``pixels``, which halves their memory.
+    """Stylize ``(H, W, 3)``, uint8 or float32 of 0..255, in strips of ``rows``; the result is of the same kind.
 
+    ``in_place`` lets it take the place of ``pixels``, which halves their memory.
     Between passes the lowest resolution is kept in float32 where that takes at most 1 GiB and half of ``memory`` bytes, else in float16.
     ``report`` gets the share of the work that is done.
     """
