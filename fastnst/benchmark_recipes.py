@@ -62,6 +62,7 @@ def markdown(runs: Sequence[dict[str, Any]], head: str, recipes: Sequence[str], 
 
         lines += [f"## {size} px", "", f"| recipe | objective | of the first's | {' | '.join([*judges, *(heading for _, heading, _, _ in _FIGURES)])} | s to train |"]
         lines += ["|---" * (len(judges) + len(_FIGURES) + 4) + "|"]
+
         def pairs(recipe: str) -> dict[tuple[str, int], float]:
             return {(run["style"], run["seed"]): run["figures"]["objective"] for run in at_size if run["recipe"] == recipe}
 

@@ -63,7 +63,7 @@ def snapshot(network: nn.Module, optimizer: torch.optim.Optimizer, step: int, wa
 
 
 class Training:
-    """A run of ``task`` from ``step`` on, into ``run_dir``: ``due``, ``log`` and ``judge``, then ``go_back`` or ``validate``, ``save`` and ``learn``.
+    """A run of ``task`` from ``step`` on, into ``run_dir``: ``due``, ``log`` and ``last_look``, then ``go_back`` or ``validate``, ``save`` and ``learn``.
 
     ``begun`` is the ``snapshot`` of the untrained network; ``fresh`` is false where the run was resumed; ``unreadable`` are complaints by photo.
     """
