@@ -85,16 +85,22 @@ def keep_freed_memory(keep: bool = True) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
-        libc = ctypes.CDLL("libc.so.6")
-        mallopt = libc.mallopt
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
     m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4  # from glibc's malloc.h
     if keep:
         return bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
     done = bool(mallopt(m_mmap_max, 65_536)) and bool(mallopt(m_trim_threshold, 128 * 1024)) and bool(mallopt(m_mmap_threshold, 128 * 1024))
-    libc.malloc_trim(0)
+    give_back_memory()
     return done
+
+
+def give_back_memory() -> None:
+    """Ask glibc to give the kernel what the process has freed; elsewhere it does nothing."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

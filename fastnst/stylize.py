@@ -161,8 +161,9 @@ def stylize_files(
                         for job, _, _ in batch:
                             yield Done(job, _named(error, job))
                         continue
-                    for (job, _, alpha), pixels in zip(batch, stylized):
-                        writing.append((job, writers.submit(save_picture, Image.fromarray(pixels), job.target, alpha, quality)))
+                    for index, (job, _, alpha) in enumerate(batch):
+                        writing.append((job, writers.submit(save_picture, Image.fromarray(stylized[index]), job.target, alpha, quality)))
+                    batch = stylized = future = None  # what they hold is not needed while pictures are written
                 while len(writing) > ahead or (writing and writing[0][1].done()):
                     yield _written(*writing.popleft())
             while writing:

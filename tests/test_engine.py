@@ -62,6 +62,12 @@ def test_a_size_that_comes_again_is_compiled_for_and_gives_the_same(monkeypatch)
     picture = photo(25, 31)
     assert np.abs(engine.run(picture) - eager(network, picture)).max() <= 0.51
     assert compiled[2:] == [(1, 25, 31, 3)]
+    first = engine.run(picture)
+    kept = first.copy()
+    assert not np.array_equal(engine.run(255 - picture), kept) and np.array_equal(first, kept)  # each its own memory
+    images = np.ascontiguousarray(picture.transpose(0, 3, 1, 2), np.float32) / 255
+    assert np.abs(engine.run(images, "float").transpose(0, 2, 3, 1) * 255 - eager(network, picture)).max() <= 0.02
+    assert compiled[3:] == [(1, 3, 25, 31)]
 
 
 @pytest.mark.parametrize("name", ["openvino", "torch"])
