@@ -226,7 +226,10 @@ class TorchEngine:
     def free_memory(self) -> int:
         import torch
 
-        return torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else free_memory()
+        if self._device.type != "cuda":
+            return free_memory()
+        held = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)  # by torch, for what comes next
+        return torch.cuda.mem_get_info(self._device)[0] + held
 
     @cached_property
     def _stages(self) -> list[dict[str, Any]]:

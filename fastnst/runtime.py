@@ -183,9 +183,10 @@ def cpu_threads() -> int:
         return int(asked)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in _cgroups("cpu"):
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = (folder / "cpu.max").read_text().split()
-            cores = max(1, min(cores, math.ceil(int(quota) / int(period))))
+        for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # version 2, then 1; `max` or -1 where there is no limit
+            with contextlib.suppress(OSError, ValueError):
+                quota, period = " ".join((folder / file).read_text() for file in files).split()
+                cores = min(cores, math.ceil(int(quota) / int(period))) if int(quota) > 0 else cores
     return cores
 
 

@@ -158,7 +158,15 @@ def test_free_memory_without_a_limit_is_the_systems(tmp_path, monkeypatch):
     assert runtime.free_memory() == 2 * 2**30
 
 
-def test_threads_are_not_more_than_the_quota(tmp_path, monkeypatch):
-    _machine(tmp_path, monkeypatch, {"proc/self/cgroup": "0::/app\n", "sys/fs/cgroup/app/cpu.max": "50000 100000"})  # half a core
+@pytest.mark.parametrize("own, files", [
+    ("0::/app", {"app/cpu.max": "50000 100000"}),  # half a core
+    ("3:cpu,cpuacct:/app", {"cpu/app/cpu.cfs_quota_us": "50000\n", "cpu/app/cpu.cfs_period_us": "100000\n"}),  # version 1
+])
+def test_threads_are_not_more_than_the_quota(tmp_path, monkeypatch, own, files):
+    _machine(tmp_path, monkeypatch, {"proc/self/cgroup": f"{own}\n"} | {f"sys/fs/cgroup/{name}": text for name, text in files.items()})
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda process: {0, 1, 2, 3}, raising=False)
     assert runtime.cpu_threads() == 1
+    for name in files:
+        (tmp_path / "sys/fs/cgroup" / name).write_text("-1" if name.endswith("quota_us") else "100000" if name.endswith("period_us") else "max 100000")
+    assert runtime.cpu_threads() == 4
