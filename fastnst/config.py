@@ -98,7 +98,9 @@ def validate_config(model: type[ConfigT], data: dict, source: str = "config") ->
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        complaints = [_explain(model, detail) for detail in error.errors()]
+        details = error.errors()
+        inside = {detail["loc"][:-1] for detail in details}  # a list is called too short where its bad entries were left out
+        complaints = [_explain(model, detail) for detail in details if detail["type"] != "too_short" or detail["loc"] not in inside]
         raise ConfigError("\n".join(f"{source}: {complaint}" for complaint in complaints)) from None
 
 
@@ -181,8 +183,10 @@ def _unknown_key(model: type[Config], key: str) -> str:
 
 def _explain(model: type[Config], detail: dict) -> str:
     location = list(detail["loc"])
+    message = detail["msg"].replace("Input should be", "need")
     if len(location) > 1 and isinstance(location[-1], int):  # an entry of a list: the list is the key to mend
-        return f"{'.'.join(map(str, location[:-1]))}: entry {location[-1] + 1}: {detail['msg'].replace('Field required', 'is missing')}"
+        found = "is missing" if detail["type"] == "missing" else f"got {detail['input']!r}, {message}"
+        return f"{'.'.join(map(str, location[:-1]))}: entry {location[-1] + 1}: {found}"
     key = ".".join(str(part) for part in location)
     if detail["type"] == "extra_forbidden":
         return _unknown_key(model, key)
@@ -191,7 +195,6 @@ def _explain(model: type[Config], detail: dict) -> str:
     if detail["type"] == "value_error":
         message = str(detail["ctx"]["error"])
         return f"{key}: {message}" if key else message
-    message = detail["msg"].replace("Input should be", "need")
     if detail["type"] in ("model_type", "model_attributes_type"):
         message = "need `key: value` lines"
     return f"{key}: got {detail['input']!r}, {message}"

@@ -117,7 +117,7 @@ def test_a_second_report_makes_no_run_again_and_needs_leave_to_replace_the_first
         (["--judge", "vgg17"], ["--judge", "vgg17"]),
         (["--judge", "vgg16=nowhere.pth"], ["nowhere.pth"]),
         (["--judge", "vgg19_slim"], ["vgg19_slim", "once"]),
-        (["--sizes", "16"], ["sizes", "16"]),
+        (["--sizes", "16"], ["sizes", "got 16"]),
         (["--photos", "0"], ["photos"]),
         (["--set", "loss.style_wait=1"], ["loss.style_wait", "loss.style_weight"]),
     ],
@@ -125,7 +125,7 @@ def test_a_second_report_makes_no_run_again_and_needs_leave_to_replace_the_first
 def test_a_mistake_is_named_before_anything_slow_begins(command, tmp_path, capsys, arguments, named):
     assert command(*arguments) == 2
     errors = capsys.readouterr().err
-    assert all(text in errors for text in named)
+    assert all(text in errors for text in named) and len(errors.splitlines()) == 1
     assert not (tmp_path / "report").exists()
 
 
