@@ -23,6 +23,15 @@ VERBS = {
 }
 
 
+def example_photo(name: str) -> Path:
+    """A photo that scikit-image carries: ``astronaut``, ``chelsea`` or ``coffee``. Raises ``ValueError`` where that is not installed."""
+    try:
+        import skimage
+    except ImportError as error:
+        raise ValueError(f"the photos to show a style with are scikit-image's ({error}): pip install 'fastnst[evaluate]', or give photos of your own") from None
+    return Path(skimage.__file__).parent / "data" / f"{name}.png"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """``fastnst VERB ...``: the same as ``python scripts/VERB.py ...``."""
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -98,9 +98,7 @@ def validate_config(model: type[ConfigT], data: dict, source: str = "config") ->
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        details = error.errors()
-        inside = {detail["loc"][:-1] for detail in details}  # a list is called too short where its bad entries were left out
-        complaints = [_explain(model, detail) for detail in details if detail["type"] != "too_short" or detail["loc"] not in inside]
+        complaints = _complaints(model, error.errors())
         raise ConfigError("\n".join(f"{source}: {complaint}" for complaint in complaints)) from None
 
 
@@ -181,20 +179,66 @@ def _unknown_key(model: type[Config], key: str) -> str:
     return f"unknown key {key}; {hint}"
 
 
-def _explain(model: type[Config], detail: dict) -> str:
-    location = list(detail["loc"])
-    message = detail["msg"].replace("Input should be", "need")
-    if len(location) > 1 and isinstance(location[-1], int):  # an entry of a list: the list is the key to mend
-        found = "is missing" if detail["type"] == "missing" else f"got {detail['input']!r}, {message}"
-        return f"{'.'.join(map(str, location[:-1]))}: entry {location[-1] + 1}: {found}"
+def _complaints(model: type[Config], details: list[dict]) -> list[str]:
+    """One sentence for each key that is wrong."""
+    entries = {detail["loc"][:-1] for detail in details}  # a list is called too short where its bad entries were left out
+    found: dict[str, list[str]] = {}  # by key; two of one key are what the members of a union say
+    for detail in details:
+        if detail["type"] in ("too_short", "too_long") and detail["loc"] in entries:
+            continue
+        if detail["type"] == "missing" and isinstance(detail["loc"][-1], int):  # told of every entry that is
+            number = 1 + max(other["loc"][-1] for other in details if other["loc"][:-1] == detail["loc"][:-1])
+            detail = detail | {"type": "too_short", "loc": detail["loc"][:-1], "ctx": {"min_length": number}}
+        key, complaint = _explain(model, detail)
+        if complaint not in found.setdefault(key, []):
+            found[key].append(complaint.removeprefix(f"got {detail['input']!r}, ") if found[key] else complaint)
+    return [": ".join(part for part in (key, ", or ".join(filter(None, complaints))) if part) for key, complaints in found.items()]
+
+
+def _explain(model: type[Config], detail: dict) -> tuple[str, str]:
+    """The key, as messages name it, and what is wrong with it."""
+    location, kind, got = _location(model, detail["loc"]), detail["type"], f"got {detail['input']!r}"
     key = ".".join(str(part) for part in location)
-    if detail["type"] == "extra_forbidden":
-        return _unknown_key(model, key)
-    if detail["type"] == "missing":
-        return f"{key} is not given; write it in the file or use --set {key}=VALUE"
-    if detail["type"] == "value_error":
-        message = str(detail["ctx"]["error"])
-        return f"{key}: {message}" if key else message
-    if detail["type"] in ("model_type", "model_attributes_type"):
-        message = "need `key: value` lines"
-    return f"{key}: got {detail['input']!r}, {message}"
+    if kind == "extra_forbidden":
+        return _unknown_key(model, key), ""
+    if kind == "missing":
+        keys = _required_keys(model, location) or [key]
+        return " and ".join(keys), f"not given; write it in the file or use --set {keys[0]}=VALUE"
+    if "[key]" in detail["loc"]:
+        return ".".join(map(str, location[:-1])), f"{got} as a key, need text"
+    for index, part in enumerate(location):
+        if isinstance(part, int):  # an entry of a list: the list is the key to mend
+            key = ": ".join([".".join(map(str, location[:index])), f"entry {part + 1}", *map(str, location[index + 1 :])])
+            break
+    if kind == "value_error":
+        return key, str(detail["ctx"]["error"])
+    needed = {
+        "model_type": "need `key: value` lines",
+        "model_attributes_type": "need `key: value` lines",
+        "path_type": "need a path",
+        "too_short": f"need {detail.get('ctx', {}).get('min_length')} entries",
+        "too_long": f"need {detail.get('ctx', {}).get('max_length')} entries at most",
+    }
+    return key, f"{got}, {needed.get(kind) or detail['msg'].replace('Input should be', 'need')}"
+
+
+def _location(model: type[Config], parts: tuple[int | str, ...]) -> list[int | str]:
+    """Where pydantic found an error, without its names for the members of a union and for keys of maps."""
+    kept: list[int | str] = []
+    at: Any = model
+    for part in parts:
+        if isinstance(part, int) or _is_config(at) or (get_origin(at) is dict and part != "[key]"):
+            kept.append(part)
+            fields = at.model_fields if _is_config(at) else {}
+            at = fields[part].annotation if part in fields else next((kind for kind in get_args(at) if _is_config(kind)), None)
+    return kept
+
+
+def _required_keys(model: type[Config], location: list[int | str]) -> list[str]:
+    """What must be given of the section at ``location``; empty where it is none."""
+    for part in location:
+        field = model.model_fields.get(part) if _is_config(model) else None
+        model = field.annotation if field else None
+    if not _is_config(model):
+        return []
+    return [".".join(map(str, [*location, name])) for name, field in model.model_fields.items() if field.is_required()]

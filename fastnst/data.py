@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -51,6 +51,13 @@ class DataConfig(Config):
     workers: int | None = Field(None, ge=0, le=1024, description="decoding processes; none: one fewer than the cores, 1 to 8")
     cache: Literal["auto", "off"] | Path = "auto"
     cache_gb: float | None = Field(None, gt=0, description="what all caches of a folder may take together; none: a quarter of what is free")
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _no_folder_called_no(cls, cache: Any) -> Any:
+        if str(cache).lower() in ("no", "none", "false", "yes", "true", "on"):
+            raise ValueError(f"got {str(cache)!r}, need auto, off or a folder (one of that name: ./{cache})")
+        return cache
 
     @property
     def decoded_side(self) -> int:

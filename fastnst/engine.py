@@ -26,7 +26,7 @@ _LARGE = 3 * 1_000_000  # numbers of a picture of a megapixel
 
 
 class Engine(Protocol):
-    """A network on a device; thread-safe for one caller at a time."""
+    """A network on a device, for one caller at a time."""
 
     name: str
     device: str
@@ -247,7 +247,7 @@ class TorchEngine:
     def run(self, pictures: np.ndarray, pixels: Pixels = "uint8") -> np.ndarray:
         import torch
 
-        x = torch.from_numpy(np.ascontiguousarray(pictures))
+        x = torch.from_numpy(np.require(pictures, requirements=["C", "W"]))  # torch warns of what is read-only
         this = (pixels, pictures.shape)
         if this != self._last:
             self._last, self._in_a_row, self._replay = this, 0, None  # the memory of a recorded pass is for the new ones
@@ -385,7 +385,7 @@ def _cpu_precision(engine: str, precision: str) -> str:
     if precision == "auto":
         return "bfloat16" if "bfloat16" in there and _multiplies_bfloat16() else "float32"
     if precision not in there:
-        raise ValueError(f"--precision {precision} is not there on a CPU with --engine {engine}; use auto, {' or '.join(there)}")
+        raise ValueError(f"--precision {precision} is not there on a CPU with --engine {engine}; use {', '.join(['auto', *there[:-1]])} or {there[-1]}")
     return precision
 
 

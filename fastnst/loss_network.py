@@ -27,6 +27,7 @@ _VGG_BLOCKS = {
     # Ours: VGG-19 to relu5_1 in half of the filters or fewer, distilled (`fastnst.distill`).
     "vgg19_slim": ((32, 2), (64, 2), (128, 4), (128, 4), (128, 1)),
 }
+DOWNLOADS = ("imagenet", "imagenet_features")  # torchvision's weights
 # 1x1 convolutions that turn the slim filters at a layer into VGG-19's channels there, so that features, Grams and weights mean the same.
 SLIM_HEADS = {
     "relu1_1": 64, "relu1_2": 64, "relu2_1": 128, "relu2_2": 128, "relu3_1": 256, "relu3_2": 256, "relu3_3": 256, "relu3_4": 256,
@@ -193,7 +194,7 @@ def load_loss_network(config: LossNetworkConfig, layers: Iterable[str]) -> LossN
     weights = config.resolved_weights
     if weights == "random":
         state, mean, std = None, None, None
-    elif weights in ("imagenet", "imagenet_features"):
+    elif weights in DOWNLOADS:
         state, mean, std = _download(config.network, weights)
     else:
         state, mean, std = _read_state(SLIM_WEIGHTS if weights == "embedded" else Path(weights).expanduser())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,7 @@ _LARGE = 60_000_000  # bytes of a decoded picture from which on fewer are held r
 
 
 class Stylizer:
-    """A model on a device, ready to be called: ``Stylizer.from_file("model.safetensors")(image)``.
+    """A model on a device, ready to be called, also from several threads: ``Stylizer.from_file("model.safetensors")(image)``.
 
     ``tile``: ``auto`` goes strip by strip where the whole picture needs more memory than is free, ``off`` never does, a number
     always does, in strips of so many rows. Strips change no pixel by more than 1/255 (in float32). ``notice`` is called
@@ -37,6 +38,7 @@ class Stylizer:
         self.info: ModelInfo = engine.network.info
         self.tile = _parse_tile(tile)
         self.notice = notice
+        self._turn = threading.Lock()  # engines take one caller at a time
 
     @classmethod
     def from_file(cls, model: str | Path, device: str = "auto", engine: str = "auto", precision: str = "auto", tile: str | int = "auto") -> Stylizer:
@@ -64,8 +66,9 @@ class Stylizer:
 
     def pictures(self, pixels: np.ndarray, report: Callable[[float], None] = lambda done: None, in_place: bool = False) -> np.ndarray:
         """``(N, H, W, 3)`` uint8 -> the same; ``in_place`` lets strips overwrite ``pixels``. Raises ``MemoryError`` where even strips are too large."""
-        whole = self._whole(pixels.shape[:3], lambda: self.engine.run(pixels))
-        return np.stack([self._strips(one, report, in_place) for one in pixels]) if whole is None else whole
+        with self._turn:
+            whole = self._whole(pixels.shape[:3], lambda: self.engine.run(pixels))
+            return np.stack([self._strips(one, report, in_place) for one in pixels]) if whole is None else whole
 
     def _whole(self, shape: tuple[int, int, int], run: Callable[[], Any]) -> Any:
         """What ``run`` makes of whole pictures, ``(N, H, W)``; None where they are to go in strips."""
@@ -109,10 +112,11 @@ class Stylizer:
                 return self.engine.run_tensor(given.to(self.engine.device), "float")
             return torch.from_numpy(self.engine.run(given.cpu().numpy(), "float"))
 
-        whole = self._whole((len(given), *given.shape[2:]), run)
-        if whole is None:
-            pixels = given.cpu().permute(0, 2, 3, 1).numpy() * 255
-            whole = torch.from_numpy(np.stack([self._strips(one, in_place=True) for one in pixels])).permute(0, 3, 1, 2) / 255
+        with self._turn:
+            whole = self._whole((len(given), *given.shape[2:]), run)
+            if whole is None:
+                pixels = given.cpu().permute(0, 2, 3, 1).numpy() * 255
+                whole = torch.from_numpy(np.stack([self._strips(one, in_place=True) for one in pixels])).permute(0, 3, 1, 2) / 255
         return whole.to(images.device, images.dtype)
 
 

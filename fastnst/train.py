@@ -17,6 +17,7 @@ from fastnst.checkpoint import STATE_NAME, load_training_state, restore
 from fastnst.config import to_yaml
 from fastnst.data import Photos, keep_photos, list_photos
 from fastnst.image import load_image
+from fastnst.loss_network import DOWNLOADS, load_loss_network
 from fastnst.losses import LossConfig
 from fastnst.model import MODEL_NAME
 from fastnst.network import TransformNetwork
@@ -60,6 +61,8 @@ def plan(config: TrainConfig, run_dir: Path, device: torch.device) -> str:
     """What ``train`` would do, in words, with the inputs looked at but nothing written or downloaded."""
     step = load_training_state(run_dir / STATE_NAME)["step"] if find_run(config, run_dir, _may_change(config)) else 0
     style = load_image(config.style.image, config.style)
+    if config.loss.resolved_weights not in DOWNLOADS:
+        load_loss_network(config.loss, config.loss.layers)
     with torch.device("meta"):
         network = TransformNetwork(config.network)
     return _summary(config, run_dir, device, step, list_photos(config.data), style, network)

@@ -32,7 +32,7 @@ def main(argv=None) -> int:
     model = args.model or cli.find_style(args.style)
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     sizes = [size_of(p, text) for text in args.sizes or ["256", "512", "1024", *(["1920x1080", "3840x2160"] if on_gpu else [])]]
-    photo = args.photo or astronaut()
+    photo = args.photo or cli.example_photo("astronaut")
     bar = None
 
     def report(progress):
@@ -60,13 +60,6 @@ def size_of(p, text) -> tuple[int, int]:
     if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
         p.error(f"got size {text}, need N or WIDTHxHEIGHT")
     return int(parts[0]), int(parts[-1])
-
-
-def astronaut() -> Path:
-    """A photo of 512x512 that scikit-image carries."""
-    import skimage
-
-    return Path(skimage.__file__).parent / "data" / "astronaut.png"
 
 
 if __name__ == "__main__":

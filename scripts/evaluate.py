@@ -39,6 +39,7 @@ def main(argv=None) -> int:
     from fastnst.config import validate_config
     from fastnst.evaluate import EvaluateConfig, evaluate, iterations
     from fastnst.files import atomic_write
+    from fastnst.loss_network import LossNetworkConfig
     from fastnst.optimize import DescentConfig, OptimizeConfig, optimize_image
     from fastnst.picture import ImageSize
     from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
@@ -50,7 +51,7 @@ def main(argv=None) -> int:
         raise ValueError(f"--output and --cache must lie outside of --content {args.content}: their pictures would be judged as photos")
     named = [judge.partition("=") for judge in ("vgg19_slim", *args.judge)]
     asked = {"sizes": args.sizes, "photos": args.photos, "iterations": args.iterations}
-    asked["judges"] = [{"network": network, "weights": weights or "auto"} for network, _, weights in named]
+    asked["judges"] = [validate_config(LossNetworkConfig, {"network": network, "weights": weights or "auto"}, source=f"--judge {network}") for network, _, weights in named]
     config = validate_config(EvaluateConfig, asked, source="--judge, --sizes, --photos or --iterations")
     shipped = cli.shipped_styles()
     models = [shipped.get(model, Path(model)) for model in args.model]

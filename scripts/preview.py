@@ -64,7 +64,7 @@ def main(argv=None) -> int:
     config = load_config(TrainConfig, path, [f"style.image={args.style}", "data.content=.", *args.set])
     device = resolve_device(args.device)
     keep_freed_memory()
-    contents = [load_image(photo).to(device) for photo in args.content] or [_cat().to(device)]
+    contents = [load_image(photo).to(device) for photo in args.content] or [load_image(cli.example_photo("chelsea")).to(device)]
     style = load_image(args.style).to(device)
     loss_network = load_loss_network(config.loss, config.loss.layers).to(device)
     scale = args.side / config.data.crop_size
@@ -111,15 +111,6 @@ def _write(path, args, strength, long_side, parse_config, model) -> int:
         temporary.write_text(text, encoding="utf-8")
     print(f"{args.write}\nTrain it: fastnst train --config {args.write} --content PHOTOS/" + "".join(f" --set {change}" for change in args.set))
     return 0
-
-
-def _cat():
-    import skimage.data
-    from PIL import Image
-
-    from fastnst.image import to_tensor
-
-    return to_tensor(Image.fromarray(skimage.data.chelsea()).convert("RGB"))
 
 
 def _side_by_side(pictures):

@@ -24,7 +24,6 @@ def main(argv=None) -> int:
     p.add_argument("--overwrite", action="store_true", help="replace a style that exists")
     args = p.parse_args(argv)
 
-    import skimage.data
     import torch
     import yaml
     from PIL import Image
@@ -37,6 +36,7 @@ def main(argv=None) -> int:
     from fastnst.loss_network import load_loss_network
     from fastnst.losses import LossConfig, PerceptualLoss
     from fastnst.model import MODEL_NAME
+    from fastnst.picture import open_rgb
     from fastnst.run import CONFIG_NAME
     from fastnst.runtime import keep_freed_memory, resolve_device
     from fastnst.sheet import contact_sheet
@@ -58,7 +58,7 @@ def main(argv=None) -> int:
 
     save_model(args.output / MODEL_NAME, network, info.step, info.recipe, info.thumbnail if args.thumbnail else None, half=True)
     shipped, _ = load_model(args.output / MODEL_NAME)
-    photos = [Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in ("astronaut", "chelsea", "coffee")]
+    photos = [open_rgb(cli.example_photo(name))[0] for name in ("astronaut", "chelsea", "coffee")]
     stylized = []
     largest = 0.0
     with torch.inference_mode():

@@ -19,7 +19,6 @@ def main(argv=None) -> int:
     if not style.is_file():
         raise FileNotFoundError(f"--style (STYLE=...): no picture at {style}")
 
-    import skimage.data
     from fastnst.scripts import train
     from PIL import Image
 
@@ -35,7 +34,7 @@ def main(argv=None) -> int:
     photos = []
     (args.output / "photos").mkdir(parents=True, exist_ok=True)
     for name in PHOTOS:
-        photo = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+        photo, _ = open_rgb(cli.example_photo(name))
         photo.thumbnail((512, 512), Image.Resampling.LANCZOS)
         photo.save(args.output / "photos" / f"{name}.jpg", quality=95)
         photos.append(photo)

@@ -234,6 +234,25 @@ def test_a_dry_run_tells_where_a_run_would_resume(train_main, photos, painting, 
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
+def test_a_dry_run_looks_for_the_weights(train_main, photos, painting, capsys):
+    given = ["--config", "smoke", "--content", str(photos), "--style", str(painting), "--set", "loss.weights=nowhere.pth", "--dry-run"]
+    assert cli.run(train_main, given) == 2
+    assert "loss.weights: no file at nowhere.pth" in capsys.readouterr().err
+
+
+def test_a_cache_called_no_is_asked_back(train_main, photos, painting, capsys):
+    given = ["--config", "smoke", "--content", str(photos), "--style", str(painting), "--dry-run"]
+    assert cli.run(train_main, [*given, "--set", "data.cache=no"]) == 2
+    assert "data.cache: got 'no', need auto, off or a folder" in capsys.readouterr().err
+    assert cli.run(train_main, [*given, "--set", "data.cache=./no"]) == 0
+
+
+def test_a_missing_scikit_image_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(ValueError, match=r"scikit-image.*pip install 'fastnst\[evaluate\]'"):
+        cli.example_photo("chelsea")
+
+
 @pytest.mark.parametrize("missing", ["content", "style"])
 def test_a_dry_run_looks_at_the_inputs(train_main, photos, painting, tmp_path, capsys, missing):
     given = {"content": str(photos), "style": str(painting)} | {missing: str(tmp_path / "nowhere")}

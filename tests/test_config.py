@@ -1,7 +1,7 @@
 """YAML in, typed config out; every complaint names the key."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
@@ -150,7 +150,7 @@ def test_empty_file_means_the_defaults(text):
 
 
 def test_missing_value_says_how_to_give_it():
-    with pytest.raises(ConfigError, match=r"content is not given; write it in the file or use --set content=VALUE"):
+    with pytest.raises(ConfigError, match=r"content: not given; write it in the file or use --set content=VALUE"):
         parse_config(Needy, "")
 
 
@@ -271,3 +271,37 @@ def test_complaints_name_the_file(tmp_path):
 
 def test_validate_config_takes_plain_data():
     assert validate_config(Outer, {"inner": {"width": 9}}).inner.width == 9
+
+
+class Sections(Config):
+    inner: Inner = Inner()
+    needy: Needy
+    listed: tuple[Annotated[int, Field(ge=32)], ...] = Field((64,), min_length=1)
+    parts: tuple[Inner, ...] = ()
+    place: Literal["auto", "off"] | Path = "auto"
+
+
+@pytest.mark.parametrize(
+    "text, complaints",
+    [
+        ("{}", ["needy.content: not given; write it in the file or use --set needy.content=VALUE"]),  # not the section, which is no value
+        ("{needy: {content: x}, listed: [16]}", ["listed: entry 1: got 16, need greater than or equal to 32"]),
+        ("{needy: {content: x}, listed: []}", ["listed: got [], need 1 entries"]),
+        ("{needy: {content: x}, parts: [{}, {width: 0}]}", ["parts: entry 2: width: got 0, need greater than or equal to 1"]),
+        ("{needy: {content: x}, place: [off]}", ["place: got ['off'], need 'auto' or 'off', or need a path"]),
+        ("{needy: {content: 5}}", ["needy.content: got 5, need a path"]),
+        ("{needy: {content: x}, inner: {layers: {1: 1}}}", ["inner.layers: got 1 as a key, need text"]),
+        ("{needy: 5, listed: 7}", ["needy: got 5, need `key: value` lines", "listed: got 7, need a valid tuple"]),
+    ],
+)
+def test_a_mistake_is_told_once_in_the_words_of_the_file(text, complaints):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(Sections, text)
+    assert str(caught.value).splitlines() == [f"config: {complaint}" for complaint in complaints]
+
+
+@pytest.mark.parametrize("text, complaint", [("[]", "got [], need 2 entries"), ("[1]", "got [1], need 2 entries"), ("[1, 2, 3]", "got [1, 2, 3], need 2 entries at most")])
+def test_a_list_of_the_wrong_length_is_told_once(text, complaint):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(Outer, f"point: {text}")
+    assert str(caught.value) == f"config: point: {complaint}"

@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,29 @@ def test_auto_goes_in_strips_where_the_picture_needs_more_than_is_free(stylizer,
     monkeypatch.setattr(stylizer.engine, "free_memory", lambda: 64 * 48 * stylizer.engine.bytes_per_pixel)  # four fifths of it are too little
     monkeypatch.setattr(stylizer.engine, "run", lambda *_: pytest.fail("ran whole"))
     assert np.abs(stylizer(picture).astype(int) - whole).max() <= 1
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime", "torch"])
+def test_threads_may_share_a_stylizer(model, engine):
+    stylizer = Stylizer.from_file(model, "cpu", engine, "float32")
+    sizes = [(40, 48), (40, 48), (48, 40)]  # the same ones often enough to be compiled for, and others between
+    pictures = [np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8) for seed, size in enumerate(sizes)]
+    expected = [stylizer(picture) for picture in pictures]
+
+    def work(index: int) -> bool:
+        results = [stylizer(pictures[index]) for _ in range(40)]
+        return all(result.shape == expected[index].shape and np.abs(result.astype(int) - expected[index]).max() <= 1 for result in results)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(work, range(3)))
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime", "torch"])
+def test_a_picture_that_may_not_be_written_to_is_taken_without_a_warning(model, engine, recwarn):
+    picture = np.zeros((20, 24, 3), np.uint8)
+    picture.flags.writeable = False
+    stylizer = Stylizer.from_file(model, "cpu", engine)
+    assert np.array_equal(stylizer(picture), np.asarray(stylizer(Image.fromarray(picture)))) and not recwarn.list
 
 
 @pytest.mark.parametrize("tile", ["often", "-4", "8", "1.5"])
