@@ -63,11 +63,14 @@ def main(argv=None) -> int:
 
 
 def _one(args, name, run_dir, ranks, device, stop) -> int:
-    from fastnst.config import load_config, to_yaml
+    from fastnst.config import ConfigError, load_config, to_yaml
     from fastnst.train import TrainConfig, check_data, plan, train
 
     paths = [f"{key}={value}" for key, value in (("data.content", args.content), ("style.image", args.style)) if value]
-    config = load_config(TrainConfig, cli.find_config(name), [*paths, *args.set])
+    try:
+        config = load_config(TrainConfig, cli.find_config(name), [*paths, *args.set])
+    except ConfigError as error:  # both have a flag of their own
+        raise ConfigError(str(error).replace("--set data.content=VALUE", "--content FOLDER").replace("--set style.image=VALUE", "--style PAINTING")) from None
     if args.dry_run:
         if ranks.main:
             print(f"{to_yaml(config)}\n{plan(config, run_dir, device)}")

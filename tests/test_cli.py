@@ -234,6 +234,12 @@ def test_a_dry_run_tells_where_a_run_would_resume(train_main, photos, painting, 
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
+def test_what_a_recipe_still_needs_is_named_by_its_flag(train_main, capsys):
+    assert cli.run(train_main, ["--config", "own"]) == 2
+    errors = capsys.readouterr().err
+    assert "style.image: not given; write it in the file or use --style PAINTING" in errors and "use --content FOLDER" in errors
+
+
 def test_a_dry_run_looks_for_the_weights(train_main, photos, painting, capsys):
     given = ["--config", "smoke", "--content", str(photos), "--style", str(painting), "--set", "loss.weights=nowhere.pth", "--dry-run"]
     assert cli.run(train_main, given) == 2
