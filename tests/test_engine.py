@@ -139,9 +139,9 @@ def test_auto_on_a_gpu_is_torch(monkeypatch):
     [
         (("cpu", "steam"), "--engine: got 'steam', need one of auto, openvino"),
         (("cpu", "auto", "int3"), "--precision: got 'int3'"),
-        (("cpu", "openvino", "float16"), "--precision float16 is not there on a CPU .*use auto, float32 or bfloat16 or int8"),
+        (("cpu", "openvino", "float16"), "--precision float16 is not there on a CPU .*use auto, float32, bfloat16 or int8"),
         (("cpu", "torch", "int8"), "--precision int8 is not there on a CPU with --engine torch"),
-        (("cpu", "onnxruntime", "bfloat16"), "--precision bfloat16 .*use auto, float32$"),
+        (("cpu", "onnxruntime", "bfloat16"), "--precision bfloat16 .*use auto or float32$"),
         (("cuda", "openvino"), "--engine openvino computes on the CPU, got --device cuda"),
         (("toaster",), "device 'toaster' is not known"),
     ],
