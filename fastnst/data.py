@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -52,11 +52,11 @@ class DataConfig(Config):
     cache: Literal["auto", "off"] | Path = "auto"
     cache_gb: float | None = Field(None, gt=0, description="what all caches of a folder may take together; none: a quarter of what is free")
 
-    @field_validator("cache", mode="before")
+    @field_validator("cache")
     @classmethod
-    def _no_folder_called_no(cls, cache: Any) -> Any:
+    def _no_folder_called_no(cls, cache: str | Path) -> str | Path:
         if str(cache).lower() in ("no", "none", "false", "yes", "true", "on"):
-            raise ValueError(f"got {str(cache)!r}, need auto, off or a folder (one of that name: ./{cache})")
+            raise ValueError(f"got {str(cache)!r}, need auto, off or a folder; one of that name by its whole path")
         return cache
 
     @property

@@ -168,11 +168,11 @@ class OpenVinoEngine(_GraphEngine):
         give_back_memory()  # 30 MB that compiling took
         if shape is None:
             return lambda inputs: list(request.infer(inputs, share_inputs=True).values())
-        return lambda inputs: [_infer_large(request, inputs["pixels"])]
+        return lambda inputs: [_infer_fixed(request, inputs["pixels"])]
 
 
-def _infer_large(request: Any, pictures: np.ndarray) -> np.ndarray:
-    """What an OpenVINO request makes of ``pictures``, written at once where it stays instead of copied there."""
+def _infer_fixed(request: Any, pictures: np.ndarray) -> np.ndarray:
+    """What an OpenVINO request of a fixed shape makes of ``pictures``, written at once where it stays instead of copied there."""
     import openvino
 
     stylized = np.empty_like(pictures)

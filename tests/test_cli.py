@@ -246,11 +246,12 @@ def test_a_dry_run_looks_for_the_weights(train_main, photos, painting, capsys):
     assert "loss.weights: no file at nowhere.pth" in capsys.readouterr().err
 
 
-def test_a_cache_called_no_is_asked_back(train_main, photos, painting, capsys):
+def test_a_cache_called_no_is_asked_back(train_main, photos, painting, tmp_path, capsys):
     given = ["--config", "smoke", "--content", str(photos), "--style", str(painting), "--dry-run"]
     assert cli.run(train_main, [*given, "--set", "data.cache=no"]) == 2
     assert "data.cache: got 'no', need auto, off or a folder" in capsys.readouterr().err
-    assert cli.run(train_main, [*given, "--set", "data.cache=./no"]) == 0
+    assert cli.run(train_main, [*given, "--set", "data.cache=./no"]) == 2  # which config.yaml would hold as `no`
+    assert cli.run(train_main, [*given, "--set", f"data.cache={tmp_path / 'no'}"]) == 0
 
 
 def test_a_missing_scikit_image_is_named_with_its_extra(monkeypatch):
