@@ -5,6 +5,7 @@ All engines take and give the same arrays, ``(N, H, W, 3)`` uint8 or ``(N, 3, H,
 
 import importlib.util
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, cached_property
@@ -14,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from fastnst.model import damaged, read_model
-from fastnst.runtime import cpu_flags, cpu_threads, free_memory, give_back_memory, gpu_is_likely, keep_freed_memory, resolve_device
+from fastnst.runtime import cpu_flags, cpu_threads, free_memory, give_back_memory, gpu_is_likely, is_out_of_memory, keep_freed_memory, resolve_device
 from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, fold
 
 ENGINES = ("auto", "openvino", "onnxruntime", "torch")
@@ -253,16 +254,23 @@ class TorchEngine:
             self._last, self._in_a_row, self._replay = this, 0, None  # the memory of a recorded pass is for the new ones
         self._in_a_row += 1
         if self._device.type == "cuda" and self._in_a_row == WORTH_COMPILING:
-            try:
-                self._replay = _Replay(lambda given: self.run_tensor(given, pixels), x, self._device)
-            except RuntimeError:  # such as no memory for a second set of activations: it goes as well without, and is not tried again
-                self._replay = None
+            self._replay = self._record(x, pixels)
         if self._replay is not None:
             return self._replay(x).numpy()
         return self.run_tensor(x.to(self._device), pixels).cpu().numpy()
 
-    def run_tensor(self, x: Any, pixels: Pixels) -> Any:
-        """``run`` for tensors on the device of the engine."""
+    def _record(self, x: Any, pixels: Pixels) -> "_Replay | None":
+        """A pass over pictures like ``x``, as fast as this machine can; None where it can do nothing about it."""
+        for fused in (True, False):
+            try:
+                return _Replay(lambda given: self.run_tensor(given, pixels, fused), x, self._device)
+            except Exception as error:  # compilers raise many kinds; it goes without, and is not tried again
+                if not is_out_of_memory(error):
+                    warnings.warn(f"{'Triton' if fused else 'a CUDA graph'} failed, going on slower without ({' '.join(str(error).split())[:200]})", stacklevel=2)
+        return None
+
+    def run_tensor(self, x: Any, pixels: Pixels, fused: bool = False) -> Any:
+        """``run`` for tensors on the device of the engine; ``fused``: with the norms' own kernels, which are for NVIDIA GPUs."""
         import torch
         import torch.nn.functional as F
 
@@ -276,17 +284,14 @@ class TorchEngine:
                 x = F.pad(x, (0, missing[0], 0, missing[1]), mode="replicate")
             if config.start_padding:
                 x = F.pad(x, [config.start_padding] * 4, mode="reflect")
-            before, x = None, x.contiguous(memory_format=self._layout)
-            for stage, tensors in zip(self.network.stages, self._stages):
-                after = self._convolve(stage, tensors, x, stage.padding, stage.padding)
-                if stage.norm_weight is not None:
-                    after = F.instance_norm(after, weight=tensors["norm_weight"], bias=tensors["norm_bias"], eps=EPSILON)
-                if stage.relu:
-                    after = after.relu_()
-                if stage.skip:
-                    s = stage.shave
-                    after = after.add_(before[..., s:-s, s:-s] if s else before)
-                before, x = x, after
+            x = self._pad(0, x).contiguous(memory_format=self._layout)
+            before: tuple[Any, int] = (x, 0)  # the input of the stage before, and by how much it is padded
+            for stage, tensors, following in zip(self.network.stages, self._stages, [*self.network.stages[1:], None]):
+                skip = (before[0], before[1] + stage.shave) if stage.skip else None
+                before, x = (x, stage.padding), self._convolve(stage, tensors, x)
+                padding = (following.padding, following.padding_mode) if following else (0, "constant")
+                norm = fused_norm() if fused and stage.norm_weight is not None else _norm
+                x = norm(x, tensors["norm_weight"], tensors["norm_bias"], stage.relu, skip, *padding)
             x = x[..., :height, :width].float()
             if config.output == "tanh":
                 x = 127.5 + 150 * torch.tanh(x)
@@ -295,12 +300,20 @@ class TorchEngine:
             x = x.clamp_(0, 255)
             return x.round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous() if pixels == "uint8" else x / 255
 
-    def _convolve(self, stage: Stage, tensors: dict[str, Any], x: Any, above: int, below: int) -> Any:
+    def _pad(self, index: int, x: Any, above: int | None = None, below: int | None = None) -> Any:
+        """A tensor as a stage's convolution takes it."""
         import torch.nn.functional as F
 
-        if stage.padding:
-            amounts = [stage.padding, stage.padding, above, below]
-            x = F.pad(x, amounts, mode=stage.padding_mode, **({"value": stage.value} if stage.padding_mode == "constant" else {}))
+        stage = self.network.stages[index]
+        if not stage.padding:
+            return x
+        sides = [stage.padding if side is None else side for side in (above, below)]
+        return F.pad(x, [stage.padding] * 2 + sides, mode=stage.padding_mode, **({"value": stage.value} if stage.padding_mode == "constant" else {}))
+
+    def _convolve(self, stage: Stage, tensors: dict[str, Any], x: Any) -> Any:
+        """Of what is padded already."""
+        import torch.nn.functional as F
+
         if stage.transposed:
             return F.conv_transpose2d(x, tensors["weight"], tensors["bias"], stride=2, padding=1 + 2 * stage.padding)
         x = F.conv2d(x, tensors["weight"], tensors["bias"], stride=stage.stride)
@@ -315,11 +328,32 @@ class TorchEngine:
                 gain, shift = (torch.from_numpy(array).to(self._device)[:, None, None] for array in (gain, shift))
                 x = x * gain + shift
                 x = x.relu_() if self.network.stages[index - 1].relu else x
-            x = self._convolve(self.network.stages[index], self._stages[index], x.to(self._dtype), above, below).float()
+            x = self._convolve(self.network.stages[index], self._stages[index], self._pad(index, x.to(self._dtype), above, below)).float()
             if not statistics:
                 return (x.cpu().numpy(),)
             variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
             return x.cpu().numpy(), mean.cpu().numpy(), variance.cpu().numpy()
+
+
+def _norm(x: Any, weight: Any, bias: Any, relu: bool, skip: tuple[Any, int] | None, padding: int, mode: str) -> Any:
+    """What ``fused_norm`` does, step by step, and on any device; without a ``weight`` there is no norm."""
+    import torch.nn.functional as F
+
+    if weight is not None:
+        x = F.instance_norm(x, weight=weight, bias=bias, eps=EPSILON)
+    if relu:
+        x = x.relu_()
+    if skip:
+        other, inset = skip
+        x = x.add_(other[..., inset : other.shape[2] - inset, inset : other.shape[3] - inset])
+    return F.pad(x, [padding] * 4, mode=mode) if padding else x
+
+
+def fused_norm():
+    """The function, imported when it is first needed: Triton comes with torch on Linux alone."""
+    from fastnst.fused_norm import fused_norm
+
+    return fused_norm
 
 
 class _Replay:

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # asked for when Triton is imported: kernels for GPUs are interpreted then
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

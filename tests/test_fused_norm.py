@@ -1,0 +1,100 @@
+"""The norm's kernels for NVIDIA GPUs give what torch gives; where there is no GPU, Triton's interpreter runs them."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_engine import ARCHITECTURES, eager, photo
+from test_stages import staged
+
+from fastnst.engine import TorchEngine
+
+pytest.importorskip("triton", reason="Triton comes with torch on Linux alone")
+from fastnst.fused_norm import fused_norm  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where it is interpreted: conftest.py
+
+
+def normed(x, weight, bias, relu=False, skip=None, padding=0, mode="constant"):
+    skip = skip and (skip[0].to(DEVICE), skip[1])
+    return fused_norm(x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), relu, skip, padding, mode).cpu()
+
+
+def norm_by_torch(x, weight, bias, relu, skip, padding, mode):
+    after = F.instance_norm(x.double(), weight=weight.double(), bias=bias.double(), eps=1e-5)
+    after = after.relu() if relu else after
+    if skip is not None:
+        tensor, inset = skip
+        after = after + tensor[..., inset : tensor.shape[2] - inset, inset : tensor.shape[3] - inset].double()
+    return F.pad(after, [padding] * 4, mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "constant"])
+@pytest.mark.parametrize("padding", [0, 1, 4])
+@pytest.mark.parametrize("inset, relu", [(None, True), (0, False), (3, False)])
+def test_norm_relu_sum_and_padding_are_those_of_torch(mode, padding, inset, relu):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(2, 5, 9, 7) + 10).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(5), torch.randn(5)
+    skip = None
+    if inset is not None:
+        skip = torch.randn(2, 5, 9 + 2 * inset, 7 + 2 * inset).contiguous(memory_format=torch.channels_last), inset
+    found = normed(x, weight, bias, relu, skip, padding, mode)
+    assert found.is_contiguous(memory_format=torch.channels_last) and found.dtype == x.dtype
+    torch.testing.assert_close(found.double(), norm_by_torch(x, weight, bias, relu, skip, padding, mode), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("channels, height, width", [(32, 60, 70), (24, 3, 300), (128, 1, 1), (3, 100, 1)])
+def test_pictures_of_many_programs_and_of_a_pixel(channels, height, width):
+    x = torch.randn(1, channels, height, width).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.rand(channels), torch.rand(channels)
+    found = normed(x, weight, bias, True)
+    if height * width == 1:  # of one pixel the norm is its bias
+        assert torch.equal(found, bias[None, :, None, None])
+    else:
+        torch.testing.assert_close(found.double(), norm_by_torch(x, weight, bias, True, None, 0, "reflect"), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2**-10), (torch.bfloat16, 2**-7)])
+def test_in_half_precision_only_the_result_is_rounded(dtype, tolerance):
+    torch.manual_seed(0)
+    x = (torch.randn(1, 16, 20, 20) + 30).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.rand(16, dtype=dtype), torch.rand(16, dtype=dtype)
+    found = normed(x, weight, bias, padding=1, mode="reflect")
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), norm_by_torch(x, weight, bias, False, None, 1, "reflect"), atol=1e-6, rtol=tolerance)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda options: "-".join(map(str, options.values())))
+def test_a_network_with_its_own_norms_is_the_network(architecture):
+    network, stages = staged(**architecture)
+    pictures = photo(21, 34, 2)
+    found = TorchEngine(stages, DEVICE, "float32").run_tensor(torch.from_numpy(pictures).to(DEVICE), "uint8", fused=True)
+    assert np.abs(found.cpu().numpy() - eager(network, pictures)).max() <= 0.51  # rounding to whole levels
+
+
+def test_kernels_compile_for_gpus_that_are_not_here():
+    """Interpreted they could do what a GPU cannot: Triton translates them for one of 2018 and one of 2022."""
+    program = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fastnst import fused_norm
+
+sizes = {"CHANNELS": 48, "WIDTH": 64, "BLOCK": 64}
+choices = sizes | {"PADDING": 1, "MODE": "reflect", "RELU": True, "SKIP": True}
+for kernel, constants in ((fused_norm._sum_up, sizes), (fused_norm._solve, sizes | {"EPSILON": 1e-5}), (fused_norm._apply, choices)):
+    kinds = {"sums": "*fp32", "moments": "*fp32"} | dict.fromkeys(("x", "skip", "out", "weight", "bias"), "*fp16")
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
+    for capability in (75, 90):
+        assert f"sm_{capability}" in triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+print("compiled")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout == "compiled\n", done.stderr
