@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from fastnst.runtime import arithmetic_rate, cpu_threads, keep_freed_memory
 from fastnst.stages import StagedNetwork
 
 PUBLISHED = "published"
+ON_DEVICE = ", on the device"  # without the way there and back
 # A process says its peak itself: what the system tells its parent includes the parent's own memory at the fork.
 _PEAK_SCRIPT = """
 import atexit, re, resource, sys
@@ -59,7 +61,7 @@ class Row:
     height: int
     milliseconds: float = 0.0  # the median
     fastest: float = 0.0
-    ratio: float = 1.0  # how many times as fast as the published way: the median over rounds
+    ratio: float = 1.0  # how many times as fast as the published way, on the device where this is: the median over rounds
     psnr: float | None = None  # dB to the published way's output; None: equal
     floor_share: float = 0.0  # the arithmetic, at the highest rate of this machine, over the time; 0 where not known
     times: list[float] = field(default_factory=list, repr=False)
@@ -89,26 +91,33 @@ class Progress:
     message: str
 
 
-def ways_to_apply(model: str | Path, device: str, engines: list[str]) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray], Engine | None]]:
-    """Each way with a function of ``(1, H, W, 3)`` uint8; the published one first."""
+def ways_to_apply(model: str | Path, device: str, engines: list[str]) -> Iterator[tuple[str, Callable[[np.ndarray], Any], Engine | None]]:
+    """Each way with a function of ``(1, H, W, 3)`` uint8, which gives an array or a tensor; the published one first."""
     network, _ = load_model(model)
     place = torch.device("cpu" if device == "auto" and not torch.cuda.is_available() else "cuda" if device == "auto" else device)
     network.to(place)
 
+    def eager(pictures: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            output = network(pictures.permute(0, 3, 1, 2).float().div(255).to(place))
+            return output.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
     def published(pictures: np.ndarray, keep: bool) -> np.ndarray:
         keep_freed_memory(keep)
-        with torch.no_grad():
-            output = network(torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(255).to(place))
-            return output.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return eager(torch.from_numpy(pictures)).cpu().numpy()
 
     yield PUBLISHED, lambda pictures: published(pictures, False), None
     if place.type == "cpu":
         yield "published, memory kept", lambda pictures: published(pictures, True), None
+    else:
+        yield PUBLISHED + ON_DEVICE, _staying(eager, place), None
     staged = load_network(model)
     for name in engines:
         engine, _, precision = name.partition(":")
         made = load_engine(staged, str(place), engine, precision or "auto")
         yield f"{made.name} {made.precision}", _keeping(made.run), made
+        if place.type != "cpu":
+            yield f"{made.name} {made.precision}{ON_DEVICE}", _staying(lambda pictures, made=made: made.run_tensor(pictures, "uint8"), place), made
 
 
 def _keeping(run: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
@@ -117,6 +126,21 @@ def _keeping(run: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], 
         return run(pictures)
 
     return kept
+
+
+def _staying(run: Callable[[torch.Tensor], torch.Tensor], place: torch.device) -> Callable[[np.ndarray], torch.Tensor]:
+    """``run`` for pictures that lie on the device already, and stay there."""
+    held: tuple[Any, torch.Tensor] | None = None
+
+    def stayed(pictures: np.ndarray) -> torch.Tensor:
+        nonlocal held
+        if held is None or held[0] is not pictures:
+            held = pictures, torch.from_numpy(pictures).to(place)
+        output = run(held[1])
+        torch.accelerator.synchronize()
+        return output
+
+    return stayed
 
 
 def default_engines(device: str) -> list[str]:
@@ -151,14 +175,15 @@ def measure(
                 output = run(pixels)
                 seconds = time.perf_counter() - began
                 if turn == 0:
-                    outputs.append(output)
+                    outputs.append(output if isinstance(output, np.ndarray) else output.cpu().numpy())
                 else:
                     row.times.append(seconds * 1000)
                 done += 1
                 report(Progress(done, total, f"{width}x{height} {way}"))
         for row, output, (_, _, engine) in zip(here, outputs, ways):
             row.milliseconds, row.fastest = float(np.median(row.times)), min(row.times)
-            row.ratio = float(np.median([theirs / ours for theirs, ours in zip(here[0].times, row.times)]))
+            base = next(one for one in here if one.way == PUBLISHED + (ON_DEVICE if row.way.endswith(ON_DEVICE) else ""))
+            row.ratio = float(np.median([theirs / ours for theirs, ours in zip(base.times, row.times)]))
             row.psnr = psnr(output, outputs[0])
             if engine in shares:
                 row.floor_share = operations(engine.network, height, width) / rates[engine.device, engine.precision] / (row.milliseconds / 1000)
@@ -224,13 +249,17 @@ def to_markdown(rows: list[Row], fresh: list[FreshProcess]) -> str:
     """Both tables."""
     lines = [f"On {machine()}.", "", "| size | way | ms (fastest) | megapixels/s | times as fast | PSNR, dB | of the floor |", "|---|---|---|---|---|---|---|"]
     for row in rows:
-        same = "" if row.way == PUBLISHED else "equal" if row.psnr is None else f"{row.psnr:.1f}"
+        same = "" if row.way in (PUBLISHED, PUBLISHED + ON_DEVICE) else "equal" if row.psnr is None else f"{row.psnr:.1f}"
         share = f"{row.floor_share:.0%}" if row.floor_share else ""
-        lines.append(f"| {row.width}x{row.height} | {row.way} | {row.milliseconds:.0f} ({row.fastest:.0f}) | {row.megapixels_per_second:.2f} | {row.ratio:.2f} | {same} | {share} |")
+        lines.append(f"| {row.width}x{row.height} | {row.way} | {_short(row.milliseconds)} ({_short(row.fastest)}) | {row.megapixels_per_second:.2f} | {row.ratio:.2f} | {same} | {share} |")
     if fresh:
         lines += ["", "| one photo in a fresh process | way | s | peak MB |", "|---|---|---|---|"]
         lines += [f"| {one.width}x{one.height} | {one.way} | {one.seconds:.2f} | {one.peak_megabytes:,} |" for one in fresh]
     return "\n".join(lines) + "\n"
+
+
+def _short(milliseconds: float) -> str:
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
 
 
 def to_json(rows: list[Row], fresh: list[FreshProcess]) -> str:

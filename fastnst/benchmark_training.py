@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,13 +26,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
 from fastnst.data import DataConfig, PhotoStream, keep_photos, list_photos, training_batches
+from fastnst.gradient import Gradient
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import LossConfig, PerceptualLoss
 from fastnst.model import NetworkConfig
 from fastnst.network import LastConv, TransformNetwork
 from fastnst.objective import Objective
 from fastnst.optimizer import adam
-from fastnst.runtime import arithmetic_rate, autocast, keep_freed_memory, resolve_precision
+from fastnst.runtime import arithmetic_rate, autocast, keep_freed_memory, memory_format, resolve_precision
 
 # How far the losses of the same photos, from the same weights, may lie from the published step's, relatively. Rounding alone moves
 # them: Adam's first steps are of one size however small the gradient is.
@@ -152,20 +154,20 @@ class OurStep:
         self.task, device = task, torch.device(task.device)
         self.precision = resolve_precision(way.precision, device)
         self.objective = our_objective(task, device, self.precision, "on" if way.compile else "off")
+        self.gradient = Gradient(self.objective, task.batch, say=warnings.warn)
         self.optimizer = adam(list(self.objective.network.parameters())) if way.fused_adam else torch.optim.Adam(self.objective.network.parameters())
 
     def __call__(self, photos: Tensor) -> Tensor:
         """uint8 ``(N, 3, S, S)`` -> the loss before this step, still on the device."""
-        terms, _ = self.objective(photos)
-        self.optimizer.zero_grad(set_to_none=True)
-        terms.total.backward()
+        names, numbers = self.gradient(photos)
         self.optimizer.step()
-        return terms.total.detach()
+        return numbers[names.index("loss/total")]
 
 
 def our_objective(task: Task, device: torch.device, precision: torch.dtype, compile: str = "off") -> Objective:
-    loss_network = load_loss_network(task.loss, task.loss.layers).to(device)
-    return Objective(task.start().to(device), PerceptualLoss(loss_network, task.loss, task.style().to(device)), precision, compile)
+    layout = memory_format(device)
+    loss_network = load_loss_network(task.loss, task.loss.layers).to(device, memory_format=layout)
+    return Objective(task.start().to(device, memory_format=layout), PerceptualLoss(loss_network, task.loss, task.style().to(device)), precision, compile)
 
 
 class CenterCrops(Dataset):

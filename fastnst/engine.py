@@ -4,19 +4,21 @@ All engines take and give the same arrays, ``(N, H, W, 3)`` uint8 or ``(N, 3, H,
 """
 
 import importlib.util
-import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from fastnst.model import damaged, read_model
 from fastnst.runtime import cpu_flags, cpu_threads, free_memory, give_back_memory, gpu_is_likely, is_out_of_memory, keep_freed_memory, resolve_device
 from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, fold
+
+if TYPE_CHECKING:
+    from fastnst.recording import Recording
 
 ENGINES = ("auto", "openvino", "onnxruntime", "torch")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
@@ -222,7 +224,7 @@ class TorchEngine:
         self._layout = torch.channels_last if self._device.type == "cuda" else torch.contiguous_format
         self._last: tuple[Any, ...] = ()  # kind and shape of the last pictures
         self._in_a_row = 0  # pictures of that kind and shape
-        self._replay: Callable[[Any], Any] | None = None  # a pass over them, recorded
+        self._recording: Recording | None = None  # a pass over them
 
     def free_memory(self) -> int:
         import torch
@@ -249,36 +251,49 @@ class TorchEngine:
         import torch
 
         x = torch.from_numpy(np.require(pictures, requirements=["C", "W"]))  # torch warns of what is read-only
-        this = (pixels, pictures.shape)
-        if this != self._last:
-            self._last, self._in_a_row, self._replay = this, 0, None  # the memory of a recorded pass is for the new ones
-        self._in_a_row += 1
-        if self._device.type == "cuda" and self._in_a_row == WORTH_COMPILING:
-            self._replay = self._record(x, pixels)
-        if self._replay is not None:
-            return self._replay(x).numpy()
-        return self.run_tensor(x.to(self._device), pixels).cpu().numpy()
+        if self._device.type != "cuda":
+            return self.run_tensor(x.to(self._device), pixels).cpu().numpy()
+        stylized = self.run_tensor(x.pin_memory().to(self._device, non_blocking=True), pixels).to("cpu", non_blocking=True)  # pinned, too
+        torch.cuda.current_stream(self._device).synchronize()
+        return stylized.numpy()
 
-    def _record(self, x: Any, pixels: Pixels) -> "_Replay | None":
+    def run_tensor(self, x: Any, pixels: Pixels) -> Any:
+        """``run`` for tensors on the device of the engine."""
+        import torch
+
+        this = (pixels, x.shape)
+        if this != self._last:
+            self._last, self._in_a_row, self._recording = this, 0, None  # the memory of a recorded pass is for the new ones
+        self._in_a_row += 1
+        with torch.inference_mode():
+            if self._device.type == "cuda" and self._in_a_row == WORTH_COMPILING:
+                self._recording = self._record(x, pixels)
+            return self.compute(x, pixels) if self._recording is None else self._recording(x).clone()
+
+    def _record(self, x: Any, pixels: Pixels) -> "Recording | None":
         """A pass over pictures like ``x``, as fast as this machine can; None where it can do nothing about it."""
+        from fastnst.recording import Recording
+
         for fused in (True, False):
             try:
-                return _Replay(lambda given: self.run_tensor(given, pixels, fused), x, self._device)
+                return Recording(lambda given: self.compute(given, pixels, fused), x)
             except Exception as error:  # compilers raise many kinds; it goes without, and is not tried again
                 if not is_out_of_memory(error):
                     warnings.warn(f"{'Triton' if fused else 'a CUDA graph'} failed, going on slower without ({' '.join(str(error).split())[:200]})", stacklevel=2)
         return None
 
-    def run_tensor(self, x: Any, pixels: Pixels, fused: bool = False) -> Any:
-        """``run`` for tensors on the device of the engine; ``fused``: with the norms' own kernels, which are for NVIDIA GPUs."""
+    def compute(self, x: Any, pixels: Pixels, fused: bool = False) -> Any:
+        """A pass, neither counted nor recorded; ``fused``: with the norms' own kernels, which are for NVIDIA GPUs."""
         import torch
         import torch.nn.functional as F
 
         config = self.network.info.network
         with torch.inference_mode():
-            x = x.permute(0, 3, 1, 2).float() if pixels == "uint8" else x * 255
+            if pixels == "uint8":  # whole numbers up to 256 are exact in any type
+                x = x.permute(0, 3, 1, 2).to(self._dtype) - PIXEL_SHIFT
+            else:
+                x = (x * 255 - PIXEL_SHIFT).to(self._dtype)
             height, width = x.shape[-2:]
-            x = (x - PIXEL_SHIFT).to(self._dtype)
             missing = [max(config.smallest_side - side, -side % config.multiple) for side in (width, height)]
             if any(missing):
                 x = F.pad(x, (0, missing[0], 0, missing[1]), mode="replicate")
@@ -354,42 +369,6 @@ def fused_norm():
     from fastnst.fused_norm import fused_norm
 
     return fused_norm
-
-
-class _Replay:
-    """A pass over one shape, recorded as a CUDA graph, which spares launching its kernels one by one; through pinned memory both ways."""
-
-    def __init__(self, compute: Callable[[Any], Any], pictures: Any, device: Any) -> None:
-        import torch
-
-        cudnn, graph, aside = torch.backends.cudnn, torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        chooses, self._lock, self._graph = cudnn.benchmark, threading.Lock(), graph
-        try:
-            cudnn.benchmark = True
-            with torch.inference_mode(), torch.cuda.device(device):
-                self._sent = torch.empty_like(pictures, pin_memory=True)
-                self._input = pictures.to(device)
-                aside.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(aside):  # libraries choose their kernels and take their memory now: it may not happen while recording
-                    for _ in range(3):
-                        compute(self._input)
-                torch.cuda.current_stream().wait_stream(aside)
-                with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-                    self._output = compute(self._input)
-                self._received = torch.empty(self._output.shape, dtype=self._output.dtype, pin_memory=True)
-        finally:
-            cudnn.benchmark = chooses
-
-    def __call__(self, pictures: Any) -> Any:
-        import torch
-
-        with self._lock, torch.inference_mode(), torch.cuda.device(self._input.device):
-            self._sent.copy_(pictures)
-            self._input.copy_(self._sent, non_blocking=True)
-            self._graph.replay()
-            self._received.copy_(self._output, non_blocking=True)
-            torch.cuda.current_stream().synchronize()
-            return self._received.clone()
 
 
 @cache

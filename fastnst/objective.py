@@ -11,14 +11,17 @@ from fastnst.losses import LossTerms, PerceptualLoss
 from fastnst.runtime import autocast, memory_format
 
 Compile = Literal["auto", "off", "on"]
-_WORTH_COMPILING = 2000  # steps: a minute of compiling, against some tens of milliseconds saved at each
+_WORTH_COMPILING = 100_000  # steps: a minute of compiling against half a millisecond saved at each, an estimate: the recorded step's memory traffic
 
 
 class Cut(NamedTuple):
-    """A square of the photos, in pixels; ``share`` multiplies the stability term that it gives."""
+    """A square of the photos, in pixels; ``share`` multiplies the stability term that it gives.
 
-    top: int
-    left: int
+    Where it lies is a tensor ``()`` of int64 each: cuts at other places are the same work to a compiler.
+    """
+
+    top: Tensor
+    left: Tensor
     side: int
     share: float = 1.0
 
@@ -26,7 +29,7 @@ class Cut(NamedTuple):
 class Objective:
     """``loss`` of what ``network`` makes of a batch, convolutions in ``precision``; both lie on one device.
 
-    ``compile``: ``auto`` hands both to ``torch.compile`` on CUDA where at least 2,000 ``steps`` follow, and goes on without where
+    ``compile``: ``auto`` hands both to ``torch.compile`` on CUDA where at least 100,000 ``steps`` follow, and goes on without where
     that fails, saying so; ``on`` compiles anywhere. On the CPU it saved a tenth of a bfloat16 step and took one to three minutes.
     """
 
@@ -53,6 +56,8 @@ class Objective:
         With a ``cut`` the stability term is there too, at the price of another pass of the network.
         """
         photos = photos.to(self.device, non_blocking=True)
+        if cut is not None:
+            cut = cut._replace(top=cut.top.to(self.device, non_blocking=True), left=cut.left.to(self.device, non_blocking=True))
         if self._compiled is None:
             return self._measure(photos, cut)
         if not self._may_fail:
@@ -73,7 +78,11 @@ class Objective:
             weight = self.loss.config.stability_weight
             if cut is None:
                 return (replace(terms, stability=torch.zeros_like(terms.tv)) if weight else terms), stylized
-            window = (..., slice(cut.top, cut.top + cut.side), slice(cut.left, cut.left + cut.side))
+            rows, columns = (corner + torch.arange(cut.side, device=self.device) for corner in (cut.top, cut.left))
             network = getattr(self.network, "module", self.network)  # averaging over ranks counts on one pass a step
-            change = network(content[window]).float() - stylized[window].float()
+            change = network(_crop(content, rows, columns)).float() - _crop(stylized, rows, columns).float()
             return replace(terms, stability=weight * cut.share * change.square().mean()), stylized
+
+
+def _crop(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return images.index_select(2, rows).index_select(3, columns)

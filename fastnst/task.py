@@ -1,10 +1,10 @@
 """What a training works on, and what it computes at a step: photos, style, loss and network, on their device, on any number of ranks."""
 
 import hashlib
-import math
 import random
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastnst.config import Config
 from fastnst.data import DataConfig, Photos, PhotoStream, list_photos, load_validation, training_batches
+from fastnst.gradient import Gradient
 from fastnst.image import load_image
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import LossConfig, PerceptualLoss, calibrate
@@ -48,7 +49,7 @@ class LoopConfig(Config):
     learning_rate: LearningRate = LearningRate()
     clip_gradient: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    compile: Compile = Field("auto", description="torch.compile; auto: on CUDA, in one process, for 2,000 steps or more")
+    compile: Compile = Field("auto", description="torch.compile; auto: on CUDA, in one process, for 100,000 steps or more")
     seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(20, ge=1, description="steps; the stability term is there at every fourth")
     validate_every: int = Field(500, ge=1, description="steps")
@@ -69,7 +70,7 @@ class TrainConfig(Config):
 
 @dataclass(frozen=True)
 class Task:
-    """What a training works on, ready on its device. ``objective`` may hold ``network`` wrapped, averaging gradients over the ranks."""
+    """What a training works on, ready on its device. ``gradient`` may hold ``network`` wrapped, averaging gradients over the ranks."""
 
     config: TrainConfig
     device: torch.device
@@ -78,7 +79,7 @@ class Task:
     style: Tensor
     loss: PerceptualLoss
     network: TransformNetwork
-    objective: Objective
+    gradient: Gradient
     validation: Tensor
     unreadable: dict[str, str]
     cache: PhotoCache | None = None
@@ -111,8 +112,13 @@ def prepare(config: TrainConfig, device: torch.device, ranks: Ranks) -> Task:
     if ranks.size > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # does nothing to instance norm
     network.to(device, memory_format=layout)
-    objective = Objective(network, loss, resolve_precision(loop.precision, device))
-    return Task(config, device, ranks, photos, style, loss, network, objective, validation, {message: "validation" for message in unreadable})
+    gradient = gradient_of(Objective(network, loss, resolve_precision(loop.precision, device)), loop, ranks)
+    return Task(config, device, ranks, photos, style, loss, network, gradient, validation, {message: "validation" for message in unreadable})
+
+
+def gradient_of(objective: Objective, loop: LoopConfig, ranks: Ranks, say: Callable[[str], None] = lambda message: None) -> Gradient:
+    """As a training takes it."""
+    return Gradient(objective, loop.batch_size, loop.accumulate, loop.clip_gradient, ranks, say=say)
 
 
 def batches_from(step: int, task: Task) -> AbstractContextManager:
@@ -123,16 +129,13 @@ def batches_from(step: int, task: Task) -> AbstractContextManager:
 
 
 def learn(task: Task, content: Tensor, step: int = 0) -> tuple[list[str], Tensor]:
-    """Forward and backward over this rank's ``(N, 3, S, S)`` uint8 ``content``, which leaves the gradient of the whole batch in the network.
+    """``task.gradient`` over this rank's ``(N, 3, S, S)`` uint8 ``content``.
 
-    ``step`` decides where, and whether, the stability term cuts: at every fourth, with four times its weight.
-
-    Returns names and numbers, still on the device: the terms of the loss, what the output looks like, the gradient's norm. They
-    are this rank's part of the batch's means: their sum over the ranks is what they say. Raises ``ValueError`` naming the sizes
-    that would fit where memory runs out.
+    ``step`` decides where, and whether, the stability term cuts: at every fourth, with four times its weight. Raises ``ValueError``
+    naming the sizes that would fit where memory runs out.
     """
     try:
-        return _forward_and_backward(task, content, step)
+        return task.gradient(content, _cut(task.config, content.shape[-1], step))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -160,39 +163,21 @@ def validate(network: TransformNetwork, loss: PerceptualLoss, photos: Tensor, ba
     return means, torch.cat(pairs[:4], dim=1).cpu()
 
 
-def _forward_and_backward(task: Task, content: Tensor, step: int) -> tuple[list[str], Tensor]:
-    loop, ranks = task.config.train, task.ranks
-    task.network.zero_grad(set_to_none=True)
-    parts = content.tensor_split(min(loop.accumulate, len(content)))
-    sums, cut = 0, _cut(task.config, content.shape[-1], step)
-    for index, part in enumerate(parts):
-        share = len(part) / loop.batch_size
-        with ranks.averaging(task.objective.network, now=index == len(parts) - 1):
-            terms, stylized = task.objective(part, cut)
-            (terms.total * (share * ranks.size)).backward()  # averaged over the ranks, each photo then weighs the same
-        seen = stylized.detach().float().clamp(0, 1)
-        numbers = terms.scalars() | {"output/contrast": seen.std(dim=(2, 3)).mean(), "output/brightness": seen.mean()}
-        sums = sums + share * torch.stack(list(numbers.values()))
-    norm = nn.utils.clip_grad_norm_(task.network.parameters(), loop.clip_gradient or math.inf)
-    return [*numbers, "train/gradient_norm"], torch.cat([sums, norm.detach()[None] * (len(content) / loop.batch_size)])
-
-
 def _cut(config: TrainConfig, side: int, step: int) -> Cut | None:
     if not config.loss.stability_weight or step % CUT_EVERY:
         return None
     rng, less = random.Random(f"{config.train.seed}:{step}:cut"), side // 8
-    return Cut(rng.randint(0, less), rng.randint(0, less), side - less, CUT_EVERY)
+    return Cut(torch.tensor(rng.randint(0, less)), torch.tensor(rng.randint(0, less)), side - less, CUT_EVERY)
 
 
 def _what_would_fit(task: Task) -> str:
     """The sizes at which a step would not run out of memory, found by trying."""
     config, loop, photos = task.config, task.config.train, task.photos_at_once
-    objective = Objective(task.network, task.loss, task.objective.precision)
-    alone = replace(task, ranks=Ranks(), objective=objective, config=config.model_copy(update={"train": loop.model_copy(update={"accumulate": 1})}))
+    gradient = Gradient(Objective(task.network, task.loss, task.gradient.objective.precision), loop.batch_size, record=False)
 
     def attempt(count: int, side: int) -> None:
         try:
-            _forward_and_backward(alone, torch.zeros(count, 3, side, side, dtype=torch.uint8), step=0)
+            gradient(torch.zeros(count, 3, side, side, dtype=torch.uint8), _cut(config, side, step=0))
         finally:
             task.network.zero_grad(set_to_none=True)
             if task.device.type == "cuda":

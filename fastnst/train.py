@@ -27,7 +27,7 @@ from fastnst.ranks import Ranks
 from fastnst.run import CONFIG_NAME, check_space, find_run, hold
 from fastnst.runtime import resolve_precision
 from fastnst.survey import survey
-from fastnst.task import CUT_EVERY, Task, TrainConfig, check_same_photos, learn, prepare
+from fastnst.task import CUT_EVERY, Task, TrainConfig, check_same_photos, gradient_of, learn, prepare
 from fastnst.training import Training, TrainingDiverged, TrainProgress, snapshot
 from fastnst.watchdog import Watchdog
 
@@ -69,18 +69,18 @@ def plan(config: TrainConfig, run_dir: Path, device: torch.device) -> str:
 
 
 def check_data(config: TrainConfig, run_dir: Path, device: torch.device, report: Callable[[int, int], None] = lambda done, total: None) -> str:
-    """Decode every photo, try two steps, and say what was found and what the training would take. ``report``: photos done, of how many."""
+    """Decode every photo, try some steps, and say what was found and what the training would take. ``report``: photos done, of how many."""
     photos = list_photos(config.data)
     everything = [*photos.train, *photos.validation] if photos.held_out else photos.train
     seen = survey(everything, config.data, thorough=True, report=lambda done: report(done, len(everything)))
     task = prepare(config, device, Ranks())
     batch = task.validation.repeat(-(-config.train.batch_size // len(task.validation)), 1, 1, 1)[: config.train.batch_size]
     took = []
-    for step in (1, 0, 1):  # the first warms up; with a cut and without
+    for step in (0, 1, 0, 1):  # with a cut and without; the first two warm up
         began = time.monotonic()
         float(learn(task, batch, step)[1][0])
         took.append(time.monotonic() - began)
-    seconds = (took[1] + (CUT_EVERY - 1) * took[2]) / CUT_EVERY * config.train.steps
+    seconds = (took[2] + (CUT_EVERY - 1) * took[3]) / CUT_EVERY * config.train.steps
     needed = f"about {_duration(seconds)} for {config.train.steps:,} steps on {device.type}, unless photos come slower"
     return f"{seen}\ntime: {needed}\ndisk: about {_bytes_needed(task) / 1e6:.1f} MB in {run_dir}"
 
@@ -178,8 +178,8 @@ def _set_off(task: Task, step: int, report: Callable[[TrainProgress], None], sho
     with ranks.together():
         cache = keep_photos(task.photos.train, task.config.data, left * loop.batch_size / len(task.photos.train), say, should_stop)
     compile = loop.compile if ranks.size == 1 or loop.compile == "on" else "off"
-    objective = Objective(ranks.average_gradients(task.network), task.loss, task.objective.precision, compile, left, say)
-    return replace(task, objective=objective, cache=cache)
+    objective = Objective(ranks.average_gradients(task.network), task.loss, task.gradient.objective.precision, compile, left, say)
+    return replace(task, gradient=gradient_of(objective, loop, ranks, say), cache=cache)
 
 
 def _may_change(config: TrainConfig) -> set[str]:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 from conftest import synthetic_photo
 from test_stages import staged
 
-from fastnst.benchmark_inference import PUBLISHED, Row, measure, measure_fresh_processes, operations, psnr, to_markdown
+from fastnst import benchmark_inference
+from fastnst.benchmark_inference import ON_DEVICE, PUBLISHED, Row, _staying, measure, measure_fresh_processes, operations, psnr, to_markdown
 from fastnst.checkpoint import save_model
 from fastnst.cli import run
 from fastnst.model import NetworkConfig
@@ -45,6 +47,24 @@ def test_every_way_is_measured_and_compared(model, tmp_path):
     assert rows[1].psnr is None and (rows[2].psnr is None or rows[2].psnr > 60) and rows[3].psnr > 35  # random weights
     assert rows[2].floor_share > 0
     assert (told[-1].done, told[-1].total) == (12, 12)  # 4 ways, 2 rounds and a first pass
+
+
+def test_on_a_device_pictures_stay_there_and_are_compared_with_those_that_stay(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    moved, sleeps = [], {PUBLISHED: 0.04, PUBLISHED + ON_DEVICE: 0.02, "ours": 0.01, "ours" + ON_DEVICE: 0.005}
+
+    def wait(way):
+        def passed(pictures):
+            moved.append(pictures) if way == "ours" + ON_DEVICE else None
+            time.sleep(sleeps[way])
+            return pictures
+
+        return _staying(passed, torch.device("cpu")) if way.endswith(ON_DEVICE) else passed
+
+    monkeypatch.setattr(benchmark_inference, "ways_to_apply", lambda *_: [(way, wait(way), None) for way in sleeps])
+    rows = measure(model, tmp_path / "photo.png", [(32, 24)], [], "cpu", 2)
+    assert [row.ratio for row in rows] == pytest.approx([1, 1, 4, 4], rel=0.5)
+    assert all(pictures is moved[0] and isinstance(pictures, torch.Tensor) for pictures in moved)
 
 
 def test_a_table_for_people():

@@ -73,7 +73,7 @@ def test_in_half_precision_only_the_result_is_rounded(dtype, tolerance):
 def test_a_network_with_its_own_norms_is_the_network(architecture):
     network, stages = staged(**architecture)
     pictures = photo(21, 34, 2)
-    found = TorchEngine(stages, DEVICE, "float32").run_tensor(torch.from_numpy(pictures).to(DEVICE), "uint8", fused=True)
+    found = TorchEngine(stages, DEVICE, "float32").compute(torch.from_numpy(pictures).to(DEVICE), "uint8", fused=True)
     assert np.abs(found.cpu().numpy() - eager(network, pictures)).max() <= 0.51  # rounding to whole levels
 
 

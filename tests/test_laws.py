@@ -30,7 +30,8 @@ NOUNS = {
     "stages": {"model"},
     "onnx_graph": {"files", "model", "stages"},
     "fused_norm": {"stages"},
-    "engine": {"fused_norm", "model", "onnx_graph", "runtime", "stages"},
+    "recording": set(),
+    "engine": {"fused_norm", "model", "onnx_graph", "recording", "runtime", "stages"},
     "tiles": {"engine", "stages"},
     "jobs": {"picture"},
     "network": {"model"},
@@ -39,9 +40,10 @@ NOUNS = {
     "photo_cache": {"files", "runtime"},
     "data": {"config", "photo_cache", "picture", "runtime"},
     "objective": {"losses", "runtime"},
+    "gradient": {"objective", "ranks", "recording", "runtime"},
     "optimizer": set(),
     "benchmark_inference": {"checkpoint", "engine", "picture", "runtime", "stages"},
-    "benchmark_training": {"data", "losses", "loss_network", "model", "network", "objective", "optimizer", "runtime"},
+    "benchmark_training": {"data", "gradient", "losses", "loss_network", "model", "network", "objective", "optimizer", "runtime"},
     "benchmark_recipes": {"image", "judges", "losses", "metrics", "report"},
     "checkpoint": {"files", "model", "network"},
     "sheet": set(),
@@ -54,9 +56,9 @@ NOUNS = {
     "survey": {"data", "picture"},
     "run": {"checkpoint", "config", "files", "model"},
     "training": {"checkpoint", "image", "model", "picture", "run", "schedule", "task", "watchdog"},
-    "task": {"config", "data", "image", "loss_network", "losses", "metrics", "model", "network", "objective", "optimizer", "photo_cache", "picture", "ranks", "runtime", "schedule"},
+    "task": {"config", "data", "gradient", "image", "loss_network", "losses", "metrics", "model", "network", "objective", "optimizer", "photo_cache", "picture", "ranks", "runtime", "schedule"},
 }
-TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "optimizer", "benchmark_training", "benchmark_recipes", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task", "training"}
+TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "gradient", "optimizer", "benchmark_training", "benchmark_recipes", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task", "training"}
 # Each verb; any noun is open to those that train.
 ALLOWED_TO_VERBS = {
     "train": set(NOUNS),

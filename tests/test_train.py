@@ -416,7 +416,7 @@ def test_a_cut_lies_within_the_photo_and_elsewhere_each_time(train_data, side):
     config = validate_config(TrainConfig, changed(train_data, loss__stability_weight=1.0))
     cuts = [_cut(config, side, step) for step in range(0, 400, 4)]
     assert all(cut.side == side - side // 8 and cut.share == 4 for cut in cuts)
-    places = {cut.top for cut in cuts} | {cut.left for cut in cuts}
+    places = {int(cut.top) for cut in cuts} | {int(cut.left) for cut in cuts}
     assert min(places) == 0 and max(places) + side - side // 8 == side  # it reaches all borders
     assert _cut(config, side, 4) == cuts[1] and all(_cut(config, side, step) is None for step in (1, 2, 3, 5))
 
