@@ -1,6 +1,7 @@
 """What the commands share: finding a config, flags that mean the same everywhere, errors turned into exit codes."""
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import os
@@ -90,6 +91,18 @@ def whole(least: int, most: int) -> Callable[[str], int]:
         if not text.lstrip("-").isdigit() or not least <= int(text) <= most:
             raise argparse.ArgumentTypeError(f"got {text}, need a whole number from {least} to {most}")
         return int(text)
+
+    return parse
+
+
+def number(least: float, most: float) -> Callable[[str], float]:
+    """The type of a flag that takes a number from ``least`` to ``most``."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if least <= float(text) <= most:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"got {text}, need a number from {least:g} to {most:g}")
 
     return parse
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from fastnst.blend import Blend
 from fastnst.engine import Engine, load_engine, load_network
 from fastnst.jobs import Job
 from fastnst.model import ModelInfo
@@ -30,20 +31,31 @@ class Stylizer:
 
     ``tile``: ``auto`` goes strip by strip where the whole picture needs more memory than is free, ``off`` never does, a number
     always does, in strips of so many rows. Strips change no pixel by more than 1/255 (in float32). ``notice`` is called
-    with a sentence where something is done in another way than expected.
+    with a sentence where something is done in another way than expected. ``blend`` says what of the photo stays.
     """
 
-    def __init__(self, engine: Engine, tile: str | int = "auto", notice: Callable[[str], None] = lambda message: None) -> None:
+    def __init__(self, engine: Engine, tile: str | int = "auto", notice: Callable[[str], None] = lambda message: None, blend: Blend = Blend()) -> None:
         self.engine = engine
         self.info: ModelInfo = engine.network.info
         self.tile = _parse_tile(tile)
         self.notice = notice
+        self.blend = blend
         self._turn = threading.Lock()  # engines take one caller at a time
 
     @classmethod
-    def from_file(cls, model: str | Path, device: str = "auto", engine: str = "auto", precision: str = "auto", tile: str | int = "auto") -> Stylizer:
-        """Load a model file, ``.safetensors`` or ``.onnx``; raises as ``load_network`` and ``load_engine``."""
-        return cls(load_engine(load_network(model), device, engine, precision), tile)
+    def from_file(
+        cls,
+        model: str | Path,
+        device: str = "auto",
+        engine: str = "auto",
+        precision: str = "auto",
+        tile: str | int = "auto",
+        opacity: float = 1.0,
+        keep_colors: bool = False,
+    ) -> Stylizer:
+        """Load a model file, ``.safetensors`` or ``.onnx``; raises as ``load_network``, ``load_engine`` and ``Blend``."""
+        blend = Blend(opacity, keep_colors)
+        return cls(load_engine(load_network(model), device, engine, precision), tile, blend=blend)
 
     def __call__(self, image: Any) -> Any:
         """Stylize one or more pictures of any size; what comes out is of the kind and size that went in.
@@ -68,7 +80,9 @@ class Stylizer:
         """``(N, H, W, 3)`` uint8 -> the same; ``in_place`` lets strips overwrite ``pixels``. Raises ``MemoryError`` where even strips are too large."""
         with self._turn:
             whole = self._whole(pixels.shape[:3], lambda: self.engine.run(pixels))
-            return np.stack([self._strips(one, report, in_place) for one in pixels]) if whole is None else whole
+            if whole is None:
+                whole = np.stack([self._strips(one, report, in_place and not self.blend) for one in pixels])
+        return self.blend.pictures(pixels, whole) if self.blend else whole
 
     def _whole(self, shape: tuple[int, int, int], run: Callable[[], Any]) -> Any:
         """What ``run`` makes of whole pictures, ``(N, H, W)``; None where they are to go in strips."""
@@ -117,7 +131,11 @@ class Stylizer:
             if whole is None:
                 pixels = given.cpu().permute(0, 2, 3, 1).numpy() * 255
                 whole = torch.from_numpy(np.stack([self._strips(one, in_place=True) for one in pixels])).permute(0, 3, 1, 2) / 255
-        return whole.to(images.device, images.dtype)
+        whole = whole.to(images.device)
+        if self.blend:
+            photo, stylized = (each.permute(0, 2, 3, 1) for each in (given, whole))
+            whole = self.blend(photo, stylized).permute(0, 3, 1, 2).clamp(0, 1).contiguous()
+        return whole.to(images.dtype)
 
 
 @dataclass(frozen=True)

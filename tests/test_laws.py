@@ -33,6 +33,7 @@ NOUNS = {
     "recording": set(),
     "engine": {"fused_norm", "model", "onnx_graph", "recording", "runtime", "stages"},
     "tiles": {"engine", "stages"},
+    "blend": set(),
     "jobs": {"picture"},
     "network": {"model"},
     "loss_network": {"config"},
@@ -65,7 +66,7 @@ ALLOWED_TO_VERBS = {
     "optimize": set(NOUNS),
     "evaluate": set(NOUNS),
     "distill": set(NOUNS),
-    "stylize": {"engine", "jobs", "model", "picture", "runtime", "tiles"},
+    "stylize": {"blend", "engine", "jobs", "model", "picture", "runtime", "tiles"},
     "export": {"checkpoint", "engine", "files", "model", "onnx_graph", "stages"},
 }
 # Scripts that are no verb of their own: they put verbs together, or draw.
