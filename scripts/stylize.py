@@ -27,7 +27,7 @@ def main(argv=None) -> int:
     p.add_argument("--output", metavar="FILE|FOLDER", help="a file for one photo or video, else a folder; the suffix chooses the format")
     p.add_argument("--opacity", type=cli.number(0, 1), default=1.0, metavar="0-1", help="of the stylized picture over the photo: 0.7 leaves 0.3 of the photo (default: 1)")
     p.add_argument("--keep-colors", action="store_true", help="the photo's colors stay, the style's light, dark and strokes come in")
-    p.add_argument("--short-side", type=cli.whole(1, 65_535), metavar="N", help="scale so that the short side has N pixels (default: the photo's size)")
+    p.add_argument("--short-side", type=cli.whole(1, 65_535), metavar="N", help="scale so that the short side has N pixels (default: the photo's size); strokes keep theirs, so they look larger on a smaller picture")
     p.add_argument("--quality", type=cli.whole(1, 100), default=95, metavar="1-100", help="of JPEG and WebP (default: 95)")
     existing = p.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
