@@ -47,13 +47,15 @@ def save_training_state(
     unreadable: dict[str, str],
     loss: dict[str, Any] | None = None,
     watchdog: dict[str, Any] | None = None,
+    photos: tuple[int, str] | None = None,
 ) -> None:
     """Write all that a run needs to go on exactly: weights, optimizer, step, the unreadable photos met, the loss as calibrated,
-    and the numbers by which the run is watched.
+    the numbers by which the run is watched, and how many photos it learns from, with what tells these from others.
 
     There is no random state to keep: photo order and crops are functions of the seed and the step.
     """
-    state = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict(), "unreadable": unreadable, "loss": loss, "watchdog": watchdog}
+    learned = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
+    state = learned | {"unreadable": unreadable, "loss": loss, "watchdog": watchdog, "photos": photos}
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with atomic_write(path) as temporary:

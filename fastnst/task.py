@@ -197,10 +197,15 @@ def _what_would_fit(task: Task) -> str:
     return f"{photos} photos of {crop} px at once do not fit in the memory of {task.device.type} ({keys}); tried out, this fits: {fitting}"
 
 
+def fingerprint(photos: list[Path]) -> tuple[int, str]:
+    """How many photos these are, and what tells them from others by name."""
+    names = "\n".join(f"{path.parent.name}/{path.name}" for path in photos)
+    return len(photos), hashlib.sha256(names.encode()).hexdigest()
+
+
 def check_same_photos(task: Task) -> None:
     """Raise ``ValueError``, on all ranks, where the hosts have different photos."""
-    names = "\n".join(f"{path.parent.name}/{path.name}" for path in task.photos.train)
-    found = task.ranks.gather((len(task.photos.train), hashlib.sha256(names.encode()).hexdigest()))
+    found = task.ranks.gather(fingerprint(task.photos.train))
     if len(set(found)) > 1:
         counts = ", ".join(str(count) for count, _ in found)
         raise ValueError(f"data.content: the ranks find different photos ({counts}, or others of the same number); give every host the same folder")

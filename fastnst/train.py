@@ -27,7 +27,7 @@ from fastnst.ranks import Ranks
 from fastnst.run import CONFIG_NAME, check_space, find_run, hold
 from fastnst.runtime import resolve_precision
 from fastnst.survey import survey
-from fastnst.task import CUT_EVERY, Task, TrainConfig, check_same_photos, gradient_of, learn, prepare
+from fastnst.task import CUT_EVERY, Task, TrainConfig, check_same_photos, fingerprint, gradient_of, learn, prepare
 from fastnst.training import Training, TrainingDiverged, TrainProgress, snapshot
 from fastnst.watchdog import Watchdog
 
@@ -126,6 +126,10 @@ def train(
     training.say(_raw_weights(config.loss, loss.config))
     if found is not None and (found.unreadable or found.small or found.gray):
         training.say(str(found))
+    now, before = fingerprint(task.photos.train), (state or {}).get("photos")
+    if before and tuple(before) != now:
+        change = f"{now[0]:,} photos now, {before[0]:,} before" if now[0] != before[0] else f"{now[0]:,} photos as before, but others"
+        training.say(f"data.content has changed since the last save ({change}): the run goes on, but not as it would have with the same photos")
 
     with ranks.apart(agreed=TrainingDiverged), ExitStack() as opened:
         if ranks.main:

@@ -19,7 +19,7 @@ from fastnst.model import MODEL_NAME, read_model
 from fastnst.picture import ImageSize
 from fastnst.run import check_there, portable
 from fastnst.schedule import learning_rate_at
-from fastnst.task import Task, batches_from, learn, validate
+from fastnst.task import Task, batches_from, fingerprint, learn, validate
 from fastnst.watchdog import Trouble, Watchdog
 
 _SAVE_SECONDS = 300  # a slow machine saves this often, whatever save_every says: no more is lost to a power cut
@@ -224,8 +224,8 @@ class Training:
 
     def _save_state(self) -> None:
         check_there(self.run_dir)
-        loss = self.task.loss.config.model_dump()
-        save_training_state(self.run_dir / STATE_NAME, self.task.network, self.optimizer, self.step, self.unreadable, loss, self.watchdog.state())
+        loss, photos = self.task.loss.config.model_dump(), fingerprint(self.task.photos.train)
+        save_training_state(self.run_dir / STATE_NAME, self.task.network, self.optimizer, self.step, self.unreadable, loss, self.watchdog.state(), photos)
 
     def _save_model(self) -> None:
         style = self.task.style

@@ -184,6 +184,8 @@ def _run(args, name, config, seed, first, judges, paths, device, stop):
     loss.config = calibrated.model_copy(update=dict.fromkeys(OWN_TERMS, 0.0))
     found = []
     for size in args.sizes:
+        if stop():
+            return None
         photos = squares(size)
         figures, pictures = judge_network(network, loss, painting, judges, photos)
         found.append({"size": size, "seconds": legs["seconds"], "figures": figures})

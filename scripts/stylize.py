@@ -153,14 +153,15 @@ def clip(args, stylizer, stop) -> int:
     if args.skip_existing and Path(args.output).exists():
         print(f"there already: {args.output}")
         return 0
-    bar = cli.progress_bar(None, unit="frame")
+    bar = None
 
     def report(progress):
-        bar.total = progress.total
+        nonlocal bar
+        bar = bar or cli.progress_bar(progress.total, unit="frame")
         bar.update(progress.done - bar.n)
 
-    with bar:
-        stylizer.notice = lambda message: cli.say(bar, message)
+    stylizer.notice = lambda message: cli.say(bar, message)
+    try:
         found = stylize_video(
             args.input[0],
             args.output,
@@ -176,6 +177,9 @@ def clip(args, stylizer, stop) -> int:
             say=lambda message: cli.say(bar, message),
             should_stop=stop,
         )
+    finally:
+        if bar:
+            bar.close()
     broken = f", {found.broken} broken ones left out" if found.broken else ""
     print(f"{found.done} frames{' (stopped)' if stop() else ''}{broken}, {found.frames_per_second:.1f} a second; output: {args.output}")
     early = found.total is not None and not stop() and found.done + found.broken < 0.8 * found.total

@@ -83,8 +83,9 @@ def test_alpha_stays(model):
 
 
 def test_the_command_blends(model, tmp_path, capsys):
-    from fastnst.cli import run
     from fastnst.scripts.stylize import main
+
+    from fastnst.cli import run
 
     synthetic_photo(0).save(tmp_path / "in.png")
     flags = ["--model", str(model), "--device", "cpu", "--input", str(tmp_path / "in.png")]

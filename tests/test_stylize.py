@@ -303,6 +303,7 @@ def test_quality_changes_the_size_of_a_jpeg(stylize_command, photos, tmp_path):
     "arguments, message",
     [
         (["--input", "nothing.jpg", "--output", "out"], "nothing.jpg"),
+        (["--input", "nothing.mp4", "--output", "out.mp4"], "nothing.mp4"),
         (["--input", "in.png", "--output", "in.png"], "overwrite the input"),
         (["--input", "in.png", "--output", "out.gif"], ".gif"),
         (["--input", "in.png", "--output", "out.png", "--model", "nothing.safetensors"], "nothing.safetensors"),

@@ -1,6 +1,7 @@
 """Training: resuming is exact, nothing is overwritten or saved broken, and what happened can be read afterwards."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,20 @@ def test_a_cache_changes_nothing_and_may_go_between_two_parts_of_a_run(train_dat
     assert any("11 of 11 photos" in message and str(tmp_path / "kept") in message for message in messages)
     fit(train_data, tmp_path / "parts", data__cache="off")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("change, told", [("none", None), ("added", "12 photos now, 11 before"), ("renamed", "11 photos as before, but others")])
+def test_photos_that_changed_between_two_parts_of_a_run_are_told(train_data, tmp_path, photos, change, told):
+    fit(train_data, tmp_path / "run", 3)
+    first = min(path for path in photos.iterdir() if path.is_file())
+    if change == "added":
+        shutil.copy(first, photos / f"zz{first.suffix}")
+    elif change == "renamed":
+        first.rename(photos / f"zz{first.suffix}")
+    messages = []
+    assert fit(train_data, tmp_path / "run", report=lambda progress: messages.append(progress.message)).finished
+    found = [message for message in messages if "data.content has changed" in message]
+    assert len(found) == (told is not None) and all(told in message for message in found)
 
 
 def test_a_crash_loses_only_the_steps_since_the_last_save(train_data, tmp_path):
