@@ -137,7 +137,7 @@ def _staying(run: Callable[[torch.Tensor], torch.Tensor], place: torch.device) -
         if held is None or held[0] is not pictures:
             held = pictures, torch.from_numpy(pictures).to(place)
         output = run(held[1])
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(place)
         return output
 
     return stayed

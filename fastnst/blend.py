@@ -21,8 +21,8 @@ class Blend:
     keep_colors: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.opacity <= 1:
-            raise ValueError(f"opacity: got {self.opacity}, need a number from 0, the photo, to 1, the stylized picture")
+        if not isinstance(self.opacity, (int, float)) or not 0 <= self.opacity <= 1:
+            raise ValueError(f"opacity: got {self.opacity!r}, need a number from 0, the photo, to 1, the stylized picture")
 
     def __bool__(self) -> bool:
         """Whether it changes anything."""

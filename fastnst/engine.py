@@ -255,7 +255,7 @@ class TorchEngine:
             return self.run_tensor(x.to(self._device), pixels).cpu().numpy()
         stylized = self.run_tensor(x.pin_memory().to(self._device, non_blocking=True), pixels).to("cpu", non_blocking=True)  # pinned, too
         torch.cuda.current_stream(self._device).synchronize()
-        return stylized.numpy()
+        return stylized.numpy().copy()  # into memory that the system may swap
 
     def run_tensor(self, x: Any, pixels: Pixels) -> Any:
         """``run`` for tensors on the device of the engine."""
@@ -337,6 +337,7 @@ class TorchEngine:
     def stage(self, index, rows, gain, shift, above, below, statistics):
         import torch
 
+        self._last, self._recording = (), None  # whose memory nothing else may use
         with torch.inference_mode():
             x = torch.from_numpy(rows).to(self._device)
             if gain is not None:

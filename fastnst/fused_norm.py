@@ -40,7 +40,7 @@ def fused_norm(
     _solve[(images,)](x, sums, weight, moments, height * width, parts, EPSILON=EPSILON, BLOCK=min(block, triton.next_power_of_2(parts)), **sizes)
     out = x.new_empty(images, height + 2 * padding, width + 2 * padding, channels).permute(0, 3, 1, 2)
     other, inset = (skip[0].contiguous(memory_format=torch.channels_last), skip[1]) if skip else (x, 0)
-    grid = (triton.cdiv(out.shape[3], block), out.shape[2], images)
+    grid = (out.shape[2], triton.cdiv(out.shape[3], block), images)  # the first may be large
     choices = {"PADDING": padding, "MODE": mode, "RELU": relu, "SKIP": skip is not None, "BLOCK": block}
     _apply[grid](x, moments, bias, other, out, height, width, other.shape[2], other.shape[3], inset, **choices, **sizes)
     return out
@@ -96,8 +96,8 @@ def _apply(
     PADDING: tl.constexpr, MODE: tl.constexpr, RELU: tl.constexpr, SKIP: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A stretch of a row of the output, from the pixels that padding finds there."""
-    row, image = tl.program_id(1), tl.program_id(2)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, image = tl.program_id(0), tl.program_id(2)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, WIDTH)[None, :]
     there = (column < width + 2 * PADDING)[:, None] & (channel < CHANNELS)
     y, across = row - PADDING, column - PADDING

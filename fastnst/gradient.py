@@ -1,5 +1,6 @@
 """The gradient of the objective over a batch of photos, which a training step follows; on a GPU recorded once and then replayed."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +18,8 @@ class Gradient:
     """Forward and backward of ``objective`` over batches of ``batch_size`` photos, counted over all ``ranks``, in ``accumulate`` parts.
 
     ``clip``: the largest norm of the whole gradient. ``record``: a GPU of one process records a pass for each shape of photos and cut, so that
-    it waits for no Python; not with batch norm, whose running means recording would move. Where that fails it goes on without, and
-    tells ``say``.
+    it waits for no Python; not with batch norm, whose running means recording would move, nor for ``mean_covariance``, whose eigenvalues
+    wait for the GPU. Where recording fails it goes on without, and tells ``say``.
     """
 
     def __init__(
@@ -33,7 +34,8 @@ class Gradient:
     ) -> None:
         self.objective, self._batch_size, self._accumulate, self._clip, self._ranks, self._say = objective, batch_size, accumulate, clip, ranks, say
         self._parameters = list(objective.network.parameters())
-        self._records = record and can_record(objective.device) and ranks.size == 1 and not list(objective.network.buffers())
+        self._records = record and can_record(objective.device) and ranks.size == 1
+        self._records &= not list(objective.network.buffers()) and objective.loss.config.statistics == "gram"
         self._recordings: dict[Any, Recording] = {}
         self._names: list[str] = []
 
@@ -64,13 +66,18 @@ class Gradient:
             try:
                 self._recordings[kind] = Recording(measure, photos.to(device), *(each.to(device) for each in place), beside=beside)
             except Exception as error:  # libraries and compilers raise many kinds
-                if not is_out_of_memory(error):
-                    self._say(f"a CUDA graph failed, going on slower without ({' '.join(str(error).split())[:200]})")
-                self._records = False
-                self._recordings.clear()
-                self.objective.network.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
+                self._records, why = False, "no memory for it" if is_out_of_memory(error) else " ".join(str(error).split())[:200]
+            if not self._records:  # here the error no longer holds the activations
+                self.forget()
+                self._say(f"a CUDA graph failed, going on slower without ({why})")
         return self._recordings.get(kind)
+
+    def forget(self) -> None:
+        """Give back the memory of what was recorded; it is recorded anew when it is next needed."""
+        self._recordings.clear()
+        self.objective.network.zero_grad(set_to_none=True)
+        with contextlib.suppress(RuntimeError):  # of torch before 2.13, after a recording that failed
+            torch.cuda.empty_cache()
 
     def _measure(self, photos: Tensor, cut: Cut | None) -> list[Tensor]:
         """The numbers, and the parameters' gradients."""

@@ -1,5 +1,6 @@
 """What a GPU computes again and again over tensors of one shape, recorded as a CUDA graph: its kernels need not be launched one by one."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 _WARM_UP = 3  # as torch's documentation has it
+_one_at_a_time = threading.Lock()  # which is all that a process may record
 
 
 def can_record(device: torch.device) -> bool:
@@ -23,23 +25,25 @@ class Recording:
     """
 
     def __init__(self, compute: Callable[..., Any], *inputs: Tensor, beside: "Recording | None" = None) -> None:
-        self._device = inputs[0].device
-        cudnn, self._graph, aside = torch.backends.cudnn, torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
-        chooses = cudnn.benchmark
-        try:
-            cudnn.benchmark = True
-            with torch.cuda.device(self._device):
+        device = self._device = inputs[0].device
+        cudnn, self._graph = torch.backends.cudnn, torch.cuda.CUDAGraph()
+        self._aside = torch.cuda.Stream(device) if beside is None else beside._aside  # memory is shared within a stream alone
+        with _one_at_a_time, torch.cuda.device(device):
+            chooses, current = cudnn.benchmark, torch.cuda.current_stream()
+            try:
+                cudnn.benchmark = True
                 self._inputs = [given.clone() for given in inputs]
-                aside.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(aside):  # libraries choose their kernels and take their memory now: it may not happen while recording
+                self._aside.wait_stream(current)
+                with torch.cuda.stream(self._aside):  # libraries choose their kernels and take their memory now: it may not happen while recording
                     for _ in range(_WARM_UP):
                         compute(*self._inputs)
-                torch.cuda.current_stream().wait_stream(aside)
+                current.wait_stream(self._aside)
                 pool = None if beside is None else beside._graph.pool()
-                with torch.cuda.graph(self._graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
+                with torch.cuda.graph(self._graph, pool=pool, stream=self._aside, capture_error_mode="thread_local"):
                     self._outputs = compute(*self._inputs)
-        finally:
-            cudnn.benchmark = chooses
+            finally:
+                cudnn.benchmark = chooses
+                torch.cuda.set_stream(current)  # which torch before 2.13 leaves where recording failed
 
     def __call__(self, *inputs: Tensor) -> Any:
         """What ``compute`` gives for ``inputs``, on any device; the next call overwrites it."""

@@ -237,7 +237,7 @@ def arithmetic_rate(device: str, precision: torch.dtype) -> float:
                 for _ in range(turns):
                     act()
                 if device != "cpu":
-                    torch.accelerator.synchronize()
+                    torch.accelerator.synchronize(torch.device(device))
                 best = max(best, flops * turns / (time.perf_counter() - began))
     return best
 

@@ -20,7 +20,7 @@ from fastnst.video_input import Frame, VideoInput, is_numbered, open_camera, ope
 from fastnst.video_output import Encoding, check_writable_video, create_video
 
 Stylize = Callable[[np.ndarray], np.ndarray]  # uint8 RGB (N, H, W, 3) -> the same shape
-Stabilize = Callable[[np.ndarray, np.ndarray], np.ndarray]  # content, stylized, both uint8 (H, W, 3) -> stylized
+Finish = Callable[[np.ndarray, np.ndarray], np.ndarray]  # content, stylized, both uint8 (H, W, 3) -> what is shown, frame by frame
 _TOLD = 5  # broken frames named one by one
 
 
@@ -51,7 +51,7 @@ def stylize_video(
     *,
     size: ImageSize = ImageSize(),
     batch_size: int = 4,
-    stabilize: Stabilize | None = None,
+    finish: Finish | None = None,
     encoding: Encoding = Encoding(),
     picture_quality: int = 95,
     pictures_per_second: Fraction | None = None,
@@ -88,11 +88,11 @@ def stylize_video(
         write = stack.enter_context(create_video(target, video.info, encoding, say, overwrite, picture_quality))
         began, done = time.monotonic(), 0
 
-        def finish(batch: tuple[list[Frame], np.ndarray]) -> None:
+        def write_all(batch: tuple[list[Frame], np.ndarray]) -> None:
             for frame, stylized in zip(*batch, strict=True):
-                write(replace(frame, pixels=stabilize(frame.pixels, stylized) if stabilize else stylized))
+                write(replace(frame, pixels=finish(frame.pixels, stylized) if finish else stylized))
 
-        with _Writer(finish) as writer:
+        with _Writer(write_all) as writer:
             with contextlib.closing(_read_ahead(_batches(video, batch_size))) as batches:
                 for batch in batches:
                     if should_stop():
@@ -211,7 +211,7 @@ def stylize_live(
     *,
     size: ImageSize = ImageSize(),
     target: str | Path | None = None,
-    stabilize: Stabilize | None = None,
+    finish: Finish | None = None,
     encoding: Encoding = Encoding(),
     overwrite: bool = False,
     say: Callable[[str], None] = print,
@@ -242,8 +242,8 @@ def stylize_live(
                     break
                 continue
             stylized = stylize(frame.pixels[None])[0]
-            if stabilize is not None:
-                stylized = stabilize(frame.pixels, stylized)
+            if finish is not None:
+                stylized = finish(frame.pixels, stylized)
             now = time.monotonic()
             times.append(now)
             while now - times[0] > 2:

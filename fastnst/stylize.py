@@ -212,8 +212,8 @@ def _fitting(stylizer: Stylizer, pixels: np.ndarray) -> int:
 
 
 def _is_alike(next_one: tuple[Job, Future], pixels: np.ndarray) -> bool:
-    future = next_one[1]
-    return future.done() and future.exception() is None and future.result()[0].shape == pixels.shape
+    future = next_one[1]  # waited for: batches of ever other numbers could not be recorded
+    return future.exception() is None and future.result()[0].shape == pixels.shape
 
 
 def _written(job: Job, future: Future) -> Done:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from fastnst.image import resize, to_pil
 from fastnst.model import MODEL_NAME, read_model
 from fastnst.picture import ImageSize
 from fastnst.run import check_there, portable
+from fastnst.runtime import is_out_of_memory
 from fastnst.schedule import learning_rate_at
 from fastnst.task import Task, batches_from, fingerprint, learn, validate
 from fastnst.watchdog import Trouble, Watchdog
@@ -185,13 +187,24 @@ class Training:
         """Judge the network on the photos held out; on the main rank."""
         if not self.task.ranks.main:
             return
-        self.validation, pairs = validate(self.task.network, self.task.loss, self.task.validation, self.task.photos_at_once)
+        self.validation, pairs = self._judged()
         for name, value in self.validation.items():
             self.board.add_scalar(name, value, self.step)
         self.board.add_image("validation/content_and_stylized", pairs, self.step)
         self._report(TrainProgress(self.step, self.task.config.train.steps, validation=self.validation))
         self._is_best = not self._wary and self.step > 0 and self.watchdog.is_best(self.step, self.validation["validation/total"])
         self._window_began = time.monotonic()
+
+    def _judged(self) -> tuple[dict[str, float], Tensor]:
+        task = self.task
+        judged = partial(validate, task.network, task.loss, task.validation, task.photos_at_once)
+        try:
+            return judged()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        task.gradient.forget()  # what was recorded holds memory that nothing else may use
+        return judged()
 
     def save(self) -> None:
         """Keep the state, and the model where it is the best so far; not where the last steps look suspicious."""

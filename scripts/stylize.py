@@ -58,10 +58,29 @@ def main(argv=None) -> int:
 
     with join_ranks(args.device) as (ranks, device), StopRequest(repeats=ranks.size > 1) as stop:
         network = load_network(args.model or cli.find_style(args.style))
-        stylizer = Stylizer(load_engine(network, device, args.engine, args.precision), args.tile, blend=Blend(args.opacity, args.keep_colors))
+        stylizer = Stylizer(load_engine(network, device, args.engine, args.precision), args.tile)
+        blend = Blend(args.opacity, args.keep_colors)
         if args.camera:
-            return camera(args, stylizer, stop)
-        return clip(args, stylizer, stop) if is_clip(args.input, args.output) else photos(args, stylizer, ranks, stop)
+            return camera(args, stylizer, finishing(args, blend), stop)
+        if is_clip(args.input, args.output):
+            return clip(args, stylizer, finishing(args, blend), stop)
+        stylizer.blend = blend
+        return photos(args, stylizer, ranks, stop)
+
+
+def finishing(args, blend):
+    """What happens to a stylized frame: first it is made steady, then blended with its own photo, which does not flicker. None: nothing."""
+    from fastnst.motion import Stabilizer
+
+    steady = Stabilizer() if args.stabilize else None
+    if steady is None and not blend:
+        return None
+
+    def finish(content, stylized):
+        stylized = steady(content, stylized) if steady else stylized
+        return blend.pictures(content[None], stylized[None])[0] if blend else stylized
+
+    return finish
 
 
 def frames_per_second(text):
@@ -141,11 +160,10 @@ def photos(args, stylizer, ranks, stop) -> int:
     return stop.exit_code or (1 if failures else 0)
 
 
-def clip(args, stylizer, stop) -> int:
+def clip(args, stylizer, finish, stop) -> int:
     """One video, or numbered pictures, into another."""
     from pathlib import Path
 
-    from fastnst.motion import Stabilizer
     from fastnst.picture import ImageSize
     from fastnst.streaming import stylize_video
     from fastnst.video_output import Encoding
@@ -168,7 +186,7 @@ def clip(args, stylizer, stop) -> int:
             stylizer,
             size=ImageSize(short_side=args.short_side),
             batch_size=min(8, stylizer.engine.batch),
-            stabilize=Stabilizer() if args.stabilize else None,
+            finish=finish,
             encoding=Encoding(codec=args.codec, quality=args.crf, preset=args.preset),
             picture_quality=args.quality,
             pictures_per_second=args.frames_per_second,
@@ -188,9 +206,8 @@ def clip(args, stylizer, stop) -> int:
     return stop.exit_code or (1 if found.broken or early else 0)
 
 
-def camera(args, stylizer, stop) -> int:
+def camera(args, stylizer, finish, stop) -> int:
     """A camera live on a page, recorded where --output is given."""
-    from fastnst.motion import Stabilizer
     from fastnst.picture import ImageSize
     from fastnst.preview_page import PreviewPage
     from fastnst.streaming import stylize_live
@@ -204,7 +221,7 @@ def camera(args, stylizer, stop) -> int:
             lambda pixels, progress: page.show(pixels, f"{progress.frames_per_second:.1f} frames/s, {progress.dropped} dropped"),
             size=ImageSize(short_side=args.short_side),
             target=args.output,
-            stabilize=Stabilizer() if args.stabilize else None,
+            finish=finish,
             encoding=Encoding(codec=args.codec, quality=args.crf, preset=args.preset),
             overwrite=args.overwrite,
             say=lambda message: cli.say(None, message),

@@ -50,7 +50,7 @@ def test_every_way_is_measured_and_compared(model, tmp_path):
 
 
 def test_on_a_device_pictures_stay_there_and_are_compared_with_those_that_stay(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
     moved, sleeps = [], {PUBLISHED: 0.04, PUBLISHED + ON_DEVICE: 0.02, "ours": 0.01, "ours" + ON_DEVICE: 0.005}
 
     def wait(way):

@@ -53,7 +53,7 @@ def test_colors_are_the_photos_and_luma_is_the_styles():
     assert np.allclose(found - (found @ luma)[..., None], photo - (photo @ luma)[..., None])
 
 
-@pytest.mark.parametrize("opacity", [-0.1, 1.01, float("nan")])
+@pytest.mark.parametrize("opacity", [-0.1, 1.01, float("nan"), "0.5", None])
 def test_an_opacity_out_of_range_is_named(model, opacity):
     with pytest.raises(ValueError, match="opacity: got .*, need a number from 0"):
         Stylizer.from_file(model, opacity=opacity)

@@ -72,15 +72,15 @@ def test_size_is_scaled_to_even_sides(clip, tmp_path):
     assert read(tmp_path / "out.mp4")[0].pixels.shape == (32, 44, 3)  # 42.7 rounds to 43
 
 
-def test_content_and_stylized_reach_the_stabilizer_in_order(clip, tmp_path):
+def test_content_and_stylized_are_finished_in_order(clip, tmp_path):
     seen = []
 
-    def stabilize(content, stylized):
+    def finish(content, stylized):
         seen.append(content)
         assert (stylized == 255 - content).all()
         return np.zeros_like(stylized)
 
-    stylize_video(clip, tmp_path / "out.mp4", negative, stabilize=stabilize, encoding=FAST)
+    stylize_video(clip, tmp_path / "out.mp4", negative, finish=finish, encoding=FAST)
     assert all((content == frame.pixels).all() for content, frame in zip(seen, read(clip), strict=True))
     assert max(frame.pixels.max() for frame in read(tmp_path / "out.mp4")) <= 2
 
@@ -143,17 +143,17 @@ def test_an_error_in_any_thread_is_raised_and_leaves_no_file(monkeypatch, clip, 
 
         return call
 
-    stylize, stabilize = negative, None
+    stylize, finish = negative, None
     if culprit == "reading":
         make = fail_after(2, Frame)
         monkeypatch.setattr("fastnst.video_input.Frame", make)
     elif culprit == "stylizing":
         stylize = fail_after(2, negative)
     else:
-        stabilize = fail_after(2, lambda content, stylized: stylized)
+        finish = fail_after(2, lambda content, stylized: stylized)
     threads = threading.active_count()
     with pytest.raises(RuntimeError, match=f"{culprit} failed"):
-        stylize_video(clip, tmp_path / "out.mp4", stylize, stabilize=stabilize, batch_size=2, encoding=FAST)
+        stylize_video(clip, tmp_path / "out.mp4", stylize, finish=finish, batch_size=2, encoding=FAST)
     assert list(tmp_path.iterdir()) == []
     assert threading.active_count() == threads
 

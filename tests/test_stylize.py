@@ -345,6 +345,19 @@ def test_flags_of_clips(stylize_command, tmp_path, flags):
     assert stylize_command("--input", tmp_path / "clip.mp4", "--output", tmp_path / "out.mkv", *flags) == 2  # it exists
 
 
+@pytest.mark.parametrize("flags", [[], ["--stabilize"]], ids=str)
+def test_frames_are_made_steady_before_they_are_blended(stylize_command, tmp_path, flags):
+    (tmp_path / "in").mkdir()
+    frames = moving_frames(5)
+    for index, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / "in" / f"{index:03d}.png")
+    for opacity in ("0", "0.25"):
+        assert stylize_command("--input", tmp_path / "in", "--output", tmp_path / opacity / "%03d.png", "--opacity", opacity, *flags) == 0
+    seen = [[np.asarray(Image.open(path)).astype(int) for path in sorted((tmp_path / opacity).iterdir())] for opacity in ("0", "0.25")]
+    assert all(np.abs(photo - frame).max() <= 2 for photo, frame in zip(seen[0], frames, strict=True))  # nothing but the photo
+    assert np.abs(seen[1][-1] - frames[-1]).mean() > 1
+
+
 def test_numbered_pictures_and_a_folder_become_a_clip(stylize_command, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for index, frame in enumerate(moving_frames(5)):

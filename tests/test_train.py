@@ -23,6 +23,7 @@ import fastnst.train
 import fastnst.training
 from fastnst.checkpoint import load_model, load_training_state
 from fastnst.config import validate_config
+from fastnst.gradient import Gradient
 from fastnst.network import TransformNetwork
 from fastnst.task import _cut
 from fastnst.train import TrainConfig, TrainingDiverged, train
@@ -117,6 +118,19 @@ def test_photos_that_changed_between_two_parts_of_a_run_are_told(train_data, tmp
     assert fit(train_data, tmp_path / "run", report=lambda progress: messages.append(progress.message)).finished
     found = [message for message in messages if "data.content has changed" in message]
     assert len(found) == (told is not None) and all(told in message for message in found)
+
+
+def test_a_validation_without_memory_takes_that_of_the_recordings(train_data, tmp_path, monkeypatch):
+    forgotten, validate = [], fastnst.training.validate
+    monkeypatch.setattr(Gradient, "forget", lambda self: forgotten.append(self))
+
+    def exhausted(*given):
+        if len(forgotten) < 1:
+            raise RuntimeError("CUDA out of memory")
+        return validate(*given)
+
+    monkeypatch.setattr(fastnst.training, "validate", exhausted)
+    assert fit(train_data, tmp_path / "run").finished and len(forgotten) == 1
 
 
 def test_a_crash_loses_only_the_steps_since_the_last_save(train_data, tmp_path):
