@@ -35,6 +35,10 @@ class Blend:
             change = sum(weight * change[..., channel : channel + 1] for channel, weight in enumerate(_LUMA))
         return photo + self.opacity * change
 
+    def tensors(self, photos: Any, stylized: Any) -> Any:
+        """Tensors ``(N, 3, H, W)`` in [0, 1], both on one device -> the same."""
+        return self(photos.permute(0, 2, 3, 1), stylized.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).clamp(0, 1).contiguous()
+
     def pictures(self, photos: np.ndarray, stylized: np.ndarray) -> np.ndarray:
         """uint8 ``(N, H, W, 3)``, both -> the same, in the place of ``stylized`` where that may be written to."""
         blended = np.require(stylized, requirements="W")

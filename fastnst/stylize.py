@@ -133,8 +133,7 @@ class Stylizer:
                 whole = torch.from_numpy(np.stack([self._strips(one, in_place=True) for one in pixels])).permute(0, 3, 1, 2) / 255
         whole = whole.to(images.device)
         if self.blend:
-            photo, stylized = (each.permute(0, 2, 3, 1) for each in (given, whole))
-            whole = self.blend(photo, stylized).permute(0, 3, 1, 2).clamp(0, 1).contiguous()
+            whole = self.blend.tensors(given, whole)
         return whole.to(images.dtype)
 
 

@@ -20,14 +20,16 @@ def main(argv=None) -> int:
     p.add_argument("--content", required=True, metavar="PHOTO")
     p.add_argument("--style", required=True, metavar="PAINTING")
     p.add_argument("--output", required=True, type=Path, metavar="FILE", help="the picture to write; the suffix chooses the format")
+    p.add_argument("--keep-colors", action="store_true", help="the photo's colors stay, the painting's light, dark and strokes come in")
     p.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     args = p.parse_args(argv)
 
     from torch.utils.tensorboard import SummaryWriter
 
+    from fastnst.blend import Blend
     from fastnst.config import load_config, to_yaml
     from fastnst.files import atomic_write
-    from fastnst.image import load_image, save_image
+    from fastnst.image import load_image, resize, save_image
     from fastnst.loss_network import load_loss_network
     from fastnst.optimize import OptimizeConfig, optimize_image
     from fastnst.picture import check_writable
@@ -75,6 +77,8 @@ def main(argv=None) -> int:
         finally:
             if bar is not None:
                 bar.close()
+    if args.keep_colors:
+        image = Blend(keep_colors=True).tensors(resize(content, tuple(image.shape[-2:])), image)
     save_image(image, args.output)
     save_text("history.json", json.dumps(history, indent=1))
     first, last = history[0]["loss/total"], history[-1]["loss/total"]

@@ -235,6 +235,16 @@ def test_the_command_writes_picture_history_config_events_and_steps(command, tmp
     assert "done at step 6" in capsys.readouterr().out
 
 
+def test_keep_colors_takes_the_light_and_dark_alone(command, tmp_path):
+    start = ("--set", "optimize.init=noise")
+    assert command(*start) == 0 and command(*start, "--keep-colors", output=tmp_path / "kept.png") == 0
+    plain, kept = (load_image(tmp_path / name) for name in ("out.png", "kept.png"))
+    photo = resize(load_image(tmp_path / "photo.png"), (24, 32))
+    luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    wanted = (photo + (luma * (plain - photo)).sum(1, keepdim=True)).clamp(0, 1)
+    assert (kept - wanted).abs().max() < 2 / 255 and (kept - plain).abs().max() > 2 / 255
+
+
 @pytest.mark.parametrize("name", ["out.png", "out.run/history.json"])
 def test_an_output_or_history_that_exists_is_kept_without_the_flag(command, tmp_path, capsys, name):
     (tmp_path / "out.run").mkdir()
