@@ -1,6 +1,7 @@
 """What of a photo stays in its stylized picture: its colors, or a share of all of it. Numpy, or whatever does its arithmetic."""
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,12 @@ class Blend:
     keep_colors: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.opacity, (int, float)) or not 0 <= self.opacity <= 1:
+        if not isinstance(self.opacity, Real) or not 0 <= self.opacity <= 1:
             raise ValueError(f"opacity: got {self.opacity!r}, need a number from 0, the photo, to 1, the stylized picture")
 
     def __bool__(self) -> bool:
         """Whether it changes anything."""
-        return self.opacity < 1 or self.keep_colors
+        return bool(self.opacity < 1 or self.keep_colors)
 
     def __call__(self, photo: Any, stylized: Any) -> Any:
         """Floats ``(..., 3)``, arrays or tensors, of any range, which the result may leave where colors are kept."""

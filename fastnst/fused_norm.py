@@ -33,60 +33,80 @@ def fused_norm(
     images, channels, height, width = x.shape
     block = max(1, _NUMBERS // triton.next_power_of_2(channels))
     parts = max(1, min(triton.cdiv(height * width, block), _PROGRAMS // images))
-    sizes = {"CHANNELS": channels, "WIDTH": triton.next_power_of_2(channels), "num_warps": 8, "enable_fp_fusion": True}
+    sizes = {"CHANNELS": channels, "WIDTH": triton.next_power_of_2(channels), "BLOCK": block, "num_warps": 8, "enable_fp_fusion": True}
     sums = x.new_empty(images, parts, 2, channels, dtype=torch.float32)
-    _sum_up[(parts, images)](x, sums, height * width, BLOCK=block, **sizes)
+    _sum_up[(parts, images)](x, sums, height * width, **sizes)
     moments = x.new_empty(images, 2, channels, dtype=torch.float32)
-    _solve[(images,)](x, sums, weight, moments, height * width, parts, EPSILON=EPSILON, BLOCK=min(block, triton.next_power_of_2(parts)), **sizes)
+    _solve[(images,)](sums, weight, moments, height * width, parts, EPSILON=EPSILON, PARTS=min(block, triton.next_power_of_2(parts)), **sizes)
     out = x.new_empty(images, height + 2 * padding, width + 2 * padding, channels).permute(0, 3, 1, 2)
     other, inset = (skip[0].contiguous(memory_format=torch.channels_last), skip[1]) if skip else (x, 0)
     grid = (out.shape[2], triton.cdiv(out.shape[3], block), images)  # the first may be large
-    choices = {"PADDING": padding, "MODE": mode, "RELU": relu, "SKIP": skip is not None, "BLOCK": block}
+    choices = {"PADDING": padding, "MODE": mode, "RELU": relu, "SKIP": skip is not None}
     _apply[grid](x, moments, bias, other, out, height, width, other.shape[2], other.shape[3], inset, **choices, **sizes)
     return out
 
 
 @triton.jit(do_not_specialize=["pixels"])
 def _sum_up(x, sums, pixels, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums and sums of squares of a part of an image, less the image's first pixel: as exact as from the mean, but for one pass."""
-    part, image = tl.program_id(0), tl.program_id(1)
+    """A part's mean of each channel, and the squares of the distances from it, in one pass: counted from the mean of its first block,
+    so that no large number is subtracted from another."""
+    part, parts, image = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     channel = tl.arange(0, WIDTH)[None, :]
     x += image.to(tl.int64) * pixels * CHANNELS
-    pivot = tl.load(x + channel, mask=channel < CHANNELS, other=0).to(tl.float32)
+    first = (part * BLOCK + tl.arange(0, BLOCK))[:, None]
+    there = (first < pixels) & (channel < CHANNELS)
+    value = tl.load(x + first.to(tl.int64) * CHANNELS + channel, mask=there, other=0).to(tl.float32)
+    pivot = tl.sum(value, 0) / tl.minimum(pixels - part * BLOCK, BLOCK)
     total = tl.zeros([BLOCK, WIDTH], tl.float32)
     squares = tl.zeros([BLOCK, WIDTH], tl.float32)
-    for start in range(part * BLOCK, pixels, tl.num_programs(0) * BLOCK):
+    for start in range(part * BLOCK, pixels, parts * BLOCK):
         pixel = (start + tl.arange(0, BLOCK))[:, None]
         there = (pixel < pixels) & (channel < CHANNELS)
         value = tl.load(x + pixel.to(tl.int64) * CHANNELS + channel, mask=there, other=0).to(tl.float32)
-        value = tl.where(there, value - pivot, 0.0)
+        value = tl.where(there, value - pivot[None, :], 0.0)
         total += value
         squares += value * value
+    moved = tl.sum(total, 0) / _count(part, parts, pixels, BLOCK)
     channel = tl.arange(0, WIDTH)
-    sums += (image * tl.num_programs(0) + part) * 2 * CHANNELS + channel
-    tl.store(sums, tl.sum(total, 0), mask=channel < CHANNELS)
-    tl.store(sums + CHANNELS, tl.sum(squares, 0), mask=channel < CHANNELS)
+    sums += (image * parts + part) * 2 * CHANNELS + channel
+    tl.store(sums, pivot + moved, mask=channel < CHANNELS)
+    tl.store(sums + CHANNELS, tl.sum(squares, 0) - moved * tl.sum(total, 0), mask=channel < CHANNELS)
+
+
+@triton.jit
+def _count(part, parts, pixels, BLOCK: tl.constexpr):
+    """The pixels of a part: it has each block that comes ``parts`` after another, of which the image's last may be cut off."""
+    blocks = (pixels + BLOCK - 1) // BLOCK
+    cut_off = tl.where((blocks - 1) % parts == part, blocks * BLOCK - pixels, 0)
+    return (blocks - part + parts - 1) // parts * BLOCK - cut_off
 
 
 @triton.jit(do_not_specialize=["pixels", "parts"])
-def _solve(x, sums, weight, moments, pixels, parts, EPSILON: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """An image's mean of each channel, and the weight over its deviation, from the sums of its parts."""
+def _solve(
+    sums, weight, moments, pixels, parts,
+    EPSILON: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """An image's mean of each channel, and the weight over its deviation, from those of its parts, ``PARTS`` at a time (Chan et al. 1979)."""
     image = tl.program_id(0)
     channel = tl.arange(0, WIDTH)
     there = channel < CHANNELS
     sums += image * parts * 2 * CHANNELS
-    total = tl.zeros([BLOCK, WIDTH], tl.float32)
-    squares = tl.zeros([BLOCK, WIDTH], tl.float32)
-    for start in range(0, parts, BLOCK):
-        part = (start + tl.arange(0, BLOCK))[:, None]
+    total = tl.zeros([PARTS, WIDTH], tl.float32)
+    for start in range(0, parts, PARTS):
+        part = (start + tl.arange(0, PARTS))[:, None]
+        mean = tl.load(sums + part * 2 * CHANNELS + channel[None, :], mask=(part < parts) & there[None, :], other=0)
+        total += mean * _count(part, parts, pixels, BLOCK)
+    whole = tl.sum(total, 0) / pixels
+    squares = tl.zeros([PARTS, WIDTH], tl.float32)
+    for start in range(0, parts, PARTS):
+        part = (start + tl.arange(0, PARTS))[:, None]
         mask = (part < parts) & there[None, :]
-        total += tl.load(sums + part * 2 * CHANNELS + channel[None, :], mask=mask, other=0)
-        squares += tl.load(sums + part * 2 * CHANNELS + CHANNELS + channel[None, :], mask=mask, other=0)
-    pivot = tl.load(x + image.to(tl.int64) * pixels * CHANNELS + channel, mask=there, other=0).to(tl.float32)
-    moved = tl.sum(total, 0) / pixels
-    variance = tl.maximum(tl.sum(squares, 0) / pixels - moved * moved, 0.0)
+        distance = tl.load(sums + part * 2 * CHANNELS + channel[None, :], mask=mask, other=0) - whole[None, :]
+        within = tl.load(sums + part * 2 * CHANNELS + CHANNELS + channel[None, :], mask=mask, other=0)
+        squares += tl.where(mask, within + distance * distance * _count(part, parts, pixels, BLOCK), 0.0)
+    variance = tl.maximum(tl.sum(squares, 0) / pixels, 0.0)
     gain = tl.load(weight + channel, mask=there, other=0).to(tl.float32) / tl.sqrt(variance + EPSILON)
-    tl.store(moments + image * 2 * CHANNELS + channel, pivot + moved, mask=there)
+    tl.store(moments + image * 2 * CHANNELS + channel, whole, mask=there)
     tl.store(moments + (image * 2 + 1) * CHANNELS + channel, gain, mask=there)
 
 

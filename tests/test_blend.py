@@ -30,6 +30,7 @@ def model(tmp_path):
         (Blend(0.25), [175, 125, 75]),  # a quarter of the way
         (Blend(1.0, True), [240, 140, 90]),  # luma 124.2 -> 164.4: 0.299 (-100) + 0.587 (100) + 0.114 (100) = 40.2 more of each
         (Blend(0.5, True), [220, 120, 70]),
+        (Blend(np.float32(0.5)), [150, 150, 100]),
     ],
 )
 def test_a_pixel_by_hand(blend, expected):
