@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from fastnst.eight_bits import EightBits, eight_bits
 from fastnst.model import damaged, read_model
 from fastnst.runtime import cpu_flags, cpu_threads, free_memory, give_back_memory, gpu_is_likely, is_out_of_memory, keep_freed_memory, resolve_device
 from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, fold
@@ -26,6 +27,7 @@ Pixels = Literal["uint8", "float"]
 Compiled = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 WORTH_COMPILING = 8  # pictures of one shape in a row: a video, not a folder that happens to hold two
 _LARGE = 3 * 1_000_000  # numbers of a picture of a megapixel
+_ALIKE = 46.0  # dB, the least of a few photos with flat areas: others are above 45 then, where no difference is seen
 
 
 class Engine(Protocol):
@@ -70,7 +72,8 @@ def load_network(model: str | Path) -> StagedNetwork:
 def load_engine(network: StagedNetwork, device: str = "auto", engine: str = "auto", precision: str = "auto") -> Engine:
     """The engine asked for; ``auto`` is the one that measures best of those installed, in the fastest precision of at least 45 dB.
 
-    That is torch on a GPU in float16; on a CPU OpenVINO, in bfloat16 where the CPU multiplies it, then ONNX Runtime, then torch.
+    That is torch on a GPU in float16; on a CPU OpenVINO, in int8 where the model file says that its pictures allow it, else in bfloat16 where
+    the CPU multiplies it; then ONNX Runtime, then torch.
     Raises ``ValueError`` naming what is not there and how to mend it.
     """
     if engine not in ENGINES:
@@ -102,13 +105,17 @@ class _GraphEngine:
 
     def __init__(self, network: StagedNetwork, precision: str = "auto") -> None:
         self.network = network
-        self.precision = _cpu_precision(self.name, precision)
+        self.precision = _cpu_precision(self.name, precision, network.info.int8_psnr)
+        self._floats = _cpu_precision(self.name, "auto") if self.precision == "int8" else self.precision  # what is not in 8 bits
         # Compiled graphs by what they are for. No functools.cache of methods: it would make a cycle of the engine, which the garbage
         # collector might find in a forked process, such as one that loads photos, where a runtime's threads are gone: it crashed there.
         self._compiled: dict[Any, Compiled] = {}
 
     def _graph(self, pixels: Pixels) -> bytes:
-        return onnx_graph().network_graph(self.network, pixels, int8=self.precision == "int8").SerializeToString()
+        return onnx_graph().network_graph(self.network, pixels, int8=self._numbers()).SerializeToString()
+
+    def _numbers(self) -> list[EightBits | None] | None:
+        return eight_bits(self.network, blocks_alone=self._floats == "bfloat16") if self.precision == "int8" else None
 
     def _load_stage(self, index: int, statistics: bool) -> Compiled:
         before = self.network.stages[index - 1] if index else None
@@ -116,7 +123,7 @@ class _GraphEngine:
 
     @property
     def bytes_per_pixel(self) -> int:
-        return self.network.stages[0].channels * self._bytes[self.precision]
+        return self.network.stages[0].channels * self._bytes[self._floats]
 
     def run(self, pictures: np.ndarray, pixels: Pixels = "uint8") -> np.ndarray:
         if pixels not in self._compiled:
@@ -142,7 +149,7 @@ class _GraphEngine:
 class OpenVinoEngine(_GraphEngine):
     """OpenVINO on a CPU. It compiles for any size, and anew for a size that comes often in a row, or is large."""
 
-    name, _bytes = "openvino", {"int8": 5, "bfloat16": 5, "float32": 10}
+    name, _bytes = "openvino", {"bfloat16": 5, "float32": 10}
 
     def __init__(self, network: StagedNetwork, precision: str = "auto") -> None:
         super().__init__(network, precision)
@@ -161,8 +168,7 @@ class OpenVinoEngine(_GraphEngine):
         return super().run(pictures, pixels)
 
     def _load(self, model, shape=None):
-        half = self.precision == "bfloat16" or (self.precision == "int8" and _multiplies_bfloat16())
-        options = {"INFERENCE_PRECISION_HINT": "bf16" if half else "f32", "INFERENCE_NUM_THREADS": cpu_threads()}
+        options = {"INFERENCE_PRECISION_HINT": {"bfloat16": "bf16", "float32": "f32"}[self._floats], "INFERENCE_NUM_THREADS": cpu_threads()}
         graph = openvino_core().read_model(model)
         if shape is not None:
             graph.reshape({"pixels": list(shape)})
@@ -394,14 +400,17 @@ def onnx_graph():
     return onnx_graph
 
 
-def _cpu_precision(engine: str, precision: str) -> str:
+def _cpu_precision(engine: str, precision: str, int8_psnr: float | None = None) -> str:
     there = {"openvino": ("float32", "bfloat16", "int8"), "onnxruntime": ("float32",), "torch": ("float32", "bfloat16")}[engine]
     if precision == "auto":
-        return "bfloat16" if "bfloat16" in there and _multiplies_bfloat16() else "float32"
+        if "int8" in there and "avx2" in cpu_flags() and (int8_psnr or 0) >= _ALIKE:
+            return "int8"
+        return "bfloat16" if "bfloat16" in there and multiplies_bfloat16() else "float32"
     if precision not in there:
         raise ValueError(f"--precision {precision} is not there on a CPU with --engine {engine}; use {', '.join(['auto', *there[:-1]])} or {there[-1]}")
     return precision
 
 
-def _multiplies_bfloat16() -> bool:
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU does: bfloat16 is slower than float32 on those that do not."""
     return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())

@@ -6,9 +6,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from fastnst.eight_bits import EightBits
 from fastnst.files import atomic_write
 from fastnst.model import model_metadata, parse_metadata
-from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, describe, input_ranges, restore_stages
+from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, describe, restore_stages
 
 _OPSET = 17  # the first with everything used here; ONNX Runtime from 1.12 on reads it
 _MODES = {"reflect": "reflect", "replicate": "edge", "constant": "constant"}
@@ -47,11 +48,11 @@ class _Graph:
         return model
 
 
-def network_graph(network: StagedNetwork, pixels: str = "uint8", metadata: dict[str, str] | None = None, int8: bool = False) -> onnx.ModelProto:
+def network_graph(network: StagedNetwork, pixels: str = "uint8", metadata: dict[str, str] | None = None, int8: list[EightBits | None] | None = None) -> onnx.ModelProto:
     """The whole network, any batch, height and width from 1 up.
 
     ``pixels``: ``uint8`` takes and gives ``(N, H, W, 3)`` of 0..255 named ``pixels`` and ``stylized``; ``float`` takes and
-    gives ``(N, 3, H, W)`` in [0, 1]. ``int8``: convolutions multiply 8-bit numbers, but those of the stem.
+    gives ``(N, 3, H, W)`` in [0, 1]. ``int8``: of the convolutions that multiply 8-bit numbers, what these stand for.
     """
     arrays, _ = describe(network)
     g, config = _Graph(arrays), network.info.network
@@ -68,9 +69,8 @@ def network_graph(network: StagedNetwork, pixels: str = "uint8", metadata: dict[
         s = config.start_padding
         x = g.add("Pad", x, g.ints(0, 0, s, s, 0, 0, s, s), mode="reflect")
     values = [x]  # what went into each stage, and out of the last
-    ranges = input_ranges(network) if int8 else [None] * len(network.stages)
-    for stage, within in zip(network.stages, ranges):
-        x = _convolution(g, stage, values[-1], within=within)
+    for stage, numbers in zip(network.stages, int8 or [None] * len(network.stages)):
+        x = _convolution(g, stage, values[-1], numbers=numbers)
         if stage.norm_weight is not None:
             x = g.add("InstanceNormalization", x, g.constant(stage.norm_weight), g.constant(stage.norm_bias), epsilon=EPSILON)
         if stage.relu:
@@ -120,14 +120,14 @@ def stage_graph(stage: Stage, before: Stage | None, statistics: bool) -> onnx.Mo
     return g.finish(rows, outputs)
 
 
-def _convolution(g: _Graph, stage: Stage, x: str, padding: str | None = None, within: tuple[float, float] | None = None) -> str:
+def _convolution(g: _Graph, stage: Stage, x: str, padding: str | None = None, numbers: EightBits | None = None) -> str:
     crop = 1 + 2 * stage.padding  # of a transposed convolution
     if stage.transposed and stage.padding_mode == "constant" and padding is None:
         crop = 1  # zeros beyond the border are what it sees anyway; OpenVINO 2026.4 folds a Pad of zeros into it wrongly
     elif stage.padding:
         p = stage.padding
         x = g.add("Pad", x, padding or g.ints(0, 0, p, p, 0, 0, p, p), g.float(stage.value), mode=_MODES[stage.padding_mode])
-    x, weight = (x, g.constant(stage.weight)) if within is None else _quantized(g, stage, x, *within)
+    x, weight = (x, g.constant(stage.weight)) if numbers is None else _quantized(g, numbers, x)
     inputs = [x, weight] + ([g.constant(stage.bias)] if stage.bias is not None else [])
     if stage.transposed:
         return g.add("ConvTranspose", *inputs, strides=[2, 2], pads=[crop] * 4)
@@ -135,17 +135,12 @@ def _convolution(g: _Graph, stage: Stage, x: str, padding: str | None = None, wi
     return g.add("DepthToSpace", x, blocksize=stage.shuffle, mode="CRD") if stage.shuffle > 1 else x
 
 
-def _quantized(g: _Graph, stage: Stage, x: str, low: float, high: float) -> tuple[str, str]:
-    """Input and weight as what 8-bit numbers stand for: of all channels together, and of each output channel apart."""
-    scale, zero = np.float32((high - low) / 255), np.uint8(np.clip(round(-255 * low / (high - low)), 0, 255))
-    x = g.add("QuantizeLinear", x, g.constant(scale), g.constant(zero))
-    x = g.add("DequantizeLinear", x, g.constant(scale), g.constant(zero))
-    axis = 1 if stage.transposed else 0
-    others = tuple(other for other in range(4) if other != axis)
-    largest = np.abs(stage.weight).max(axis=others, keepdims=True)
-    scales = np.maximum(largest / 127, 1e-12).astype(np.float32)
-    whole = np.round(stage.weight / scales).astype(np.int8)
-    return x, g.add("DequantizeLinear", g.constant(whole), g.constant(scales.ravel()), g.constant(np.zeros(scales.size, np.int8)), axis=axis)
+def _quantized(g: _Graph, numbers: EightBits, x: str) -> tuple[str, str]:
+    """Input and weight as what 8-bit numbers stand for."""
+    input_is = [g.constant(numbers.scale), g.constant(numbers.zero)]
+    x = g.add("DequantizeLinear", g.add("QuantizeLinear", x, *input_is), *input_is)
+    scales = numbers.weight_scales
+    return x, g.add("DequantizeLinear", g.constant(numbers.weight), g.constant(scales), g.constant(np.zeros(scales.size, np.int8)), axis=numbers.axis)
 
 
 def _output(g: _Graph, kind: str, x: str) -> str:

@@ -23,7 +23,6 @@ from fastnst.model import ModelInfo
 
 EPSILON = 1e-5  # of torch's norms
 PIXEL_SHIFT = 128.0  # what is subtracted from pixels of 0..255
-_DEVIATIONS = 12.0
 ARRAYS = ("weight", "bias", "norm_weight", "norm_bias")
 
 
@@ -186,29 +185,6 @@ def _split_stride(weight: np.ndarray) -> np.ndarray:
 def _contiguous(stage: Stage) -> Stage:
     arrays = {name: getattr(stage, name) for name in ARRAYS}
     return replace(stage, **{name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items() if array is not None})
-
-
-def input_ranges(network: StagedNetwork) -> list[tuple[float, float] | None]:
-    """Between what the input of each stage lies, but for rare outliers: what 8 bits are to span. Found without any picture.
-
-    None for the stem: 8 bits there cost 2 dB and save 5 % of the time. An instance norm leaves channels of known mean and deviation:
-    ``norm_bias`` and ``norm_weight``; sums of blocks add up, taken as independent. Twelve deviations: with eight the shipped styles' pictures
-    are 1 dB closer on the whole, but where a photo has outliers they are off by up to 34 levels instead of 15. Raises ``ValueError``
-    where there are other norms.
-    """
-    ranges, outputs = [], []
-    for stage in network.stages[:-1]:
-        if stage.norm_weight is None:
-            raise ValueError("--precision int8 needs a network with instance norm; use --precision auto")
-        mean, deviation = stage.norm_bias, np.abs(stage.norm_weight)
-        if stage.skip:
-            before, spread = outputs[-2]
-            mean, deviation = mean + before, np.sqrt(deviation**2 + spread**2)
-        low = 0.0 if stage.relu else float((mean - _DEVIATIONS * deviation).min())
-        ranges.append((low, max(float((mean + _DEVIATIONS * deviation).max()), low + EPSILON)))
-        outputs.append((np.maximum(mean, 0) if stage.relu else mean, deviation))
-    stem = 2 if network.info.network.stem == "half" else 3
-    return [None] * stem + ranges[stem - 1 :]
 
 
 def describe(network: StagedNetwork) -> tuple[dict[str, np.ndarray], str]:

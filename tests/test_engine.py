@@ -79,7 +79,7 @@ def test_bfloat16_is_above_45_db(name):
     assert psnr(engine.run(picture), eager(network, picture)) > 45
 
 
-def test_shipped_styles_are_above_45_db_in_what_auto_chooses():
+def test_shipped_styles_are_above_45_db_in_int8_which_auto_chooses():
     from skimage import data
 
     from fastnst.checkpoint import load_model
@@ -87,28 +87,9 @@ def test_shipped_styles_are_above_45_db_in_what_auto_chooses():
 
     picture = data.astronaut()[None, 100:300, 100:340]
     for path in shipped_styles().values():
-        assert psnr(load_engine(load_network(path), "cpu").run(picture), eager(load_model(path)[0], picture)) > 45, path
-
-
-def test_int8_is_near_on_shipped_styles_and_multiplies_8_bits():
-    from skimage import data
-
-    from fastnst.checkpoint import load_model
-    from fastnst.cli import shipped_styles
-    from fastnst.onnx_graph import network_graph
-
-    picture = data.astronaut()[None, 100:300, 100:340]
-    for path in shipped_styles().values():
-        engine = load_engine(load_network(path), "cpu", "openvino", "int8")
-        assert 42 < psnr(engine.run(picture), eager(load_model(path)[0], picture)) < 55, path  # 55 and more would be bfloat16
-    kinds = [node.op_type for node in network_graph(engine.network, int8=True).graph.node]
-    assert kinds.count("QuantizeLinear") == kinds.count("Conv") + kinds.count("ConvTranspose") - 3  # all but the stem
-
-
-def test_int8_wants_instance_norm():
-    _, stages = staged(norm="batch")
-    with pytest.raises(ValueError, match="--precision int8 needs a network with instance norm"):
-        load_engine(stages, "cpu", "openvino", "int8").run(photo(20, 20))
+        engine = load_engine(load_network(path), "cpu")
+        assert psnr(engine.run(picture), eager(load_model(path)[0], picture)) > 48, path
+        assert engine.precision == "int8" or "avx2" not in engines.cpu_flags()
 
 
 @pytest.mark.parametrize("flags, expected", [(frozenset({"avx512_bf16"}), "bfloat16"), (frozenset({"amx_bf16"}), "bfloat16"), (frozenset({"avx2"}), "float32")])

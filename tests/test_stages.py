@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from fastnst.model import ModelInfo, NetworkConfig
 from fastnst.network import TransformNetwork
-from fastnst.stages import Stage, _split_stride, _summed_kernels, describe, fold, input_ranges, restore_stages
+from fastnst.stages import Stage, _split_stride, _summed_kernels, describe, fold, restore_stages
 
 
 def staged(**options):
@@ -86,16 +86,3 @@ def test_missing_weights_are_named():
     weights = {name: tensor.numpy() for name, tensor in network.state_dict().items() if name != "layers.3.weight"}
     with pytest.raises(KeyError, match="layers.3.weight"):
         fold(weights, ModelInfo(network.config, 0, {}, {}, None))
-
-
-def test_ranges_by_hand():
-    # None for the stem's three stages. Norms of mean 0.5 and deviation 2 everywhere: after a ReLU 0 to 0.5 + 12 * 2 = 24.5. A block's
-    # sum: its input (mean 0.5, deviation 2, after a ReLU) and its second norm: mean 1, deviation sqrt(8): 1 - 12 * 2.828 = -32.9 to 34.9.
-    network, _ = staged(width=1, residual_blocks=1)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if parameter.ndim == 1 and not isinstance(network.get_submodule(name.rsplit(".", 1)[0]), torch.nn.Conv2d):
-                parameter.fill_(2.0 if name.endswith("weight") else 0.5)
-    ranges = input_ranges(fold({name: tensor.numpy() for name, tensor in network.state_dict().items()}, ModelInfo(network.config, 0, {}, {}, None)))
-    assert ranges[:3] == [None] * 3
-    assert [tuple(round(side, 1) for side in span) for span in ranges[3:]] == [(0, 24.5), (0, 24.5), (-32.9, 34.9), (0, 24.5), (0, 24.5)]
