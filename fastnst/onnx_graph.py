@@ -48,11 +48,12 @@ class _Graph:
         return model
 
 
-def network_graph(network: StagedNetwork, pixels: str = "uint8", metadata: dict[str, str] | None = None, int8: list[EightBits | None] | None = None) -> onnx.ModelProto:
+def network_graph(network: StagedNetwork, pixels: str = "uint8", metadata: dict[str, str] | None = None, int8: list[EightBits | None] | None = None, norms_by_rows: bool = False) -> onnx.ModelProto:
     """The whole network, any batch, height and width from 1 up.
 
     ``pixels``: ``uint8`` takes and gives ``(N, H, W, 3)`` of 0..255 named ``pixels`` and ``stylized``; ``float`` takes and
-    gives ``(N, 3, H, W)`` in [0, 1]. ``int8``: of the convolutions that multiply 8-bit numbers, what these stand for.
+    gives ``(N, 3, H, W)`` in [0, 1]. ``int8``: of the convolutions that multiply 8-bit numbers, what these stand for. ``norms_by_rows``:
+    norms are spelled out, with sums of rows first, for engines that would lose digits by adding all numbers to one.
     """
     arrays, _ = describe(network)
     g, config = _Graph(arrays), network.info.network
@@ -72,7 +73,8 @@ def network_graph(network: StagedNetwork, pixels: str = "uint8", metadata: dict[
     for stage, numbers in zip(network.stages, int8 or [None] * len(network.stages)):
         x = _convolution(g, stage, values[-1], numbers=numbers)
         if stage.norm_weight is not None:
-            x = g.add("InstanceNormalization", x, g.constant(stage.norm_weight), g.constant(stage.norm_bias), epsilon=EPSILON)
+            norm = _norm_by_rows if norms_by_rows else _norm
+            x = norm(g, x, stage.norm_weight, stage.norm_bias)
         if stage.relu:
             x = g.add("Relu", x)
         if stage.skip:
@@ -105,9 +107,7 @@ def stage_graph(stage: Stage, before: Stage | None, statistics: bool) -> onnx.Mo
     x = _convolution(g, stage, x, "padding")
     g.add("Identity", x, output="raw")
     if statistics:
-        g.add("ReduceMean", x, axes=[2, 3], keepdims=1, output="mean")
-        centered = g.add("Sub", x, "mean")
-        g.add("ReduceMean", g.add("Mul", centered, centered), axes=[2, 3], keepdims=1, output="variance")
+        _moments(g, x, outputs=("mean", "variance"))
     inputs = stage.weight.shape[0 if stage.transposed else 1]
     f, rows = TensorProto.FLOAT, [helper.make_tensor_value_info("rows", TensorProto.FLOAT, [1, inputs, "height", "width"])]
     if before is not None:
@@ -133,6 +133,26 @@ def _convolution(g: _Graph, stage: Stage, x: str, padding: str | None = None, nu
         return g.add("ConvTranspose", *inputs, strides=[2, 2], pads=[crop] * 4)
     x = g.add("Conv", *inputs, strides=[stage.stride, stage.stride])
     return g.add("DepthToSpace", x, blocksize=stage.shuffle, mode="CRD") if stage.shuffle > 1 else x
+
+
+def _norm(g: _Graph, x: str, weight: np.ndarray, bias: np.ndarray) -> str:
+    return g.add("InstanceNormalization", x, g.constant(weight), g.constant(bias), epsilon=EPSILON)
+
+
+def _norm_by_rows(g: _Graph, x: str, weight: np.ndarray, bias: np.ndarray) -> str:
+    mean, variance = _moments(g, x)
+    gain = g.add("Div", g.constant(weight[:, None, None]), g.add("Sqrt", g.add("Add", variance, g.float(EPSILON))))
+    return g.add("Add", g.add("Mul", x, gain), g.add("Sub", g.constant(bias[:, None, None]), g.add("Mul", mean, gain)))
+
+
+def _moments(g: _Graph, x: str, outputs: tuple[str | None, str | None] = (None, None)) -> tuple[str, str]:
+    """Mean and variance of each channel, ``(N, C, 1, 1)``, from sums of rows: sums of a thousand numbers keep the digits that a sum of a
+    million loses. Nothing of the size of ``x`` comes up on the way. Means of rows that are *added up* and divided: OpenVINO makes a mean of means one over all."""
+    height, width = (g.add("Cast", g.add("Shape", x, start=axis, end=axis + 1), to=TensorProto.FLOAT) for axis in (2, 3))
+    rows, lengths = g.add("ReduceMean", x, axes=[3], keepdims=1), g.add("ReduceL2", x, axes=[3], keepdims=1)
+    mean = g.add("Div", g.add("ReduceSum", rows, g.ints(2), keepdims=1), height, output=outputs[0])
+    squares = g.add("ReduceMean", g.add("Div", g.add("Mul", lengths, lengths), width), axes=[2], keepdims=1)
+    return mean, g.add("Max", g.add("Sub", squares, g.add("Mul", mean, mean)), g.float(0), output=outputs[1])
 
 
 def _quantized(g: _Graph, numbers: EightBits, x: str) -> tuple[str, str]:
