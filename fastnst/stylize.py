@@ -101,14 +101,7 @@ class Stylizer:
 
     def _strips(self, pixels: np.ndarray, report: Callable[[float], None] = lambda done: None, in_place: bool = False) -> np.ndarray:
         rows = self.tile if isinstance(self.tile, int) else plan_rows(self.engine.network, pixels.shape[1])
-        while True:
-            try:
-                return stylize_tiled(self.engine, pixels, rows, self.engine.free_memory(), report, in_place)
-            except Exception as error:  # ONNX Runtime has kinds of its own
-                if not is_out_of_memory(error) or rows <= 16:
-                    raise
-                rows = max(16, rows // 2)
-                self.notice(f"strips did not fit either; going on with {rows} rows each")
+        return stylize_tiled(self.engine, pixels, rows, self.engine.free_memory(), report, in_place, self.notice)
 
     def _with_alpha(self, picture: Image.Image, alpha: Image.Image | None) -> Image.Image:
         stylized = Image.fromarray(self.pictures(np.asarray(picture)[None])[0])

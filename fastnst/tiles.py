@@ -6,13 +6,14 @@ kept between passes; what lies above is computed anew from it (or from the pixel
 convolutions see. The result is that of the whole picture, but for the rounding of sums.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import accumulate
 from operator import mul
 
 import numpy as np
 
 from fastnst.engine import Engine
+from fastnst.runtime import is_out_of_memory
 from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork
 
 _STRIP_BYTES = 128 * 2**20
@@ -26,23 +27,47 @@ def plan_rows(network: StagedNetwork, width: int) -> int:
 
 
 def stylize_tiled(
-    engine: Engine, pixels: np.ndarray, rows: int, memory: int, report: Callable[[float], None] = lambda done: None, in_place: bool = False
+    engine: Engine,
+    pixels: np.ndarray,
+    rows: int,
+    memory: int,
+    report: Callable[[float], None] = lambda done: None,
+    in_place: bool = False,
+    notice: Callable[[str], None] = lambda message: None,
 ) -> np.ndarray:
     """Stylize ``(H, W, 3)``, uint8 or float32 of 0..255, in strips of ``rows``; the result is of the same kind.
 
     ``in_place`` lets it take the place of ``pixels``, which halves their memory.
     Between passes the lowest resolution is kept in float32 where that takes at most 1 GiB and half of ``memory`` bytes, else in float16.
-    ``report`` gets the share of the work that is done.
+    A strip that does not fit into memory is tried again with half the rows, as are those behind it; ``notice`` is told. Raises ``MemoryError``, or the engine's
+    own kind, where 16 rows do not fit. ``report`` gets the share of the work that is done.
     """
-    return _Strips(engine, pixels, max(_SMALLEST_STRIP, rows), memory, report).run(pixels if in_place else np.empty_like(pixels))
+    return _Strips(engine, pixels, max(_SMALLEST_STRIP, rows), memory, report, notice).run(pixels if in_place else np.empty_like(pixels))
+
+
+class _Moments:
+    """Means and variances of channels, of samples put together."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self._squares = 0, np.zeros(1), np.zeros(1)
+
+    def add(self, count: int, mean: np.ndarray, variance: np.ndarray) -> None:
+        """Chan, Golub and LeVeque 1979: means and sums of squared differences of two samples make those of both."""
+        difference, total = mean.astype(np.float64) - self.mean, self.count + count
+        self._squares = self._squares + variance.astype(np.float64) * count + difference**2 * (self.count * count / total)
+        self.mean, self.count = self.mean + difference * (count / total), total
+
+    @property
+    def variance(self) -> np.ndarray:
+        return self._squares / self.count
 
 
 class _Strips:
     """One picture on its way through the network."""
 
-    def __init__(self, engine: Engine, pixels: np.ndarray, rows: int, memory: int, report: Callable[[float], None]) -> None:
+    def __init__(self, engine: Engine, pixels: np.ndarray, rows: int, memory: int, report: Callable[[float], None], notice: Callable[[str], None]) -> None:
         network = engine.network
-        self.engine, self.stages, self.rows, self.report = engine, network.stages, rows, report
+        self.engine, self.stages, self.rows, self.report, self.notice = engine, network.stages, rows, report, notice
         self.output = network.info.network.output
         config = network.info.network
         missing = [max(config.smallest_side - side, -side % config.multiple) for side in pixels.shape[:2]]
@@ -76,11 +101,14 @@ class _Strips:
         for index, stage in enumerate(self.stages[:-1]):
             self._pass(index, stage)
         last = len(self.stages) - 1
-        for begin, end in self._strips(last):
+
+        def strip(begin: int, end: int) -> None:
             if begin < self.shape[0]:
                 raw = self._raw(last, begin, end)[0, :, : self.shape[0] - begin, : self.shape[1]]
                 result[begin:end] = _to_pixels(raw, self.output, result.dtype)
             self._advance(last, begin, end)
+
+        self._in_strips(last, strip)
         return result
 
     def _pass(self, index: int, stage: Stage) -> None:
@@ -91,25 +119,25 @@ class _Strips:
             target = self.kept[index - 1][:, : self.sizes[index + 1][0], : self.sizes[index + 1][1]]
         elif keeps:
             target = np.empty((stage.channels, *self.sizes[index + 1]), self.dtype)
-        count, mean, squares = 0, 0.0, 0.0
-        for begin, end in self._strips(index):
-            raw, strip_mean, strip_variance = self._convolve(index, begin, end, statistics=True)
-            # Chan, Golub and LeVeque 1979: means and sums of squared differences of two samples make those of both
-            more = (end - begin) * raw.shape[3]
-            difference = strip_mean.astype(np.float64) - mean
-            squares = squares + strip_variance.astype(np.float64) * more + difference**2 * (count * more / (count + more))
-            mean, count = mean + difference * (more / (count + more)), count + more
+        moments = _Moments()
+
+        def strip(begin: int, end: int) -> None:
+            raw, mean, variance = self._convolve(index, begin, end, statistics=True)
+            halo = end - stage.padding
+            above = (halo, self.kept[index - 1][:, halo:end].copy()) if in_place else None
+            moments.add((end - begin) * raw.shape[3], mean, variance)
             if keeps:
-                halo = stage.padding
-                self.above = (end - halo, self.kept[index - 1][:, end - halo : end].copy()) if in_place else None
+                self.above = above
                 target[:, begin:end] = raw[0]
             self._advance(index, begin, end)
+
+        self._in_strips(index, strip)
         self.above = None
         if stage.norm_weight is None:
             gain, shift = np.ones(stage.channels, np.float32), np.zeros(stage.channels, np.float32)
         else:
-            gain = stage.norm_weight / np.sqrt(squares / count + EPSILON)
-            shift = stage.norm_bias - mean * gain
+            gain = stage.norm_weight / np.sqrt(moments.variance + EPSILON)
+            shift = stage.norm_bias - moments.mean * gain
         self.pending[index] = (gain.astype(np.float32), shift.astype(np.float32))
         if keeps:
             self.kept[index] = target
@@ -127,7 +155,8 @@ class _Strips:
         """Apply a kept stage's norm and ReLU where it lies, or add the result to its block's input where that lies."""
         gain, shift = (array[:, None, None] for array in self.pending.pop(index))
         stage, kept = self.stages[index], self.kept[index]
-        for begin, end in self._strips(index):
+
+        def strip(begin: int, end: int) -> None:
             rows = kept[:, begin:end] * gain + shift
             rows = np.maximum(rows, 0, out=rows) if stage.relu else rows
             if block_input is None:
@@ -135,12 +164,22 @@ class _Strips:
             else:
                 block_input[:, begin:end] += rows
 
-    def _strips(self, index: int) -> Iterator[tuple[int, int]]:
-        """Rows of a stage's output, strip by strip, of even height but for the last."""
-        height = self.sizes[index + 1][0]
-        rows = max(4, self.rows * height // self.sizes[0][0] // 4 * 4)
-        for begin in range(0, height, rows):
-            yield begin, min(begin + rows, height)
+        self._in_strips(index, strip)
+
+    def _in_strips(self, index: int, strip: Callable[[int, int], None]) -> None:
+        """Do all rows of a stage's output, from one row to another, of even number but for the last; ``strip`` changes nothing before all that needs memory is done."""
+        begin, height = 0, self.sizes[index + 1][0]
+        while begin < height:
+            end = min(height, begin + max(4, self.rows * height // self.sizes[0][0] // 4 * 4))
+            try:
+                strip(begin, end)
+            except Exception as error:  # ONNX Runtime has kinds of its own
+                if not is_out_of_memory(error) or self.rows <= _SMALLEST_STRIP:
+                    raise
+                self.rows = max(_SMALLEST_STRIP, self.rows // 2)
+                self.notice(f"a strip did not fit into memory; going on with {self.rows} rows each")
+            else:
+                begin = end
 
     def _advance(self, index: int, begin: int, end: int) -> None:
         self.done += sum(self.work[stage] for stage in self._computed_for(index)) * (end - begin) / self.sizes[index + 1][0]

@@ -65,6 +65,35 @@ def test_in_place_writes_over_the_picture_and_else_leaves_it():
     assert np.array_equal(picture, result)
 
 
+@pytest.mark.parametrize("options", [{"residual_blocks": 2}, {"padding": "start", "residual_blocks": 1}, {"upsampling": "subpixel"}], ids=str)
+def test_a_strip_that_does_not_fit_is_tried_again_smaller(monkeypatch, options):
+    """Also in place, after the first strips of the last pass were written."""
+    _, stages = staged(**options)
+    engine = load_engine(stages, "cpu", "torch", "float32")
+    picture = photo(200, 24)[0]
+    whole = engine.run(picture[None])[0].astype(int)
+    stage, last = engine.stage, len(stages.stages) - 1
+    for index, call in itertools.product(range(last + 1), (1, 2)):
+        left = [call]  # calls of this stage until one fails
+
+        def scarce(at, rows, *rest):
+            left[0] -= at == index
+            if at == index and left[0] == 0:
+                raise MemoryError
+            return stage(at, rows, *rest)
+
+        monkeypatch.setattr(engine, "stage", scarce)
+        said, shares = [], []
+        result = stylize_tiled(engine, picture.copy(), 64, PLENTY, shares.append, True, said.append)
+        assert np.abs(result - whole).max() <= 1, (index, call)
+        assert said == ["a strip did not fit into memory; going on with 32 rows each"]
+        assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
+    monkeypatch.setattr(engine, "stage", lambda *rest: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        stylize_tiled(engine, picture, 64, PLENTY, notice=said.append)
+    assert said[1:] == ["a strip did not fit into memory; going on with 32 rows each", "a strip did not fit into memory; going on with 16 rows each"]
+
+
 def test_progress_goes_up_to_one():
     _, stages = staged()
     shares = []
