@@ -232,7 +232,7 @@ def arithmetic_rate(device: str, precision: torch.dtype) -> float:
         kernel = torch.randn(128, 128, 3, 3, device=device, dtype=precision).contiguous(memory_format=torch.channels_last)
         best = 0.0
         for act, flops in ((lambda: a @ b, 2 * side**3), (lambda: F.conv2d(image, kernel, padding=1), 2 * 9 * 128 * 128 * 128**2 * 4)):
-            for _ in range(6):
+            for _ in range(20):
                 began = time.perf_counter()
                 for _ in range(turns):
                     act()
