@@ -15,7 +15,7 @@ from fastnst.losses import PerceptualLoss
 from fastnst.report import LOOKS
 
 # Of the loss, what each recipe keeps for itself: terms that make networks better, by which none is judged.
-OWN_TERMS = ("tv_weight", "grid_weight", "stability_weight")
+OWN_TERMS = ("tv_weight", "grid_weight", "spectrum_weight", "stability_weight")
 _FIGURES = (("content", "its content", 1, 3), ("style", "its style", 1, 3), *LOOKS)
 
 

@@ -1,4 +1,4 @@
-"""What is minimized: content, style, total-variation and grid terms, and ``PerceptualLoss``, which adds them up.
+"""What is minimized: content, style, total variation and what keeps networks from weaving, and ``PerceptualLoss``, which adds them up.
 
 ``train`` lowers it over the weights of a network, ``optimize`` over the pixels of one image. Functions hold the
 mathematics, classes the settings.
@@ -17,10 +17,11 @@ from fastnst.loss_network import LossNetwork, LossNetworkConfig, layer_index
 LayerWeights = dict[str, Annotated[float, Field(ge=0)]]
 Distance = Literal["mse", "sse", "rmse"]
 Gram = Literal["chw", "hw", "sqrt_chw", "none"]
+_WINDOW, _LEVEL = 32, 1e-3  # of spectra: px; the power of noise of 0.7 of 255 levels, less than which does not count
 
 
 class LossConfig(LossNetworkConfig):
-    """The objective: content_weight x sum_l w_l content_l + style_weight x sum_l w_l style_l + tv_weight x tv + grid_weight x grid.
+    """The objective: content_weight x sum_l w_l content_l + style_weight x sum_l w_l style_l + tv_weight x tv + grid_weight x grid + spectrum_weight x spectrum.
 
     ``distance`` between features and between Grams, for each image, averaged over the batch: ``mse`` mean of squares, ``sse``
     sum of squares, ``rmse`` root of the mean of squares. ``gram``: what F F^T is divided by; ``sqrt_chw`` makes the squared
@@ -31,9 +32,10 @@ class LossConfig(LossNetworkConfig):
     and total variation are then measured in units of their own size (``calibrate``), 5 is a balanced picture, each 1 more
     doubles the style, and the weights above multiply those units. Without it they are raw, as papers print them.
 
-    Two terms are for networks alone, in squares of [0, 1], never scaled by ``strength``. ``grid_weight`` is of ``regular_grid``: it
-    keeps them from weaving their 4 px cells. ``stability_weight`` is of the mean square by which the picture of a cut of the photo
-    differs from the cut of its picture (``Objective``): flicker in videos, and what padding does to borders.
+    Three terms are for networks alone, never scaled by ``strength``. ``grid_weight`` is of ``regular_grid``, in squares of [0, 1]: it
+    keeps them from weaving their 4 px cells. ``spectrum_weight`` is of ``spectrum_distance`` to the painting: without it they make fine texture of
+    threads 2.7 px apart, across and down, the mirror image of strokes of 8 px in the last upsampling. ``stability_weight`` is of the mean square by which the
+    picture of a cut of the photo differs from the cut of its picture (``Objective``): flicker in videos, and what padding does to borders.
     """
 
     strength: float | None = Field(None, ge=0, le=10)
@@ -49,6 +51,7 @@ class LossConfig(LossNetworkConfig):
     tv_reduction: Literal["mean", "sum"] = Field("sum", description="over the pixels and channels of an image")
     tv_units: Literal["pixels", "network"] = Field("network", description="pixels: [0, 1]; network: (pixels - mean) / std, 0..255 for Caffe weights")
     grid_weight: float = Field(0.0, ge=0)
+    spectrum_weight: float = Field(0.0, ge=0)
     stability_weight: float = Field(0.0, ge=0)
 
     @field_validator("content_layers", "style_layers")
@@ -152,6 +155,29 @@ def regular_grid(images: Tensor) -> Tensor:
     return (pattern - pattern.mean(2, keepdim=True)).square().mean()
 
 
+def log_spectrum(images: Tensor) -> Tensor:
+    """How much fine texture of each frequency and direction: logarithms of the mean power in windows of 32 px, ``(N, F)``, of all frequencies above
+    0.2 cycles a pixel (waves shorter than 5 px) across or down. Images are 32 px at least."""
+    windows = images.float().unfold(2, _WINDOW, _WINDOW // 2).unfold(3, _WINDOW, _WINDOW // 2)
+    hann = torch.hann_window(_WINDOW, device=images.device)
+    power = torch.fft.rfft2((windows - windows.mean((-2, -1), keepdim=True)) * hann[:, None] * hann).abs().square().mean((1, 2, 3))
+    first = _WINDOW // 5 + 1  # frequencies across are 0 to 16 32nds, down 0 to 16 and -15 to -1; no mask, for whose size a GPU would be waited for
+    fine = torch.cat([power[:, :, first:].flatten(1), power[:, first : 1 - first, :first].flatten(1)], 1)
+    return (fine + _LEVEL).log()
+
+
+def _large_enough(style: Tensor) -> Tensor:
+    if min(style.shape[-2:]) < _WINDOW:
+        raise ValueError(f"loss.spectrum_weight: got a style image of {style.shape[-1]}x{style.shape[-2]}, need {_WINDOW} px at least; set it to 0, or style.long_side higher")
+    return style
+
+
+def spectrum_distance(images: Tensor, target: Tensor) -> Tensor:
+    """Mean square of what ``log_spectrum`` says of the images, ``(N, 3, H, W)``, beyond ``target``, ``(1, F)`` (after Durall et al. 2020, who compare the spectra
+    of real and generated images over all directions); 0 for images below 32 px."""
+    return (log_spectrum(images) - target).square().mean() if min(images.shape[-2:]) >= _WINDOW else images.new_zeros((), dtype=torch.float32)
+
+
 def distance(a: Tensor, b: Tensor, kind: Distance = "mse") -> Tensor:
     """Distance of each ``a[i]`` to ``b[i]`` (or to a single ``b``), averaged over the batch; in float32 at least."""
     difference = a.float() - b.float() if a.dtype in (torch.float16, torch.bfloat16) else a - b
@@ -197,18 +223,19 @@ class LossTerms:
     style: dict[str, Tensor]
     tv: Tensor
     grid: Tensor | float = 0.0
+    spectrum: Tensor | float = 0.0
     stability: Tensor | float = 0.0
 
     @property
     def total(self) -> Tensor:
-        return sum(self.content.values()) + sum(self.style.values()) + self.tv + self.grid + self.stability
+        return sum(self.content.values()) + sum(self.style.values()) + self.tv + self.grid + self.spectrum + self.stability
 
     def scalars(self) -> dict[str, Tensor]:
         """Detached, by the names under which TensorBoard shows them."""
         zero = torch.zeros_like(self.tv)
         content, style = (sum(terms.values(), zero) for terms in (self.content, self.style))
         named = {"loss/total": self.total, "loss/content": content, "loss/style": style, "loss/tv": self.tv}
-        named |= {f"loss/{name}": term for name, term in (("grid", self.grid), ("stability", self.stability)) if isinstance(term, Tensor)}
+        named |= {f"loss/{name}": term for name, term in (("grid", self.grid), ("spectrum", self.spectrum), ("stability", self.stability)) if isinstance(term, Tensor)}
         named |= {f"loss_content/{layer}": term for layer, term in self.content.items()}
         named |= {f"loss_style/{layer}": term for layer, term in self.style.items()}
         return {name: term.detach() for name, term in named.items()}
@@ -226,6 +253,7 @@ class PerceptualLoss(nn.Module):
         self.config = config
         with torch.no_grad():
             features = loss_network(style, config.style_layers)
+            self._spectrum = log_spectrum(_large_enough(style)) if config.spectrum_weight else None
             self._style_targets = {layer: self._style_target(feature) for layer, feature in features.items()}
 
     @torch.no_grad()
@@ -244,6 +272,7 @@ class PerceptualLoss(nn.Module):
             {layer: c.style_weight * weight * bare.style[layer] for layer, weight in c.style_layers.items()},
             c.tv_weight * bare.tv,
             c.grid_weight * bare.grid,
+            c.spectrum_weight * bare.spectrum,
         )
 
     def measure(self, images: Tensor, content_targets: dict[str, Tensor]) -> LossTerms:
@@ -256,7 +285,7 @@ class PerceptualLoss(nn.Module):
         if c.tv_weight:
             units = (images - self.loss_network.mean) / self.loss_network.std if c.tv_units == "network" else images
             tv = total_variation(units, c.tv_power, c.tv_reduction)
-        return LossTerms(content, style, tv, regular_grid(images) if c.grid_weight else 0.0)
+        return LossTerms(content, style, tv, regular_grid(images) if c.grid_weight else 0.0, spectrum_distance(images, self._spectrum) if c.spectrum_weight else 0.0)
 
     def _style_target(self, features: Tensor) -> tuple[Tensor, ...]:
         if self.config.statistics == "gram":

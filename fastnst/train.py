@@ -228,4 +228,4 @@ def _summary(
 def _raw_weights(asked: LossConfig, raw: LossConfig) -> str:
     dial = "raw weights" if asked.strength is None else f"strength {asked.strength:g} is here, in raw weights"
     layers = ", ".join(f"{layer} {raw.style_weight * weight:.4g}" for layer, weight in raw.style_layers.items())
-    return f"{dial}: content {raw.content_weight:.4g}, style {layers}, tv {raw.tv_weight:.4g}, grid {raw.grid_weight:.4g}, stability {raw.stability_weight:.4g}"
+    return f"{dial}: content {raw.content_weight:.4g}, style {layers}, tv {raw.tv_weight:.4g}, grid {raw.grid_weight:.4g}, spectrum {raw.spectrum_weight:.4g}, stability {raw.stability_weight:.4g}"

@@ -65,7 +65,7 @@ class PlannedRun:
     @property
     def file(self) -> Path:
         loss, network = self.loss.config.model_dump(exclude={"weights"}), self.loss.loss_network
-        for name in ("grid_weight", "stability_weight", "padding"):  # runs from before there were these are found as ever
+        for name in ("grid_weight", "spectrum_weight", "stability_weight", "padding"):  # runs from before there were these are found as ever
             if loss[name] == LossConfig.model_fields[name].default:
                 del loss[name]
         settings = [loss, network.mean.tolist(), network.std.tolist(), self.start, self.iterations, list(self.photo.shape), list(self.painting.shape)]

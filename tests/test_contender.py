@@ -106,7 +106,7 @@ def test_mistakes_are_named(run_dir, painting, tmp_path):
 
 def test_terms_for_networks_alone_judge_nobody(run_dir, painting, photos):
     state = torch.load(run_dir / "training_state.pt", weights_only=True)
-    state["loss"] |= {"grid_weight": 1000.0, "stability_weight": 20.0}
+    state["loss"] |= {"grid_weight": 1000.0, "spectrum_weight": 0.3, "stability_weight": 20.0}
     torch.save(state, run_dir / "training_state.pt")
     config = load(run_dir, painting).loss.config
-    assert (config.grid_weight, config.stability_weight) == (0, 0)
+    assert (config.grid_weight, config.spectrum_weight, config.stability_weight) == (0, 0, 0)

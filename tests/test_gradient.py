@@ -16,7 +16,7 @@ from fastnst.network import TransformNetwork
 from fastnst.objective import Cut, Objective
 from fastnst.optimizer import make_optimizer
 
-LOSS = LossConfig(**TOY_LOSS, tv_weight=1e-3, grid_weight=10.0, stability_weight=10.0)
+LOSS = LossConfig(**TOY_LOSS, tv_weight=1e-3, grid_weight=10.0, spectrum_weight=0.1, stability_weight=10.0)
 
 
 class Replayed:

@@ -34,7 +34,7 @@ NOUNS = {
     "recording": set(),
     "engine": {"eight_bits", "fused_norm", "model", "onnx_graph", "recording", "runtime", "stages"},
     "fidelity": {"eight_bits", "engine", "stages"},
-    "tiles": {"engine", "stages"},
+    "tiles": {"engine", "runtime", "stages"},
     "blend": set(),
     "jobs": {"picture"},
     "network": {"model"},

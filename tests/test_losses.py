@@ -16,8 +16,10 @@ from fastnst.losses import (
     distance,
     gaussian_wasserstein,
     gram_matrix,
+    log_spectrum,
     mean_covariance,
     regular_grid,
+    spectrum_distance,
     total_variation,
 )
 
@@ -209,16 +211,17 @@ def test_terms_are_built_from_the_features_named():
 
 
 def test_total_is_the_sum_of_the_terms():
-    one, two, three, four, five, six = (torch.tensor(float(value)) for value in (1, 2, 3, 4, 5, 6))
-    terms = LossTerms({"relu3_3": one}, {"relu1_2": two, "relu2_2": three}, four, five, six)
-    assert terms.total == 1 + 2 + 3 + 4 + 5 + 6
+    one, two, three, four, five, six, seven = (torch.tensor(float(value)) for value in range(1, 8))
+    terms = LossTerms({"relu3_3": one}, {"relu1_2": two, "relu2_2": three}, four, five, six, seven)
+    assert terms.total == 1 + 2 + 3 + 4 + 5 + 6 + 7
     assert {name: value.item() for name, value in terms.scalars().items()} == {
-        "loss/total": 21,
+        "loss/total": 28,
         "loss/content": 1,
         "loss/style": 5,
         "loss/tv": 4,
         "loss/grid": 5,
-        "loss/stability": 6,
+        "loss/spectrum": 6,
+        "loss/stability": 7,
         "loss_content/relu3_3": 1,
         "loss_style/relu1_2": 2,
         "loss_style/relu2_2": 3,
@@ -366,6 +369,48 @@ def test_regular_grid_counts_what_repeats_every_4_px_alone():
 @pytest.mark.parametrize("height, width", [(3, 50), (4, 4), (5, 33), (16, 16), (50, 47)])
 def test_regular_grid_takes_any_size(height, width):
     assert math.isfinite(float(regular_grid(torch.rand(1, 3, height, width))))
+
+
+def waves(amplitude: float, cycles: int, count: int = 1) -> torch.Tensor:
+    """Across, ``cycles`` in 32 px."""
+    wave = amplitude * torch.cos(2 * math.pi * cycles / 32 * torch.arange(96))
+    return (0.5 + wave).expand(count, 3, 64, 96)
+
+
+def test_spectrum_distance_of_waves():
+    # Twice the amplitude is 4 times the power. A Hann window spreads a wave over 3 x 3 frequencies, of 32 x 17 - 13 x 7 above 0.2 cycles a pixel.
+    assert float(spectrum_distance(waves(0.2, 12, 2), log_spectrum(waves(0.1, 12)))) == pytest.approx(9 * math.log(4) ** 2 / 453, rel=1e-3)
+    assert float(spectrum_distance(waves(0.2, 12), log_spectrum(waves(0.2, 12)))) == 0
+    assert float(spectrum_distance(waves(0.2, 5), log_spectrum(waves(0.1, 5)))) < 1e-6  # strokes of more than 5 px
+    down = waves(0.2, 12).transpose(2, 3)
+    assert float(spectrum_distance(waves(0.2, 12), log_spectrum(down))) > 1  # the direction counts
+
+
+def test_spectrum_distance_is_of_each_image_alone():
+    images, target = torch.rand(3, 3, 70, 50, generator=torch.Generator().manual_seed(0)), log_spectrum(waves(0.1, 9))
+    alone = [float(spectrum_distance(image[None] * scale, target)) for image, scale in zip(images, (0.1, 0.5, 1))]
+    together = torch.stack([image * scale for image, scale in zip(images, (0.1, 0.5, 1))])
+    assert float(spectrum_distance(together, target)) == pytest.approx(sum(alone) / 3, rel=1e-5)
+
+
+def test_a_flat_image_has_a_finite_spectrum_and_gradient():
+    flat = torch.full((1, 3, 48, 48), 0.3, requires_grad=True)
+    spectrum_distance(flat, log_spectrum(waves(0.3, 12))).backward()
+    assert torch.isfinite(flat.grad).all()
+
+
+def test_the_spectrum_term_is_part_of_the_objective():
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with_spectrum, without = (toy_loss(spectrum_weight=weight) for weight in (0.5, 0.0))
+    terms, bare = (loss(images, loss.content_targets(images)) for loss in (with_spectrum, without))
+    assert float(terms.total) == pytest.approx(float(bare.total) + float(terms.spectrum), rel=1e-5)
+    style = torch.rand(1, 3, 40, 32, generator=torch.Generator().manual_seed(5))
+    assert float(terms.spectrum) == pytest.approx(0.5 * float(spectrum_distance(images, log_spectrum(style))))
+    assert float(terms.scalars()["loss/spectrum"]) == float(terms.spectrum) > 0 and "loss/spectrum" not in bare.scalars()
+    small = images[..., :20]
+    assert float(with_spectrum(small, with_spectrum.content_targets(small)).spectrum) == 0
+    with pytest.raises(ValueError, match="spectrum_weight: got a style image of 20x64, need 32 px"):
+        toy_loss(style=small, spectrum_weight=0.5)
 
 
 def test_the_grid_term_is_part_of_the_objective():

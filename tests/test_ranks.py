@@ -81,7 +81,7 @@ def test_three_ranks_do_as_one_and_another_number_of_ranks_goes_on(train_data, t
     # A batch of 5 over 3 and over 2 ranks, whose parts are unequal, and these in 2 parts again.
     data = changed(train_data, train__steps=1, train__batch_size=5, train__log_every=1, train__keep="last", data__validation_photos=1)
     data["train"]["learning_rate"] = {"initial": 1e-4}
-    data["loss"] |= {"grid_weight": 100.0, "stability_weight": 100.0}
+    data["loss"] |= {"grid_weight": 100.0, "spectrum_weight": 0.1, "stability_weight": 100.0}
     fit(data, tmp_path / "whole")
     assert wait(train_on(3, data, tmp_path / "run")) == [0, 0, 0], (tmp_path / "0.txt").read_text()
     assert gradient_difference(tmp_path / "whole", tmp_path / "run") < 1e-3

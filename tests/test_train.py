@@ -84,7 +84,7 @@ def events_of(run_dir: Path) -> EventAccumulator:
         (5, {"data__workers": 1}, {"data__workers": 0}),
         (3, {"network__norm": "batch", "train__learning_rate": {"decay": "cosine", "warmup_steps": 2}, "train__clip_gradient": 1.0}, {}),
         (2, {"train__keep": "last"}, {"train__log_every": 1, "train__validate_every": 1, "train__save_every": 1}),
-        (3, {"train__optimizer": "muon", "loss__grid_weight": 100.0, "loss__stability_weight": 100.0}, {}),
+        (3, {"train__optimizer": "muon", "loss__grid_weight": 100.0, "loss__spectrum_weight": 0.1, "loss__stability_weight": 100.0}, {}),
     ],
     ids=["first-step", "more-workers", "fewer-workers", "batch-norm-cosine-clip", "watched-closer", "muon-grid-stability"],
 )
@@ -593,11 +593,11 @@ def test_tensorboard_shows_losses_rates_images_and_config(finished):
 
 
 def test_the_terms_add_up_to_the_total(train_data, tmp_path):
-    fit(train_data, tmp_path / "run", loss__tv_weight=0.1, loss__grid_weight=100.0, loss__stability_weight=20.0)
+    fit(train_data, tmp_path / "run", loss__tv_weight=0.1, loss__grid_weight=100.0, loss__spectrum_weight=0.1, loss__stability_weight=20.0)
     events = events_of(tmp_path / "run")
     for kind in ("loss", "validation"):
         value = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if tag.startswith(kind)}
-        parts = {"content", "style", "tv", "grid"} | ({"stability"} if kind == "loss" else set())
+        parts = {"content", "style", "tv", "grid", "spectrum"} | ({"stability"} if kind == "loss" else set())
         assert {f"{kind}/{part}" for part in parts | {"total"}} == {tag for tag in value if tag.startswith(f"{kind}/")}
         assert value[f"{kind}/total"] == pytest.approx(sum(value[f"{kind}/{part}"] for part in parts), rel=1e-4)
         assert value[f"{kind}/style"] == pytest.approx(value[f"{kind}_style/relu1_2"] + value[f"{kind}_style/relu2_2"], rel=1e-4)
