@@ -19,8 +19,7 @@ import torch
 from PIL import Image
 
 from fastnst.checkpoint import load_model
-from fastnst.engine import WORTH_COMPILING, Engine, is_installed, load_engine, load_network, multiplies_bfloat16
-from fastnst.fidelity import psnr
+from fastnst.engine import WORTH_COMPILING, Engine, is_installed, load_engine, load_network
 from fastnst.picture import open_rgb
 from fastnst.runtime import arithmetic_rate, cpu_threads, keep_freed_memory
 from fastnst.stages import StagedNetwork
@@ -112,13 +111,10 @@ def ways_to_apply(model: str | Path, device: str, engines: list[str]) -> Iterato
         yield "published, memory kept", lambda pictures: published(pictures, True), None
     else:
         yield PUBLISHED + ON_DEVICE, _staying(eager, place), None
-    staged, seen = load_network(model), set()
+    staged = load_network(model)
     for name in engines:
         engine, _, precision = name.partition(":")
         made = load_engine(staged, str(place), engine, precision or "auto")
-        if (made.name, made.precision) in seen:  # what auto chose
-            continue
-        seen.add((made.name, made.precision))
         yield f"{made.name} {made.precision}", _keeping(made.run), made
         if place.type != "cpu":
             yield f"{made.name} {made.precision}{ON_DEVICE}", _staying(lambda pictures, made=made: made.run_tensor(pictures, "uint8"), place), made
@@ -152,8 +148,7 @@ def default_engines(device: str) -> list[str]:
     if device != "cpu" and torch.cuda.is_available():
         return ["torch:float16", "torch:bfloat16", "torch:float32"]
     found = ["auto:auto"]
-    if is_installed("openvino"):
-        found += ["openvino:bfloat16", "openvino:float32"] if multiplies_bfloat16() else ["openvino:float32"]
+    found += ["openvino:float32"] if is_installed("openvino") else []
     found += ["onnxruntime:float32"] if is_installed("onnxruntime") else []
     return [*found, "torch:auto", "torch:float32"]
 
@@ -204,6 +199,12 @@ def operations(network: StagedNetwork, height: int, width: int) -> int:
         positions = size_in[0] * size_in[1] if stage.transposed else size[0] * size[1] // stage.shuffle**2
         total += 2 * stage.weight.size * positions
     return total
+
+
+def psnr(output: np.ndarray, reference: np.ndarray) -> float | None:
+    """dB between pictures of 0..255; None where they are equal."""
+    error = float(np.mean((output.astype(np.float64) - reference) ** 2))
+    return float(10 * np.log10(255**2 / error)) if error else None
 
 
 def measure_fresh_processes(model: str | Path, photo: str | Path, sizes: list[tuple[int, int]], repeats: int = 3) -> list[FreshProcess]:

@@ -27,7 +27,6 @@ Pixels = Literal["uint8", "float"]
 Compiled = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 WORTH_COMPILING = 8  # pictures of one shape in a row: a video, not a folder that happens to hold two
 _LARGE = 3 * 1_000_000  # numbers of a picture of a megapixel
-_ALIKE = 46.0  # dB, the least of a few photos with flat areas: others are above 45 then, where no difference is seen
 
 
 class Engine(Protocol):
@@ -72,8 +71,7 @@ def load_network(model: str | Path) -> StagedNetwork:
 def load_engine(network: StagedNetwork, device: str = "auto", engine: str = "auto", precision: str = "auto") -> Engine:
     """The engine asked for; ``auto`` is the one that measures best of those installed, in the fastest precision of at least 45 dB.
 
-    That is torch on a GPU in float16; on a CPU OpenVINO, in int8 where the model file says that its pictures allow it, else in bfloat16 where
-    the CPU multiplies it; then ONNX Runtime, then torch.
+    That is torch on a GPU in float16; on a CPU OpenVINO, in bfloat16 where the CPU multiplies it, then ONNX Runtime, then torch.
     Raises ``ValueError`` naming what is not there and how to mend it.
     """
     if engine not in ENGINES:
@@ -105,17 +103,17 @@ class _GraphEngine:
 
     def __init__(self, network: StagedNetwork, precision: str = "auto") -> None:
         self.network = network
-        self.precision = _cpu_precision(self.name, precision, network.info.int8_psnr)
+        self.precision = _cpu_precision(self.name, precision)
         self._floats = _cpu_precision(self.name, "auto") if self.precision == "int8" else self.precision  # what is not in 8 bits
+        self._numbers = eight_bits(network, blocks_alone=self._floats == "bfloat16") if self.precision == "int8" else None
         # Compiled graphs by what they are for. No functools.cache of methods: it would make a cycle of the engine, which the garbage
         # collector might find in a forked process, such as one that loads photos, where a runtime's threads are gone: it crashed there.
         self._compiled: dict[Any, Compiled] = {}
 
     def _graph(self, pixels: Pixels) -> bytes:
-        numbers = eight_bits(self.network, blocks_alone=self._floats == "bfloat16") if self.precision == "int8" else None
         # OpenVINO's own norm adds up a picture in float32, one number after the other: 73 dB at 1024 px instead of 93
         by_rows = self.name == "openvino" and self.precision == "float32"
-        return onnx_graph().network_graph(self.network, pixels, int8=numbers, norms_by_rows=by_rows).SerializeToString()
+        return onnx_graph().network_graph(self.network, pixels, int8=self._numbers, norms_by_rows=by_rows).SerializeToString()
 
     def _load_stage(self, index: int, statistics: bool) -> Compiled:
         before = self.network.stages[index - 1] if index else None
@@ -400,11 +398,9 @@ def onnx_graph():
     return onnx_graph
 
 
-def _cpu_precision(engine: str, precision: str, int8_psnr: float | None = None) -> str:
+def _cpu_precision(engine: str, precision: str) -> str:
     there = {"openvino": ("float32", "bfloat16", "int8"), "onnxruntime": ("float32",), "torch": ("float32", "bfloat16")}[engine]
     if precision == "auto":
-        if "int8" in there and "avx2" in cpu_flags() and (int8_psnr or 0) >= _ALIKE:
-            return "int8"
         return "bfloat16" if "bfloat16" in there and multiplies_bfloat16() else "float32"
     if precision not in there:
         raise ValueError(f"--precision {precision} is not there on a CPU with --engine {engine}; use {', '.join(['auto', *there[:-1]])} or {there[-1]}")

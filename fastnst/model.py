@@ -55,18 +55,13 @@ class NetworkConfig(Config):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model file says of itself.
-
-    ``recipe`` is the resolved training config, with paths cut to file names; ``int8_psnr`` the lowest PSNR, in dB, of pictures in 8 bits to
-    those in float32, over photos held out, at 512 px; None where it was not measured.
-    """
+    """What a model file says of itself. ``recipe`` is the resolved training config, with paths cut to file names."""
 
     network: NetworkConfig
     step: int
     recipe: dict[str, Any]
     versions: dict[str, str]
     thumbnail: Image.Image | None
-    int8_psnr: float | None = None
 
 
 def write_model(path: str | Path, weights: dict[str, np.ndarray], info: ModelInfo) -> None:
@@ -81,28 +76,18 @@ def read_model(path: str | Path) -> tuple[dict[str, np.ndarray], ModelInfo]:
     Raises ``FileNotFoundError``, or ``ValueError`` naming the file and what is wrong with it.
     """
     path = Path(path)
-    weights, metadata = _read(path)
-    info = parse_metadata(metadata, path)
-    return {name: array.astype(np.float32) if array.dtype.kind == "f" else array for name, array in weights.items()}, info
-
-
-def note_int8_psnr(path: str | Path, psnr: float) -> None:
-    """Put ``ModelInfo.int8_psnr`` into a model file, and leave all else in it as it is. Raises as ``read_model``, or ``OSError``."""
-    weights, metadata = _read(Path(path))
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(save(weights, metadata | {"int8_psnr": f"{psnr:.2f}"}))
-
-
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the model file, such as {path / MODEL_NAME}")
     if not path.is_file():
         raise FileNotFoundError(f"no model file at {path}")
     try:
         with safe_open(path, framework="np") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            metadata = file.metadata() or {}
+            weights = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error}); is it damaged, or another project's .pth?") from error
+    info = parse_metadata(metadata, path)
+    return {name: array.astype(np.float32) if array.dtype.kind == "f" else array for name, array in weights.items()}, info
 
 
 def model_metadata(info: ModelInfo) -> dict[str, str]:
@@ -114,8 +99,6 @@ def model_metadata(info: ModelInfo) -> dict[str, str]:
         "recipe": json.dumps(info.recipe),
         "versions": json.dumps(info.versions),
     }
-    if info.int8_psnr is not None:
-        metadata["int8_psnr"] = f"{info.int8_psnr:.2f}"
     if info.thumbnail is not None:
         buffer = io.BytesIO()
         info.thumbnail.save(buffer, "JPEG", quality=85)
@@ -130,8 +113,7 @@ def parse_metadata(metadata: dict[str, str], path: Path) -> ModelInfo:
     try:
         config = validate_config(NetworkConfig, json.loads(metadata["network"]), source="network")
         thumbnail = Image.open(io.BytesIO(base64.b64decode(metadata["style_thumbnail"]))) if "style_thumbnail" in metadata else None
-        int8_psnr = float(metadata["int8_psnr"]) if "int8_psnr" in metadata else None
-        return ModelInfo(config, int(metadata["step"]), json.loads(metadata["recipe"]), json.loads(metadata["versions"]), thumbnail, int8_psnr)
+        return ModelInfo(config, int(metadata["step"]), json.loads(metadata["recipe"]), json.loads(metadata["versions"]), thumbnail)
     except (KeyError, ValueError, ConfigError, OSError) as error:
         raise damaged(path, error) from error
 

@@ -1,5 +1,6 @@
 """Stages as ONNX graphs: the whole network, or one stage alone for tiles; and ONNX model files that explain themselves."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,11 @@ def network_graph(network: StagedNetwork, pixels: str = "uint8", metadata: dict[
     ``pixels``: ``uint8`` takes and gives ``(N, H, W, 3)`` of 0..255 named ``pixels`` and ``stylized``; ``float`` takes and
     gives ``(N, 3, H, W)`` in [0, 1]. ``int8``: of the convolutions that multiply 8-bit numbers, what these stand for. ``norms_by_rows``:
     norms are spelled out, with sums of rows first, for engines that would lose digits by adding all numbers to one.
+
+    What goes into a norm, which does not mind a constant, is 0 where a picture is flat: so few digits as bfloat16 has are then those of
+    what a picture shows, not of its ground.
     """
+    stages = [_less(stage, flat) for stage, flat in zip(network.stages, _flat_values(network))]
     arrays, _ = describe(network)
     g, config = _Graph(arrays), network.info.network
     if pixels == "uint8":
@@ -69,8 +74,10 @@ def network_graph(network: StagedNetwork, pixels: str = "uint8", metadata: dict[
     if config.start_padding:
         s = config.start_padding
         x = g.add("Pad", x, g.ints(0, 0, s, s, 0, 0, s, s), mode="reflect")
+    if network.stages[0].norm_weight is not None and network.stages[0].padding_mode != "constant":
+        x = g.add("Sub", x, g.add("Round", _mean(g, x)))  # still whole numbers
     values = [x]  # what went into each stage, and out of the last
-    for stage, numbers in zip(network.stages, int8 or [None] * len(network.stages)):
+    for stage, numbers in zip(stages, int8 or [None] * len(network.stages)):
         x = _convolution(g, stage, values[-1], numbers=numbers)
         if stage.norm_weight is not None:
             norm = _norm_by_rows if norms_by_rows else _norm
@@ -107,7 +114,8 @@ def stage_graph(stage: Stage, before: Stage | None, statistics: bool) -> onnx.Mo
     x = _convolution(g, stage, x, "padding")
     g.add("Identity", x, output="raw")
     if statistics:
-        _moments(g, x, outputs=("mean", "variance"))
+        _mean(g, x, output="mean")
+        _mean_square(g, g.add("Sub", x, "mean"), output="variance")
     inputs = stage.weight.shape[0 if stage.transposed else 1]
     f, rows = TensorProto.FLOAT, [helper.make_tensor_value_info("rows", TensorProto.FLOAT, [1, inputs, "height", "width"])]
     if before is not None:
@@ -140,19 +148,50 @@ def _norm(g: _Graph, x: str, weight: np.ndarray, bias: np.ndarray) -> str:
 
 
 def _norm_by_rows(g: _Graph, x: str, weight: np.ndarray, bias: np.ndarray) -> str:
-    mean, variance = _moments(g, x)
+    mean = _mean(g, x)
+    variance = g.add("Max", g.add("Sub", _mean_square(g, x), g.add("Mul", mean, mean)), g.float(0))
     gain = g.add("Div", g.constant(weight[:, None, None]), g.add("Sqrt", g.add("Add", variance, g.float(EPSILON))))
     return g.add("Add", g.add("Mul", x, gain), g.add("Sub", g.constant(bias[:, None, None]), g.add("Mul", mean, gain)))
 
 
-def _moments(g: _Graph, x: str, outputs: tuple[str | None, str | None] = (None, None)) -> tuple[str, str]:
-    """Mean and variance of each channel, ``(N, C, 1, 1)``, from sums of rows: sums of a thousand numbers keep the digits that a sum of a
-    million loses. Nothing of the size of ``x`` comes up on the way. Means of rows that are *added up* and divided: OpenVINO makes a mean of means one over all."""
-    height, width = (g.add("Cast", g.add("Shape", x, start=axis, end=axis + 1), to=TensorProto.FLOAT) for axis in (2, 3))
-    rows, lengths = g.add("ReduceMean", x, axes=[3], keepdims=1), g.add("ReduceL2", x, axes=[3], keepdims=1)
-    mean = g.add("Div", g.add("ReduceSum", rows, g.ints(2), keepdims=1), height, output=outputs[0])
-    squares = g.add("ReduceMean", g.add("Div", g.add("Mul", lengths, lengths), width), axes=[2], keepdims=1)
-    return mean, g.add("Max", g.add("Sub", squares, g.add("Mul", mean, mean)), g.float(0), output=outputs[1])
+def _mean(g: _Graph, x: str, output: str | None = None) -> str:
+    """Of each channel, ``(N, C, 1, 1)``, rows first: sums of a thousand numbers keep the digits that a sum of a million loses. Means of rows are *added up* and divided:
+    a mean of means OpenVINO makes one over all."""
+    rows = g.add("ReduceMean", x, axes=[3], keepdims=1)
+    return g.add("Div", g.add("ReduceSum", rows, g.ints(2), keepdims=1), _side(g, x, 2), output=output)
+
+
+def _mean_square(g: _Graph, x: str, output: str | None = None) -> str:
+    """Likewise."""
+    lengths = g.add("ReduceL2", x, axes=[3], keepdims=1)
+    return g.add("ReduceMean", g.add("Div", g.add("Mul", lengths, lengths), _side(g, x, 3)), axes=[2], keepdims=1, output=output)
+
+
+def _side(g: _Graph, x: str, axis: int) -> str:
+    return g.add("Cast", g.add("Shape", x, start=axis, end=axis + 1), to=TensorProto.FLOAT)
+
+
+def _flat_values(network: StagedNetwork) -> list[np.ndarray]:
+    """What each stage's convolution makes, ``(O,)``, of a picture of one color, 0: norms leave their biases of it."""
+    values, found = [np.zeros(3)], []
+    for stage in network.stages:
+        kernels = stage.weight.sum(axis=(2, 3))
+        value = values[-1] @ kernels / 4 if stage.transposed else kernels @ values[-1]
+        value = value + (0 if stage.bias is None else stage.bias)
+        value = value.reshape(-1, stage.shuffle**2).mean(axis=1)
+        found.append(value)
+        value = value if stage.norm_bias is None else stage.norm_bias
+        value = np.maximum(value, 0) if stage.relu else value
+        values.append(value + values[-2] if stage.skip else value)
+    return found
+
+
+def _less(stage: Stage, value: np.ndarray) -> Stage:
+    """A stage whose convolution gives that much less, where a norm follows, which does not mind."""
+    if stage.norm_weight is None:
+        return stage
+    bias = -value.repeat(stage.shuffle**2) + (0 if stage.bias is None else stage.bias)
+    return replace(stage, bias=bias.astype(np.float32))
 
 
 def _quantized(g: _Graph, numbers: EightBits, x: str) -> tuple[str, str]:

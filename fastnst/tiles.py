@@ -67,7 +67,7 @@ class _Strips:
 
     def __init__(self, engine: Engine, pixels: np.ndarray, rows: int, memory: int, report: Callable[[float], None], notice: Callable[[str], None]) -> None:
         network = engine.network
-        self.engine, self.stages, self.rows, self.report, self.notice = engine, network.stages, rows, report, notice
+        self.engine, self.stages, self.report, self.notice = engine, network.stages, report, notice
         self.output = network.info.network.output
         config = network.info.network
         missing = [max(config.smallest_side - side, -side % config.multiple) for side in pixels.shape[:2]]
@@ -78,6 +78,7 @@ class _Strips:
         self.sizes = [self.pixels.shape[:2]]  # (height, width) of what goes into each stage, and out of the last
         for stage in self.stages:
             self.sizes.append(tuple(stage.size(side) for side in self.sizes[-1]))
+        self.rows = min(rows, self.sizes[0][0])
         scales = list(accumulate((stage.stride / stage.shuffle / (1 + stage.transposed) for stage in self.stages), mul))
         self.is_kept = [scale == max(scales) for scale in scales]
         kept = [stage.channels * height * width for stage, is_kept, (height, width) in zip(self.stages, self.is_kept, self.sizes[1:]) if is_kept]

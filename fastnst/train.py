@@ -155,8 +155,6 @@ def train(
             if due.stop:
                 break
             training.learn()
-        if training.step >= loop.steps:
-            training.finish()
 
     seconds = time.monotonic() - training.began
     return TrainResult(

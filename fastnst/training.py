@@ -15,11 +15,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from fastnst.checkpoint import STATE_NAME, restore, save_model, save_training_state
-from fastnst.data import load_validation
-from fastnst.engine import load_network
-from fastnst.fidelity import int8_psnr
 from fastnst.image import resize, to_pil
-from fastnst.model import MODEL_NAME, note_int8_psnr, read_model
+from fastnst.model import MODEL_NAME, read_model
 from fastnst.picture import ImageSize
 from fastnst.run import check_there, portable
 from fastnst.runtime import is_out_of_memory
@@ -27,7 +24,6 @@ from fastnst.schedule import learning_rate_at
 from fastnst.task import Task, batches_from, fingerprint, learn, validate
 from fastnst.watchdog import Trouble, Watchdog
 
-_INT8_PHOTOS, _INT8_SIZE = 4, 512  # seconds, on two cores; smaller pictures lose less
 _SAVE_SECONDS = 300  # a slow machine saves this often, whatever save_every says: no more is lost to a power cut
 
 
@@ -238,16 +234,6 @@ class Training:
         self._window.append(numbers)
         self._is_best = False
         self._report(TrainProgress(self.step, loop.steps))
-
-    def finish(self) -> None:
-        """Once all is learned: measure whether the model's pictures allow 8 bits, and put it into its file."""
-        path = self.run_dir / MODEL_NAME
-        if self.task.ranks.main and self.task.config.network.norm == "instance" and read_model(path)[1].int8_psnr is None:
-            try:
-                photos, _ = load_validation(self.task.photos.validation[:_INT8_PHOTOS], self.task.config.data.model_copy(update={"crop_size": _INT8_SIZE}))
-            except OSError:  # the photos have gone: bfloat16 will do
-                return
-            note_int8_psnr(path, int8_psnr(load_network(path), photos.permute(0, 2, 3, 1).numpy()))
 
     def _save_state(self) -> None:
         check_there(self.run_dir)

@@ -31,13 +31,11 @@ def main(argv=None) -> int:
     from fastnst.checkpoint import STATE_NAME, load_model, load_training_state, save_model
     from fastnst.config import load_config
     from fastnst.data import list_photos, load_validation
-    from fastnst.engine import load_network
-    from fastnst.fidelity import int8_psnr
     from fastnst.files import atomic_write
     from fastnst.image import load_image, to_pil, to_tensor
     from fastnst.loss_network import load_loss_network
     from fastnst.losses import LossConfig, PerceptualLoss
-    from fastnst.model import MODEL_NAME, note_int8_psnr
+    from fastnst.model import MODEL_NAME
     from fastnst.picture import open_rgb
     from fastnst.run import CONFIG_NAME
     from fastnst.runtime import keep_freed_memory, resolve_device
@@ -59,10 +57,7 @@ def main(argv=None) -> int:
     held_out, _ = load_validation(found.validation, data)
 
     save_model(args.output / MODEL_NAME, network, info.step, info.recipe, info.thumbnail if args.thumbnail else None, half=True)
-    if config.network.norm == "instance":
-        larger, _ = load_validation(found.validation, data.model_copy(update={"crop_size": 512}))
-        note_int8_psnr(args.output / MODEL_NAME, int8_psnr(load_network(args.output / MODEL_NAME), larger.permute(0, 2, 3, 1).numpy()))
-    shipped, info = load_model(args.output / MODEL_NAME)
+    shipped, _ = load_model(args.output / MODEL_NAME)
     photos = [open_rgb(cli.example_photo(name))[0] for name in ("astronaut", "chelsea", "coffee")]
     stylized = []
     largest = 0.0
@@ -80,7 +75,6 @@ def main(argv=None) -> int:
         "objective": {name.removeprefix("validation/"): round(value, 6) for name, value in measured.items() if not name.startswith("validation_look")},
         "look": {name.removeprefix("validation_look/"): round(value, 4) for name, value in measured.items() if name.startswith("validation_look")},
         "raw_weights": {"content": loss_config.content_weight, "style": {k: loss_config.style_weight * w for k, w in loss_config.style_layers.items()}, "tv": loss_config.tv_weight},
-        "int8_psnr": info.int8_psnr,
         "half_precision_largest_difference": round(largest, 6),
         "machine": f"{torch.cuda.get_device_name() if device.type == 'cuda' else platform.machine() + ' CPU'}",
     }

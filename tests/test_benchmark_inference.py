@@ -4,13 +4,14 @@ import importlib
 import json
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import synthetic_photo
 from test_stages import staged
 
 from fastnst import benchmark_inference
-from fastnst.benchmark_inference import ON_DEVICE, PUBLISHED, Row, _staying, measure, measure_fresh_processes, operations, to_markdown
+from fastnst.benchmark_inference import ON_DEVICE, PUBLISHED, Row, _staying, measure, measure_fresh_processes, operations, psnr, to_markdown
 from fastnst.checkpoint import save_model
 from fastnst.cli import run
 from fastnst.model import NetworkConfig
@@ -31,6 +32,11 @@ def test_operations_by_hand():
     _, network = staged(width=4, residual_blocks=1)
     multiplications = 81 * 12 * 256 + 9 * 32 * 64 + 9 * 128 * 16 + 2 * 9 * 256 * 16 + 16 * 128 * 16 + 16 * 32 * 64 + 100 * 48 * 64
     assert operations(network, 16, 16) == 2 * multiplications
+
+
+def test_psnr_by_hand():
+    assert psnr(np.full((2, 2), 10), np.full((2, 2), 10)) is None
+    assert psnr(np.full((2, 2), 10), np.full((2, 2), 11)) == pytest.approx(48.13, abs=0.01)  # 10 log10(255^2 / 1)
 
 
 def test_every_way_is_measured_and_compared(model, tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from fastnst import __version__
 from fastnst.checkpoint import load_model, load_training_state, restore, save_model, save_training_state
-from fastnst.model import MODEL_FORMAT, NetworkConfig, note_int8_psnr
+from fastnst.model import MODEL_FORMAT, NetworkConfig
 from fastnst.network import TransformNetwork
 
 RECIPE = {"train": {"steps": 7}, "style": {"image": "wave.jpg"}}
@@ -73,21 +73,6 @@ def test_model_without_a_thumbnail(tmp_path):
     assert load_model(tmp_path / "m.safetensors")[1].thumbnail is None
 
 
-def test_int8_psnr_is_put_into_a_file_that_stays_as_it_was(model):
-    resave(model, lambda tensors, metadata: tensors.update({name: tensor.half() for name, tensor in tensors.items()}))
-    assert load_model(model)[1].int8_psnr is None
-    contents = []
-    for note in (False, True):
-        if note:
-            note_int8_psnr(model, 51.251)
-        with safe_open(model, framework="pt") as file:
-            contents.append(({key: file.get_tensor(key) for key in file.keys()}, file.metadata()))
-    (before, said_before), (after, said_after) = contents
-    assert all(torch.equal(before[key], after[key]) and after[key].dtype == torch.float16 for key in before) and before.keys() == after.keys()
-    assert said_after == said_before | {"int8_psnr": "51.25"}
-    assert load_model(model)[1].int8_psnr == 51.25
-
-
 def test_half_precision_model_is_loaded_in_float32(model):
     resave(model, lambda tensors, metadata: tensors.update({name: tensor.half() for name, tensor in tensors.items()}))
     assert {parameter.dtype for parameter in load_model(model)[0].parameters()} == {torch.float32}
@@ -114,7 +99,6 @@ def resave(path: Path, change) -> None:
         lambda tensors, metadata: metadata.update(network="3"),
         lambda tensors, metadata: metadata.update(network="{"),
         lambda tensors, metadata: metadata.update(step="many"),
-        lambda tensors, metadata: metadata.update(int8_psnr="good"),
         lambda tensors, metadata: metadata.update(style_thumbnail="!"),
         lambda tensors, metadata: metadata.update(style_thumbnail="aGVsbG8="),  # base64, but no picture
     ],

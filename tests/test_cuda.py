@@ -5,10 +5,10 @@ import pytest
 import torch
 from test_gradient import cut, objective, photos
 
+from fastnst.benchmark_inference import psnr
 from fastnst.checkpoint import save_model
 from fastnst.config import validate_config
 from fastnst.engine import load_engine, load_network
-from fastnst.fidelity import psnr
 from fastnst.gradient import Gradient
 from fastnst.model import NetworkConfig
 from fastnst.network import TransformNetwork

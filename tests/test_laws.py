@@ -33,7 +33,6 @@ NOUNS = {
     "fused_norm": {"stages"},
     "recording": set(),
     "engine": {"eight_bits", "fused_norm", "model", "onnx_graph", "recording", "runtime", "stages"},
-    "fidelity": {"eight_bits", "engine", "stages"},
     "tiles": {"engine", "runtime", "stages"},
     "blend": set(),
     "jobs": {"picture"},
@@ -45,7 +44,7 @@ NOUNS = {
     "objective": {"losses", "runtime"},
     "gradient": {"objective", "ranks", "recording", "runtime"},
     "optimizer": set(),
-    "benchmark_inference": {"checkpoint", "engine", "fidelity", "picture", "runtime", "stages"},
+    "benchmark_inference": {"checkpoint", "engine", "picture", "runtime", "stages"},
     "benchmark_training": {"data", "gradient", "losses", "loss_network", "model", "network", "objective", "optimizer", "runtime"},
     "benchmark_recipes": {"image", "judges", "losses", "metrics", "report"},
     "checkpoint": {"files", "model", "network"},
@@ -58,7 +57,7 @@ NOUNS = {
     "watchdog": set(),
     "survey": {"data", "picture"},
     "run": {"checkpoint", "config", "files", "model"},
-    "training": {"checkpoint", "data", "engine", "fidelity", "image", "model", "picture", "run", "runtime", "schedule", "task", "watchdog"},
+    "training": {"checkpoint", "image", "model", "picture", "run", "runtime", "schedule", "task", "watchdog"},
     "task": {"config", "data", "gradient", "image", "loss_network", "losses", "metrics", "model", "network", "objective", "optimizer", "photo_cache", "picture", "ranks", "runtime", "schedule"},
 }
 TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "gradient", "optimizer", "benchmark_training", "benchmark_recipes", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task", "training"}

@@ -90,7 +90,7 @@ def test_a_strip_that_does_not_fit_is_tried_again_smaller(monkeypatch, options):
         assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
     monkeypatch.setattr(engine, "stage", lambda *rest: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
-        stylize_tiled(engine, picture, 64, PLENTY, notice=said.append)
+        stylize_tiled(engine, picture[:64], 10_000, PLENTY, notice=said.append)  # of a strip taller than the picture, only its rows count
     assert said[1:] == ["a strip did not fit into memory; going on with 32 rows each", "a strip did not fit into memory; going on with 16 rows each"]
 
 

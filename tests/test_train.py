@@ -133,29 +133,6 @@ def test_a_validation_without_memory_takes_that_of_the_recordings(train_data, tm
     assert fit(train_data, tmp_path / "run").finished and len(forgotten) == 1
 
 
-def test_a_finished_model_says_what_8_bits_do_to_its_pictures(train_data, tmp_path, photos):
-    fit(train_data, tmp_path / "run", 3)
-    model = tmp_path / "run" / "model.safetensors"
-    assert load_model(model)[1].int8_psnr is None
-    fit(train_data, tmp_path / "run")
-    measured = load_model(model)[1].int8_psnr
-    assert 20 < measured < 99
-    before = model.stat().st_mtime_ns
-    fit(train_data, tmp_path / "run")
-    assert model.stat().st_mtime_ns == before  # a finished run leaves it alone
-    fit(train_data, tmp_path / "batch", network__norm="batch")
-    assert load_model(tmp_path / "batch" / "model.safetensors")[1].int8_psnr is None
-
-
-def test_photos_that_have_gone_by_the_end_cost_a_training_nothing(train_data, tmp_path, photos):
-    def remove(progress):
-        if progress.step == 6 and photos.exists():
-            shutil.rmtree(photos)
-
-    assert fit(train_data, tmp_path / "run", report=remove).finished
-    assert load_model(tmp_path / "run" / "model.safetensors")[1].int8_psnr is None
-
-
 def test_a_crash_loses_only_the_steps_since_the_last_save(train_data, tmp_path):
     def crash(progress):
         if progress.step == 5:
