@@ -15,7 +15,7 @@ examples:
   fastnst benchmark --recipes own own+loss.grid_weight=0 own+train.optimizer=adam+train.learning_rate.initial=1e-3 ... --set network.width=16
 
 A recipe is a training config, changed by each +KEY=VALUE behind it. The painting's size and the loss (network, layers, weights, strength) are those
-of the first for all; total variation, grid and stability are each recipe's own. Runs are kept in --output: the same command goes on where it
+of the first for all; total variation, grid, spectrum and stability are each recipe's own. Runs are kept in --output: the same command goes on where it
 stopped, and with more seeds or recipes trains what is missing. Writes recipes.md, recipes.json and a sheet for each painting."""
 
 
