@@ -1,12 +1,15 @@
 """Steps of the optimizers, against arithmetic and against torch's own."""
 
+import copy
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from fastnst.model import NetworkConfig
 from fastnst.network import TransformNetwork
-from fastnst.optimizer import Muon, adam, make_optimizer
+from fastnst.optimizer import Muon, adam, make_optimizer, orthogonalized
 
 SMALL = NetworkConfig(width=4, residual_blocks=1)
 
@@ -42,11 +45,57 @@ def test_muon_moves_kernels_along_the_nearest_orthogonal_matrix():
         group["lr"] = 0.01
     optimizer.step()
     step = (network[0].weight.detach() - before)[:, :, 0, 0]
-    # A 3x2 gradient U S V^T makes a step of -0.01 x 0.2 sqrt(3) x U S' V^T, where S' is between 0.68 and 1.14 (Jordan et al.), not 1 exactly.
+    # A 3x2 gradient U S V^T makes a step of -0.01 x 0.2 sqrt(3) x U S' V^T, where S' is between 0.68 and 1.21, not 1 exactly.
     u, _, v = torch.linalg.svd(network[0].weight.grad[:, :, 0, 0], full_matrices=False)
     along = -(u.T @ step @ v.T) / (0.01 * 0.2 * 3**0.5)
     assert along.diagonal().min() > 0.6 and along.diagonal().max() < 1.25
-    assert (along - along.diagonal().diag()).abs().max() < 0.05  # in bfloat16
+    assert (along - along.diagonal().diag()).abs().max() < 1e-4
+
+
+def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
+    """As Jordan et al. write it down, in double precision."""
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
+@pytest.mark.parametrize("rows, columns, smallest", [(32, 243, 1.0), (32, 243, 1e-3), (64, 64, 1e-6)])
+def test_orthogonalized_is_the_published_iteration(rows, columns, smallest):
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(side, rows, generator=generator))[0] for side in (rows, columns))
+    matrix = u * torch.logspace(0, math.log10(smallest), rows) @ v.T
+    found, published = orthogonalized(matrix[None])[0], newton_schulz(matrix)
+    assert float((found - published).norm() / published.norm()) < 1e-3  # in bfloat16 0.1
+    assert float(torch.linalg.svdvals(found)[0]) < 1.21
+    assert float(torch.linalg.svdvals(found)[-1]) > (0.68 if smallest == 1 else 0)
+
+
+def test_orthogonalized_of_matrices_filled_up_with_zeros_is_of_each_alone():
+    small, large = torch.randn(5, 20, generator=torch.Generator().manual_seed(0)), torch.randn(8, 30, generator=torch.Generator().manual_seed(1))
+    both = orthogonalized(torch.stack([nn.functional.pad(small, (0, 10, 0, 3)), large]))
+    assert torch.allclose(both[0, :5, :20], orthogonalized(small[None])[0], atol=1e-5)
+    assert torch.allclose(both[1], orthogonalized(large[None])[0], atol=1e-5)
+    assert not both[0, 5:].any() and not both[0, :, 20:].any()
+    assert not orthogonalized(torch.zeros(1, 3, 4)).any()  # a gradient of zeros
+
+
+def test_muon_steps_as_torch_s_own_does():
+    network = nn.Sequential(nn.Conv2d(3, 8, 5), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 3, 1), nn.Conv2d(3, 3, 3))  # 8x75, 16x72, 3x16
+    other = copy.deepcopy(network)
+    matrices = [nn.Parameter(layer.weight.detach().flatten(1).clone()) for layer in other[:3]]
+    optimizer, published = Muon(network), torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    optimizer.param_groups[0]["lr"] = 0.02
+    for step in range(3):
+        give_gradients(network, step)
+        for matrix, layer in zip(matrices, network):
+            matrix.grad = layer.weight.grad.flatten(1).clone()
+        optimizer.step()
+        published.step()
+    for matrix, layer, before in zip(matrices, network, other):
+        moved, expected = layer.weight.detach().flatten(1) - before.weight.detach().flatten(1), matrix.detach() - before.weight.detach().flatten(1)
+        assert float((moved - expected).norm() / expected.norm()) < 0.02  # torch's is in bfloat16
 
 
 def test_muon_leaves_the_last_convolution_norms_and_biases_to_adam():
