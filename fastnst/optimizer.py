@@ -18,7 +18,17 @@ def make_optimizer(name: OptimizerName, network: nn.Module) -> "torch.optim.Opti
 
 def adam(parameters: list[nn.Parameter]) -> torch.optim.Adam:
     """Adam over ``parameters``, all in one kernel where the device has it."""
-    return torch.optim.Adam(parameters, fused=parameters[0].device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.Adam(parameters, fused=parameters[0].device.type in ("cpu", "cuda"))
+    optimizer.register_load_state_dict_post_hook(_lay_out_moments)
+    return optimizer
+
+
+def _lay_out_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Moments in the order of memory of their weights, as the fused kernel takes for granted: a run may go on where weights are laid out otherwise."""
+    for parameter, state in optimizer.state.items():
+        for name, moment in state.items():
+            if moment.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
 
 
 class Muon:
@@ -58,14 +68,14 @@ class Muon:
         self._adam.step()
 
     def state_dict(self) -> dict[str, Any]:
-        momenta = {index: {"momentum_buffer": place} for index, place in enumerate(self._places(self._momentum))}
+        momenta = {index: {"momentum_buffer": _as_kernel(place, kernel)} for index, (place, kernel) in enumerate(zip(self._places(self._momentum), self._kernels))}
         return {"muon": {"state": momenta}, "adam": self._adam.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ``KeyError`` or ``ValueError`` where it is another optimizer's."""
         self._adam.load_state_dict(state["adam"])
-        for index, place in enumerate(self._places(self._momentum)):
-            place.copy_(state["muon"]["state"][index]["momentum_buffer"])
+        for index, (place, kernel) in enumerate(zip(self._places(self._momentum), self._kernels)):
+            place.copy_(_as_matrix(state["muon"]["state"][index]["momentum_buffer"], like=kernel))
 
     def _places(self, batch: Tensor) -> list[Tensor]:
         """Where each kernel's matrix is in ``batch``."""
@@ -97,3 +107,10 @@ def _as_matrix(kernel: Tensor, like: Tensor | None = None) -> Tensor:
         kernel = kernel.permute(0, 2, 3, 1)
     matrix = kernel.reshape(kernel.shape[0], -1)
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+
+
+def _as_kernel(matrix: Tensor, like: Tensor) -> Tensor:
+    """The ``(O, I, k, k)`` of which ``_as_matrix`` makes ``matrix``."""
+    kernel = torch.empty_like(like, requires_grad=False)
+    _as_matrix(kernel).copy_(matrix)
+    return kernel

@@ -23,7 +23,7 @@ def copy_of(network: TransformNetwork) -> TransformNetwork:
 def give_gradients(network: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape, generator=generator))  # laid out as autograd does
 
 
 def test_adam_in_one_kernel_steps_as_plain_adam_does():
@@ -132,6 +132,25 @@ def test_resumed_is_uninterrupted_in_every_layout(name, layout):
         state = resumed.state_dict()
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), interrupted.parameters()))
     assert not any(torch.equal(a, b) for a, b in zip(network.parameters(), plain.parameters()))
+
+
+@pytest.mark.parametrize("name", ["adam", "muon"])
+@pytest.mark.parametrize("layouts", [(torch.channels_last, torch.contiguous_format), (torch.contiguous_format, torch.channels_last)])
+def test_run_goes_on_where_weights_are_laid_out_otherwise(name, layouts):
+    """As one begun on a GPU does on a CPU: each moment stays with its weight."""
+    began = TransformNetwork(SMALL).to(memory_format=layouts[0])
+    optimizer = make_optimizer(name, began)
+    for step in range(3):
+        give_gradients(began, step)
+        optimizer.step()
+    ended = copy_of(began).to(memory_format=layouts[1])
+    elsewhere = make_optimizer(name, ended)
+    state = copy.deepcopy(optimizer.state_dict())
+    elsewhere.load_state_dict(state)
+    for network, its in ((began, optimizer), (ended, elsewhere)):
+        give_gradients(network, 3)
+        its.step()
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(began.parameters(), ended.parameters()))
 
 
 def test_muon_and_adam_do_not_take_each_others_state():
