@@ -148,6 +148,7 @@ def default_engines(device: str) -> list[str]:
     if device != "cpu" and torch.cuda.is_available():
         return ["torch:float16", "torch:bfloat16", "torch:float32"]
     found = ["auto:auto"]
+    found += ["native:float32"] if is_installed("native") else []
     found += ["openvino:float32"] if is_installed("openvino") else []
     found += ["onnxruntime:float32"] if is_installed("onnxruntime") else []
     return [*found, "torch:auto", "torch:float32"]

@@ -21,7 +21,7 @@ from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, fold
 if TYPE_CHECKING:
     from fastnst.recording import Recording
 
-ENGINES = ("auto", "openvino", "onnxruntime", "torch")
+ENGINES = ("auto", "native", "openvino", "onnxruntime", "torch")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
 Pixels = Literal["uint8", "float"]
 Compiled = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
@@ -78,20 +78,36 @@ def load_engine(network: StagedNetwork, device: str = "auto", engine: str = "aut
         raise ValueError(f"--engine: got {engine!r}, need one of {', '.join(ENGINES)}")
     if precision not in PRECISIONS:
         raise ValueError(f"--precision: got {precision!r}, need one of {', '.join(PRECISIONS)}")
-    on_cpu = device == "cpu" or (device == "auto" and (engine in ("openvino", "onnxruntime") or not gpu_is_likely()))
+    on_cpu = device == "cpu" or (device == "auto" and (engine in ("native", "openvino", "onnxruntime") or not gpu_is_likely()))
     if engine == "auto":
-        engine = next((name for name in ("openvino", "onnxruntime") if on_cpu and is_installed(name)), "torch")
+        engine = next((name for name in _in_order(precision) if on_cpu and is_installed(name)), "torch")
     if engine == "torch":
         return TorchEngine(network, "cpu" if on_cpu else device, precision)
     if not on_cpu:
         raise ValueError(f"--engine {engine} computes on the CPU, got --device {device}; use --engine torch, or --device cpu")
     if not is_installed(engine):
+        if engine == "native":
+            raise ValueError("--engine native was not compiled when fastnst was installed; install a C compiler (gcc or clang), then fastnst again")
         raise ValueError(f"--engine {engine} is not installed; install it with: pip install 'fastnst[{engine}]'")
+    if engine == "native":
+        _cpu_precision(engine, precision)  # float32 alone
+        return native().NativeEngine(network)
     return (OpenVinoEngine if engine == "openvino" else OnnxRuntimeEngine)(network, precision)
 
 
+def _in_order(precision: str) -> tuple[str, ...]:
+    """Engines for CPUs that have a precision, the fastest first; torch comes last."""
+    if precision in ("int8", "bfloat16"):
+        return ("openvino",)
+    if precision == "auto" and multiplies_bfloat16():
+        return "openvino", "native", "onnxruntime"
+    return "native", "openvino", "onnxruntime"
+
+
 def is_installed(engine: str) -> bool:
-    """Whether all that an engine needs can be imported."""
+    """Whether all that an engine needs is there."""
+    if engine == "native":
+        return native().native_library() is not None
     return all(importlib.util.find_spec(package) for package in ([engine] if engine == "torch" else [engine, "onnx"]))
 
 
@@ -398,8 +414,15 @@ def onnx_graph():
     return onnx_graph
 
 
+def native():
+    """The module, imported when it is first needed."""
+    from fastnst import native
+
+    return native
+
+
 def _cpu_precision(engine: str, precision: str) -> str:
-    there = {"openvino": ("float32", "bfloat16", "int8"), "onnxruntime": ("float32",), "torch": ("float32", "bfloat16")}[engine]
+    there = {"native": ("float32",), "openvino": ("float32", "bfloat16", "int8"), "onnxruntime": ("float32",), "torch": ("float32", "bfloat16")}[engine]
     if precision == "auto":
         return "bfloat16" if "bfloat16" in there and multiplies_bfloat16() else "float32"
     if precision not in there:

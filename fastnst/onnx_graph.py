@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fastnst.eight_bits import EightBits
 from fastnst.files import atomic_write
 from fastnst.model import model_metadata, parse_metadata
-from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, describe, restore_stages
+from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, describe, flat_values, restore_stages
 
 _OPSET = 17  # the first with everything used here; ONNX Runtime from 1.12 on reads it
 _MODES = {"reflect": "reflect", "replicate": "edge", "constant": "constant"}
@@ -59,7 +59,7 @@ def network_graph(network: StagedNetwork, pixels: str = "uint8", metadata: dict[
     What goes into a norm, which does not mind a constant, is 0 where a picture is flat: so few digits as bfloat16 has are then those of
     what a picture shows, not of its ground.
     """
-    stages = [_less(stage, flat) for stage, flat in zip(network.stages, _flat_values(network))]
+    stages = [_less(stage, flat) for stage, flat in zip(network.stages, flat_values(network)[1])]
     arrays, _ = describe(network)
     g, config = _Graph(arrays), network.info.network
     if pixels == "uint8":
@@ -169,21 +169,6 @@ def _mean_square(g: _Graph, x: str, output: str | None = None) -> str:
 
 def _side(g: _Graph, x: str, axis: int) -> str:
     return g.add("Cast", g.add("Shape", x, start=axis, end=axis + 1), to=TensorProto.FLOAT)
-
-
-def _flat_values(network: StagedNetwork) -> list[np.ndarray]:
-    """What each stage's convolution makes, ``(O,)``, of a picture of one color, 0: norms leave their biases of it."""
-    values, found = [np.zeros(3)], []
-    for stage in network.stages:
-        kernels = stage.weight.sum(axis=(2, 3))
-        value = values[-1] @ kernels / 4 if stage.transposed else kernels @ values[-1]
-        value = value + (0 if stage.bias is None else stage.bias)
-        value = value.reshape(-1, stage.shuffle**2).mean(axis=1)
-        found.append(value)
-        value = value if stage.norm_bias is None else stage.norm_bias
-        value = np.maximum(value, 0) if stage.relu else value
-        values.append(value + values[-2] if stage.skip else value)
-    return found
 
 
 def _less(stage: Stage, value: np.ndarray) -> Stage:

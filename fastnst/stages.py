@@ -187,6 +187,30 @@ def _contiguous(stage: Stage) -> Stage:
     return replace(stage, **{name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items() if array is not None})
 
 
+def ground(network: StagedNetwork, pixels: np.ndarray) -> np.ndarray:
+    """What to take off pixels of 0..255, ``(H, W, 3)``, a whole number for each channel: ``PIXEL_SHIFT``, or where the first stage does not mind, the
+    picture's mean, so that one of a single color is 0."""
+    first = network.stages[0]
+    if first.norm_weight is None or first.padding_mode == "constant":
+        return np.full(3, PIXEL_SHIFT, np.float32)
+    return np.round(pixels.mean(axis=(0, 1), dtype=np.float64)).astype(np.float32)
+
+
+def flat_values(network: StagedNetwork) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What each stage's convolution takes, ``(I,)``, and makes, ``(O,)``, of a picture of one color, 0: norms leave their biases of it."""
+    values, found = [np.zeros(3)], []
+    for stage in network.stages:
+        kernels = stage.weight.sum(axis=(2, 3))
+        value = values[-1] @ kernels / 4 if stage.transposed else kernels @ values[-1]
+        value = value + (0 if stage.bias is None else stage.bias)
+        value = value.reshape(-1, stage.shuffle**2).mean(axis=1)
+        found.append(value)
+        value = value if stage.norm_bias is None else stage.norm_bias
+        value = np.maximum(value, 0) if stage.relu else value
+        values.append(value + values[-2] if stage.skip else value)
+    return values[:-1], found
+
+
 def describe(network: StagedNetwork) -> tuple[dict[str, np.ndarray], str]:
     """The arrays of all stages by name, and everything else of them as JSON; ``restore_stages`` reads both."""
     arrays = {f"stage.{index}.{name}": getattr(stage, name) for index, stage in enumerate(network.stages) for name in ARRAYS}

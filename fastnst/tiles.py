@@ -14,7 +14,7 @@ import numpy as np
 
 from fastnst.engine import Engine
 from fastnst.runtime import is_out_of_memory
-from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork
+from fastnst.stages import EPSILON, Stage, StagedNetwork, ground
 
 _STRIP_BYTES = 128 * 2**20
 _SMALLEST_STRIP = 16
@@ -75,6 +75,7 @@ class _Strips:
         self.pixels = np.pad(pixels, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge") if any(missing) else pixels
         if start := config.start_padding:
             self.pixels = np.pad(self.pixels, ((start, start), (start, start), (0, 0)), mode="reflect")
+        self.ground = ground(network, pixels)
         self.sizes = [self.pixels.shape[:2]]  # (height, width) of what goes into each stage, and out of the last
         for stage in self.stages:
             self.sizes.append(tuple(stage.size(side) for side in self.sizes[-1]))
@@ -189,7 +190,7 @@ class _Strips:
     def _raw(self, index: int, begin: int, end: int) -> np.ndarray:
         """Rows of what goes out of a stage's convolution: ``(1, C, end - begin, W)`` float32."""
         if index < 0:
-            return self.pixels[begin:end].transpose(2, 0, 1)[None].astype(np.float32) - np.float32(PIXEL_SHIFT)
+            return self.pixels[begin:end].transpose(2, 0, 1)[None].astype(np.float32) - self.ground[:, None, None]
         if index not in self.kept:
             return self._convolve(index, begin, end, statistics=False)[0]
         rows = self.kept[index][:, begin:end].astype(np.float32)

@@ -32,7 +32,7 @@ def main(argv=None) -> int:
     existing = p.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     existing.add_argument("--skip-existing", action="store_true", help="go on where an interrupted run stopped: photos whose output exists are not made again")
-    p.add_argument("--engine", default="auto", metavar="auto|openvino|onnxruntime|torch", help="what computes (auto: the fastest that is installed)")
+    p.add_argument("--engine", default="auto", metavar="auto|native|openvino|onnxruntime|torch", help="what computes (auto: the fastest that is installed)")
     p.add_argument("--precision", default="auto", metavar="auto|float32|bfloat16|float16|int8", help="auto: the fastest that the eye cannot tell from float32; int8 is faster, some 50 dB for photos, but 33 for a few things on a plain ground such as text; strips of it are bfloat16, or float32 where the CPU has none")
     p.add_argument("--tile", default="auto", metavar="auto|off|ROWS", help="strip by strip, with the same result but for rounding: where memory is short, never, or always")
     video = p.add_argument_group("video and camera (pip install 'fastnst[video]')")

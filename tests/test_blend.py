@@ -61,7 +61,7 @@ def test_an_opacity_out_of_range_is_named(model, opacity):
 
 
 @pytest.mark.parametrize("options", [{"opacity": 0.4}, {"keep_colors": True}, {"opacity": 0.7, "keep_colors": True}], ids=str)
-@pytest.mark.parametrize("engine", ["torch", "openvino"])
+@pytest.mark.parametrize("engine", ["torch", "openvino", "native"])
 def test_every_kind_of_picture_is_blended_alike(model, engine, options):
     plain, blended = (Stylizer.from_file(model, "cpu", engine, "float32", **more) for more in ({}, options))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 130, 37, 3), dtype=np.uint8)

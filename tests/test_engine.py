@@ -11,6 +11,7 @@ import torch
 from test_stages import staged
 
 from fastnst import engine as engines
+from fastnst import native
 from fastnst.engine import ENGINES, WORTH_COMPILING, is_installed, load_engine, load_network
 from fastnst.tiles import stylize_tiled
 
@@ -101,9 +102,10 @@ def test_float32_keeps_its_digits_in_large_pictures(monkeypatch):
 
     path = shipped_styles()["wave"]
     network = load_model(path)[0]
-    engine = load_engine(load_network(path), "cpu", "openvino", "float32")
     picture = data.astronaut()[None]
     expected = np.round(eager(network, picture))
+    assert psnr(load_engine(load_network(path), "cpu", "native").run(picture), expected) > 88
+    engine = load_engine(load_network(path), "cpu", "openvino", "float32")
     assert psnr(engine.run(picture), expected) > 88
     monkeypatch.setattr(engines, "_LARGE", 1000)  # compiled for the size
     assert psnr(engine.run(picture), expected) > 88
@@ -127,9 +129,10 @@ def test_a_thing_on_a_plain_ground(picture):
 
     path = shipped_styles()["wave"]
     expected = eager(load_model(path)[0], picture)
-    engine = load_engine(load_network(path), "cpu", "openvino", "float32")
-    assert np.abs(engine.run(picture) - expected).max() <= 1.5
-    assert np.abs(stylize_tiled(engine, picture[0], 64, 10**12) - expected).max() <= 1.5
+    for name in ("native", "openvino"):
+        engine = load_engine(load_network(path), "cpu", name, "float32")
+        assert np.abs(engine.run(picture) - expected).max() <= 1.5
+        assert np.abs(stylize_tiled(engine, picture[0], 64, 10**12) - expected).max() <= 1.5
     if picture.std() > 1:
         assert psnr(load_engine(load_network(path), "cpu", "openvino", "bfloat16").run(picture), expected) > 50
 
@@ -143,28 +146,46 @@ def test_auto_precision_follows_the_cpu(monkeypatch, flags, expected):
     assert load_engine(stages, "cpu", "onnxruntime").precision == "float32"  # it has no bfloat16 convolutions
 
 
-@pytest.mark.parametrize("missing, expected", [((), "openvino"), (("openvino",), "onnxruntime"), (("onnx",), "torch"), (("openvino", "onnxruntime"), "torch")])
-def test_auto_takes_the_best_engine_that_is_installed(monkeypatch, missing, expected):
+@pytest.mark.parametrize(
+    "flags, precision, missing, expected",
+    [
+        ({"avx2"}, "auto", (), "native"),
+        ({"avx2"}, "auto", ("native",), "openvino"),
+        ({"avx2"}, "auto", ("native", "openvino"), "onnxruntime"),
+        ({"avx2"}, "auto", ("native", "onnx"), "torch"),
+        ({"avx2"}, "int8", (), "openvino"),
+        ({"avx512_bf16"}, "auto", (), "openvino"),
+        ({"avx512_bf16"}, "float32", (), "native"),
+        ({"avx512_bf16"}, "auto", ("openvino",), "native"),
+        ({"avx512_bf16"}, "bfloat16", ("openvino",), "torch"),
+    ],
+)
+def test_auto_takes_the_best_engine_that_is_installed(monkeypatch, flags, precision, missing, expected):
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None if name in missing else name)
+    monkeypatch.setattr(engines, "cpu_flags", lambda: frozenset(flags))
+    if "native" in missing:
+        monkeypatch.setattr(native, "native_library", lambda: None)
     _, stages = staged()
-    assert load_engine(stages, "cpu").name == expected
+    assert load_engine(stages, "cpu", precision=precision).name == expected
 
 
 def test_auto_on_a_gpu_is_torch(monkeypatch):
     monkeypatch.setattr(engines, "gpu_is_likely", lambda: True)
     _, stages = staged()
     assert load_engine(stages).name == "torch"
-    assert load_engine(stages, "cpu").name == "openvino"
+    assert load_engine(stages, "cpu").name != "torch"
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("cpu", "steam"), "--engine: got 'steam', need one of auto, openvino"),
+        (("cpu", "steam"), "--engine: got 'steam', need one of auto, native, openvino"),
         (("cpu", "auto", "int3"), "--precision: got 'int3'"),
         (("cpu", "openvino", "float16"), "--precision float16 is not there on a CPU .*use auto, float32, bfloat16 or int8"),
         (("cpu", "torch", "int8"), "--precision int8 is not there on a CPU with --engine torch"),
         (("cpu", "onnxruntime", "bfloat16"), "--precision bfloat16 .*use auto or float32$"),
+        (("cpu", "native", "bfloat16"), "--precision bfloat16 .*use auto or float32$"),
+        (("cuda", "native"), "--engine native computes on the CPU, got --device cuda"),
         (("cuda", "openvino"), "--engine openvino computes on the CPU, got --device cuda"),
         (("toaster",), "device 'toaster' is not known"),
     ],
@@ -181,6 +202,9 @@ def test_an_engine_that_is_not_installed_says_how_to(monkeypatch):
     assert not is_installed("openvino")
     with pytest.raises(ValueError, match=r"pip install 'fastnst\[openvino\]'"):
         load_engine(stages, "cpu", "openvino")
+    monkeypatch.setattr(native, "native_library", lambda: None)
+    with pytest.raises(ValueError, match="--engine native was not compiled .*install a C compiler"):
+        load_engine(stages, "cpu", "native")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -198,7 +222,7 @@ def test_ever_new_sizes_do_not_take_ever_more_memory():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("name", ["native", "openvino", "onnxruntime"])
 def test_a_photo_is_stylized_without_importing_torch(name, tmp_path):
     code = (
         "import sys; from fastnst.cli import run, shipped_styles; from fastnst.scripts import stylize; import numpy as np; from PIL import Image\n"

@@ -48,7 +48,7 @@ def test_the_file_explains_itself(model, tmp_path):
     assert (info.step, info.recipe, info.network.width, info.thumbnail.size) == (7, {"style": "painting"}, 4, (16, 12))
 
 
-@pytest.mark.parametrize("engine", ["openvino", "onnxruntime", "torch"])
+@pytest.mark.parametrize("engine", ["native", "openvino", "onnxruntime", "torch"])
 def test_stylize_takes_it_with_the_same_picture(model, tmp_path, engine):
     export(model[0], tmp_path / "model.onnx", "float")
     synthetic_photo(0).save(tmp_path / "in.png")

@@ -134,7 +134,7 @@ def test_auto_goes_in_strips_where_the_picture_needs_more_than_is_free(stylizer,
     assert np.abs(stylizer(picture).astype(int) - whole).max() <= 1
 
 
-@pytest.mark.parametrize("engine", ["openvino", "onnxruntime", "torch"])
+@pytest.mark.parametrize("engine", ["native", "openvino", "onnxruntime", "torch"])
 def test_threads_may_share_a_stylizer(model, engine):
     stylizer = Stylizer.from_file(model, "cpu", engine, "float32")
     sizes = [(40, 48), (40, 48), (48, 40)]  # the same ones often enough to be compiled for, and others between
@@ -149,7 +149,7 @@ def test_threads_may_share_a_stylizer(model, engine):
         assert all(pool.map(work, range(3)))
 
 
-@pytest.mark.parametrize("engine", ["openvino", "onnxruntime", "torch"])
+@pytest.mark.parametrize("engine", ["native", "openvino", "onnxruntime", "torch"])
 def test_a_picture_that_may_not_be_written_to_is_taken_without_a_warning(model, engine, recwarn):
     picture = np.zeros((20, 24, 3), np.uint8)
     picture.flags.writeable = False
@@ -163,7 +163,7 @@ def test_a_tile_that_is_none_is_named(stylizer, tile):
         Stylizer(stylizer.engine, tile)
 
 
-@pytest.mark.parametrize("engine", ["openvino", "onnxruntime", "torch"])
+@pytest.mark.parametrize("engine", ["native", "openvino", "onnxruntime", "torch"])
 def test_a_tensor_goes_in_strips_as_whole(model, engine):
     tensor = torch.cat([to_tensor(synthetic_photo(index, 70, 90)) for index in range(2)])
     whole, strips = (Stylizer.from_file(model, "cpu", engine, "float32", tile)(tensor) for tile in ("off", 16))

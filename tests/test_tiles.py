@@ -13,7 +13,7 @@ from fastnst.tiles import plan_rows, stylize_tiled
 PLENTY, LITTLE = 10**12, 0  # of memory: float32 between passes, float16
 
 
-@pytest.mark.parametrize("name", ["openvino", "onnxruntime", "torch"])
+@pytest.mark.parametrize("name", ["native", "openvino", "onnxruntime", "torch"])
 @pytest.mark.parametrize("height, width, padding", [(137, 53, "reflect"), (300, 16, "reflect"), (64, 48, "zeros"), (33, 9, "reflect"), (157, 53, "start")])
 def test_strips_are_the_whole(name, height, width, padding):
     _, stages = staged(residual_blocks=2, padding=padding)
