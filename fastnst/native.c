@@ -4,7 +4,7 @@ Pictures between stages are (H, W, C) with C a multiple of LANES, not normalized
 ReLU (`struct input`). Whoever writes them gathers the moments of their channels, so an activation is written once and read once.
 
 - 3x3 of stride 1: Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray 2016): 36 multiplications for 16 outputs instead of 144.
-- the last 9x9 to 3 channels: vectors along rows, not along channels.
+- 9x9 of stride 1: F(3x3, 3x3), nested: 225 multiplications for 9 outputs instead of 729.
 - all others: directly.
 
 Plain C with the vector extensions of GCC and Clang; compiled once for each kind of CPU. */
@@ -18,7 +18,6 @@ Plain C with the vector extensions of GCC and Clang; compiled once for each kind
 #if defined(__AVX2__)
 #define LANES 8
 #define ROWS 6 /* of a block of a matrix product; two vectors wide, so 12 of 16 registers hold sums */
-#define STRIPES 3
 #else
 #define LANES 4
 #ifdef __aarch64__ /* 32 registers */
@@ -26,14 +25,13 @@ Plain C with the vector extensions of GCC and Clang; compiled once for each kind
 #else
 #define ROWS 6
 #endif
-#define STRIPES 4
 #endif
 #define WIDE (2 * LANES)                /* outputs of a block */
 #define WINOGRAD_BYTES (192 * 1024)     /* of transformed tiles: a core.s cache holds them beside the kernels */
 #define DIRECT_ROWS 4
 #define DIRECT_COLUMNS 60
-#define LAST_ROWS 8
-#define LAST_COLUMNS (4 * STRIPES * LANES)
+#define NESTED_ROWS 8 /* of tiles of 3x3 */
+#define NESTED_COLUMNS 24
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -188,53 +186,107 @@ INLINE void product(int rows, long n, const float *a, long a_step, const float *
 
 /* ---- Winograd ---- */
 
-INLINE void transform_input(const vec d[6], vec t[6]) {
-    vec a = d[4] - 4 * d[2], b = d[3] - 4 * d[1], e = d[4] - d[2], f = 2 * (d[3] - d[1]);
-    t[0] = 4 * d[0] - 5 * d[2] + d[4];
-    t[1] = a + b;
-    t[2] = a - b;
-    t[3] = e + f;
-    t[4] = e - f;
-    t[5] = 4 * d[1] - 5 * d[3] + d[5];
+/* F(4, 3) from 6 numbers (points 0, 1, -1, 2, -2) and F(3, 3) from 5 (points 0, 1, -1, 1/2): `m` outputs of 3 taps from m + 2. */
+INLINE void transform_input(int m, const vec *d, vec *t) {
+    if (m == 4) {
+        vec a = d[4] - 4 * d[2], b = d[3] - 4 * d[1], e = d[4] - d[2], f = 2 * (d[3] - d[1]);
+        t[0] = 4 * d[0] - 5 * d[2] + d[4];
+        t[1] = a + b;
+        t[2] = a - b;
+        t[3] = e + f;
+        t[4] = e - f;
+        t[5] = 4 * d[1] - 5 * d[3] + d[5];
+    } else {
+        vec e = d[3] - d[1];
+        t[0] = e + 0.5f * (d[0] - d[2]);
+        t[1] = d[3] + 0.5f * (d[2] - d[1]);
+        t[2] = d[3] + 0.5f * d[1] - 1.5f * d[2];
+        t[3] = e;
+        t[4] = d[4] - d[2] - 0.5f * e;
+    }
 }
 
-INLINE void transform_output(const vec m[6], vec y[4]) {
-    vec s = m[1] + m[2], d = m[1] - m[2], p = m[3] + m[4], q = m[3] - m[4];
-    y[0] = m[0] + s + p;
-    y[1] = d + 2 * q;
-    y[2] = s + 4 * p;
-    y[3] = d + 8 * q + m[5];
+INLINE void transform_output(int m, const vec *p, vec *y) {
+    vec s = p[1] + p[2], d = p[1] - p[2];
+    if (m == 4) {
+        vec q = p[3] + p[4], r = p[3] - p[4];
+        y[0] = p[0] + s + q;
+        y[1] = d + 2 * r;
+        y[2] = s + 4 * q;
+        y[3] = d + 8 * r + p[5];
+    } else {
+        y[0] = p[0] + s + p[3];
+        y[1] = d + 0.5f * p[3];
+        y[2] = s + 0.25f * p[3] + p[4];
+    }
 }
 
-/* V[k][tile][channel] of `tiles` tiles, counted row by row of `across`, from `first` on; `step` floats lie between two k. */
-static void tiles_in(const struct input *in, long first, long across, long tiles, float *V, long step) {
+/* V[k][channel] of the tile at (m * row, m * column); `step` floats lie between two k. Three channels are written as a whole vector. */
+INLINE void tile_in(int m, const struct input *in, long row, long column, float *V, long step) {
     static const float nothing[1] = {0};
-    long channels = in->channels;
-    for (long tile = 0; tile < tiles; tile++) {
-        const float *from[6][6];
-        long row = (first + tile) / across, column = (first + tile) % across;
-        for (int i = 0; i < 6; i++)
-            for (int j = 0; j < 6; j++) {
-                long y = in->rows[4 * row + i], x = in->columns[4 * column + j];
-                from[i][j] = y < 0 || x < 0 ? nothing : in->x + (y * in->width + x) * channels;
-            }
-        for (long c = 0; c < channels; c += LANES) {
-            vec gain = load(in->gain + c), shift = load(in->shift + c), floor = load(in->floor + c), half[6][6];
-            for (int j = 0; j < 6; j++) {
-                vec d[6], t[6];
-                for (int i = 0; i < 6; i++) d[i] = from[i][j] == nothing ? load(in->value + c) : larger(gain * load(from[i][j] + c) + shift, floor);
-                transform_input(d, t);
-                for (int i = 0; i < 6; i++) half[i][j] = t[i];
-            }
-            for (int i = 0; i < 6; i++) {
-                vec t[6];
-                transform_input(half[i], t);
-                for (int j = 0; j < 6; j++) store(V + (6 * i + j) * step + tile * channels + c, t[j]);
-            }
+    const float *from[6][6];
+    int n = m + 2;
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < n; j++) {
+            long y = in->rows[m * row + i], x = in->columns[m * column + j];
+            from[i][j] = y < 0 || x < 0 ? nothing : in->x + (y * in->width + x) * in->channels;
+        }
+    for (long c = 0; c < in->channels; c += LANES) {
+        vec half[6][6];
+        for (int j = 0; j < n; j++) {
+            vec d[6], t[6];
+            for (int i = 0; i < n; i++) d[i] = from[i][j] == nothing ? load(in->value + c) : input_at(in, from[i][j], c);
+            transform_input(m, d, t);
+            for (int i = 0; i < n; i++) half[i][j] = t[i];
+        }
+        for (int i = 0; i < n; i++) {
+            vec t[6];
+            transform_input(m, half[i], t);
+            for (int j = 0; j < n; j++) store(V + (n * i + j) * step + c, t[j]);
         }
     }
 }
 
+/* y[i][j] of M[k]; `step` floats lie between two k. */
+INLINE void tile_out(int m, const float *M, long step, vec y[4][4]) {
+    vec half[4][6];
+    int n = m + 2;
+    for (int k = 0; k < n; k++) {
+        vec p[6], t[4];
+        for (int i = 0; i < n; i++) p[i] = load(M + (n * i + k) * step);
+        transform_output(m, p, t);
+        for (int i = 0; i < m; i++) half[i][k] = t[i];
+    }
+    for (int i = 0; i < m; i++) transform_output(m, half[i], y[i]);
+}
+
+/* A block of outputs of `tiles` tiles, counted row by row of `across`, from `first` on: M[k][tile][output] */
+INLINE void tiles_out(int m, const struct convolution *c, long block, const float *M, long step, long first, long across, long tiles, struct moments *moments) {
+    long height = c->height / c->shuffle, width = c->width / c->shuffle;
+    for (int j = 0; j < 2; j++) {
+        struct target target = target_of(c, block * WIDE + j * LANES);
+        if (target.channel < 0) continue;
+        vec bias = c->bias ? load(c->bias + block * WIDE + j * LANES) : splat(0);
+        struct part part = {.count = 0};
+        for (long tile = 0; tile < tiles; tile++) {
+            vec y[4][4];
+            tile_out(m, M + tile * WIDE + j * LANES, step, y);
+            if (!part.count) part.pivot[j] = y[0][0] + bias;
+            long y0 = (first + tile) / across * m, x0 = (first + tile) % across * m;
+            long rows = height - y0 < m ? height - y0 : m, columns = width - x0 < m ? width - x0 : m;
+            for (long i = 0; i < rows; i++)
+                for (long l = 0; l < columns; l++) {
+                    vec v = y[i][l] + bias;
+                    store(target_at(c, target, y0 + i, x0 + l), v);
+                    part_add(&part, j, v);
+                }
+            part.count += rows * columns;
+        }
+        if (c->mean) moments_add(moments, target.channel, &part, j);
+    }
+}
+
+/* 3x3: a product of matrices for each k. */
 INLINE void winograd_product(int rows, long channels, const float *v, const float *u, float *m) {
     vec sums[ROWS][2];
     for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = splat(0);
@@ -250,7 +302,7 @@ static void winograd(void *given, long index, long thread) {
     long tiles = left < task->tiles ? left : task->tiles;
     long v_step = task->tiles * channels + 16, m_step = task->tiles * WIDE + 16; /* 16: not all in one set of the cache */
     float *V = task->memory + thread * task->per_thread, *M = V + 36 * v_step;
-    tiles_in(task->in, first, across, tiles, V, v_step);
+    for (long tile = 0; tile < tiles; tile++) tile_in(4, task->in, (first + tile) / across, (first + tile) % across, V + tile * channels, v_step);
     for (long block = 0; block < c->outputs / WIDE; block++) {
         for (int k = 0; k < 36; k++) {
             const float *U = c->weight + (block * 36 + k) * channels * WIDE;
@@ -258,33 +310,92 @@ static void winograd(void *given, long index, long thread) {
             IN_ROWS(0, tiles, ONE)
 #undef ONE
         }
-        for (int j = 0; j < 2; j++) {
-            struct target target = target_of(c, block * WIDE + j * LANES);
-            if (target.channel < 0) continue;
-            vec bias = c->bias ? load(c->bias + block * WIDE + j * LANES) : splat(0);
-            struct part part = {.count = 0};
-            for (long tile = 0; tile < tiles; tile++) {
-                const float *m = M + tile * WIDE + j * LANES;
-                vec half[4][6], y[4][4];
-                for (int k = 0; k < 6; k++) {
-                    vec column_of[6], t[4];
-                    for (int i = 0; i < 6; i++) column_of[i] = load(m + (6 * i + k) * m_step);
-                    transform_output(column_of, t);
-                    for (int i = 0; i < 4; i++) half[i][k] = t[i];
-                }
-                for (int i = 0; i < 4; i++) transform_output(half[i], y[i]);
-                if (!part.count) part.pivot[j] = y[0][0] + bias;
-                long y0 = (first + tile) / across * 4, x0 = (first + tile) % across * 4;
-                long rows = height - y0 < 4 ? height - y0 : 4, columns = width - x0 < 4 ? width - x0 : 4;
-                for (long i = 0; i < rows; i++)
-                    for (long l = 0; l < columns; l++) {
-                        vec v = y[i][l] + bias;
-                        store(target_at(c, target, y0 + i, x0 + l), v);
-                        part_add(&part, j, v);
-                    }
-                part.count += rows * columns;
+        tiles_out(4, c, block, M, m_step, first, across, tiles, task->moments + thread);
+    }
+}
+
+/* 9x9, as 3x3 kernels of 3x3: each of them sees a tile three further on, so all share the tiles' transforms, and their products add up. */
+struct nest {
+    const float *V[3]; /* rows of tiles: [k][tile][channel] */
+    long v_step, m_step, channels;
+    float *M;
+};
+
+INLINE void nested_product(int rows, const struct nest *nest, long k, long at, const float *u) {
+    vec sums[ROWS][2];
+    for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = splat(0);
+    for (int a = 0; a < 3; a++) product(rows, 3 * nest->channels, nest->V[a] + k * nest->v_step + at * nest->channels, nest->channels, u + a * 3 * nest->channels * WIDE, sums);
+    float *m = nest->M + k * nest->m_step + at * WIDE;
+    for (int r = 0; r < rows; r++) store(m + r * WIDE, sums[r][0]), store(m + r * WIDE + LANES, sums[r][1]);
+}
+
+/* To 3 channels: vectors along the input's channels. M[k][3 * tile + output] */
+INLINE void nested_dots(int rows, const struct nest *nest, long k, long at, const float *u) {
+    long n = 3 * nest->channels;
+    vec sums[ROWS][3];
+    for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = sums[r][2] = splat(0);
+    for (int a = 0; a < 3; a++) {
+        const float *v = nest->V[a] + k * nest->v_step + at * nest->channels, *w = u + a * 3 * n;
+        for (long i = 0; i < n; i += LANES) {
+            vec w0 = load(w + i), w1 = load(w + n + i), w2 = load(w + 2 * n + i);
+            for (int r = 0; r < rows; r++) {
+                vec x = load(v + r * nest->channels + i);
+                sums[r][0] += x * w0;
+                sums[r][1] += x * w1;
+                sums[r][2] += x * w2;
             }
-            if (c->mean) moments_add(task->moments + thread, target.channel, &part, j);
+        }
+    }
+    float *m = nest->M + k * nest->m_step + at * 3;
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < 3; o++) {
+            float sum = 0;
+            for (int lane = 0; lane < LANES; lane++) sum += sums[r][o][lane];
+            m[3 * r + o] = sum;
+        }
+}
+
+static void dots_out(const struct convolution *c, const struct nest *nest, long row, long column, long tiles) {
+    for (long at = 0; at < 3 * tiles; at += LANES) {
+        vec y[4][4];
+        tile_out(3, nest->M + at, nest->m_step, y);
+        for (int lane = 0; lane < LANES && at + lane < 3 * tiles; lane++) {
+            long o = (at + lane) % 3, y0 = 3 * row, x0 = 3 * (column + (at + lane) / 3);
+            for (int i = 0; i < 3 && y0 + i < c->height; i++)
+                for (int j = 0; j < 3 && x0 + j < c->width; j++) c->output[((y0 + i) * c->width + x0 + j) * 3 + o] = y[i][j][lane] + c->bias[o];
+        }
+    }
+}
+
+static void nested(void *given, long index, long thread) {
+    struct task *task = given;
+    const struct convolution *c = task->c;
+    long down = (c->height + 2) / 3, across = (c->width + 2) / 3, channels = task->in->channels;
+    long begin = index / task->across * NESTED_ROWS, column = index % task->across * NESTED_COLUMNS;
+    long end = begin + NESTED_ROWS < down ? begin + NESTED_ROWS : down, tiles = across - column < NESTED_COLUMNS ? across - column : NESTED_COLUMNS;
+    struct nest nest = {.v_step = (NESTED_COLUMNS + 2) * channels + 16, .m_step = NESTED_COLUMNS * WIDE + 16, .channels = channels};
+    float *V = task->memory + thread * task->per_thread;
+    nest.M = V + 3 * 25 * nest.v_step;
+    for (long row = begin; row < end + 2; row++) {
+        for (long tile = 0; tile < tiles + 2; tile++) tile_in(3, task->in, row, column + tile, V + row % 3 * 25 * nest.v_step + tile * channels, nest.v_step);
+        if (row < begin + 2) continue;
+        for (int a = 0; a < 3; a++) nest.V[a] = V + (row - 2 + a) % 3 * 25 * nest.v_step;
+        if (c->outputs == 3) {
+            for (long k = 0; k < 25; k++) {
+                long at = 0;
+                for (; at + 4 <= tiles; at += 4) nested_dots(4, &nest, k, at, c->weight + k * 27 * channels);
+                for (; at < tiles; at++) nested_dots(1, &nest, k, at, c->weight + k * 27 * channels);
+            }
+            dots_out(c, &nest, row - 2, column, tiles);
+            continue;
+        }
+        for (long block = 0; block < c->outputs / WIDE; block++) {
+            for (long k = 0; k < 25; k++) {
+#define ONE(rows) nested_product(rows, &nest, k, at, c->weight + (block * 25 + k) * 9 * channels * WIDE)
+                IN_ROWS(0, tiles, ONE)
+#undef ONE
+            }
+            tiles_out(3, c, block, nest.M, nest.m_step, (row - 2) * across + column, across, tiles, task->moments + thread);
         }
     }
 }
@@ -346,47 +457,6 @@ static void direct(void *given, long index, long thread) {
         for (int j = 0; j < 2; j++)
             if (c->mean && targets[j].channel >= 0) moments_add(task->moments + thread, targets[j].channel, &part, j);
     }
-}
-
-/* ---- to 3 channels ---- */
-
-/* `weight` is (kernel, channels, kernel, 3); writes (height, width, 3). */
-static void last(void *given, long index, long thread) {
-    struct task *task = given;
-    const struct convolution *c = task->c;
-    const struct input *in = task->in;
-    long channels = in->channels, kernel = c->kernel, step = LAST_COLUMNS + kernel - 1 + LANES;
-    long y0 = index / task->across * LAST_ROWS, x0 = index % task->across * LAST_COLUMNS;
-    long y1 = y0 + LAST_ROWS < c->height ? y0 + LAST_ROWS : c->height, x1 = x0 + LAST_COLUMNS < c->width ? x0 + LAST_COLUMNS : c->width;
-    float *planes = task->memory + thread * task->per_thread; /* (rows, channels, step) */
-    for (long i = 0; i < y1 - y0 + kernel - 1; i++)
-        for (long j = 0; j < x1 - x0 + kernel - 1; j++) {
-            long y = in->rows[y0 + i], x = in->columns[x0 + j];
-            float *to = planes + i * channels * step + j;
-            const float *from = in->x + (y * in->width + x) * channels;
-            for (long k = 0; k < channels; k += LANES) {
-                vec v = y < 0 || x < 0 ? load(in->value + k) : input_at(in, from, k);
-                for (int lane = 0; lane < LANES; lane++) to[(k + lane) * step] = v[lane];
-            }
-        }
-    for (long y = y0; y < y1; y++)
-        for (long x = x0; x < x1; x += STRIPES * LANES) {
-            vec sums[3][STRIPES];
-            for (int o = 0; o < 3; o++)
-                for (int s = 0; s < STRIPES; s++) sums[o][s] = splat(c->bias[o]);
-            for (long i = 0; i < kernel; i++)
-                for (long k = 0; k < channels; k++) {
-                    const float *from = planes + ((y - y0 + i) * channels + k) * step + x - x0, *weight = c->weight + (i * channels + k) * kernel * 3;
-                    for (long j = 0; j < kernel; j++) {
-                        vec at[STRIPES];
-                        for (int s = 0; s < STRIPES; s++) at[s] = load(from + j + s * LANES);
-                        for (int o = 0; o < 3; o++)
-                            for (int s = 0; s < STRIPES; s++) sums[o][s] += splat(weight[j * 3 + o]) * at[s];
-                    }
-                }
-            for (int o = 0; o < 3; o++)
-                for (long i = 0; i < STRIPES * LANES && x + i < x1; i++) c->output[(y * c->width + x + i) * 3 + o] = sums[o][i / LANES][i % LANES];
-        }
 }
 
 /* ---- between convolutions ---- */
@@ -468,20 +538,24 @@ int fastnst_runs_here(void) {
 #endif
 }
 
+/* `weight`, by kind: WINOGRAD 3x3 kernels of stride 1, (block, k, channel, WIDE); NESTED 9x9 ones, (block, k, row, column, channel, WIDE), or to 3 outputs
+(k, row, output, column, channel); DIRECT any, (block, row, column, channel, WIDE). */
+enum { WINOGRAD, DIRECT, NESTED };
+
 int fastnst_convolve(const struct input *in, const struct convolution *c, int32_t kind) {
     long height = c->height / c->shuffle, width = c->width / c->shuffle, threads = c->threads < 1 ? 1 : c->threads > 256 ? 256 : c->threads, parts;
     struct task task = {.in = in, .c = c};
-    if (kind == 0) { /* Winograd */
+    if (kind == WINOGRAD) {
         task.tiles = WINOGRAD_BYTES / (36 * 4 * in->channels) / ROWS * ROWS;
         task.tiles = task.tiles < ROWS ? ROWS : task.tiles;
         parts = ((width + 3) / 4 * ((height + 3) / 4) + task.tiles - 1) / task.tiles;
         task.per_thread = 36 * (task.tiles * (in->channels + WIDE) + 32);
-    } else if (kind == 1) { /* directly */
+    } else if (kind == DIRECT) {
         task.across = (width + DIRECT_COLUMNS - 1) / DIRECT_COLUMNS, parts = task.across * ((height + DIRECT_ROWS - 1) / DIRECT_ROWS);
         task.per_thread = ((DIRECT_ROWS - 1) * c->stride + c->kernel) * ((DIRECT_COLUMNS - 1) * c->stride + c->kernel) * (long)in->channels;
-    } else { /* to 3 channels */
-        task.across = (width + LAST_COLUMNS - 1) / LAST_COLUMNS, parts = task.across * ((height + LAST_ROWS - 1) / LAST_ROWS);
-        task.per_thread = (LAST_ROWS + c->kernel - 1) * (LAST_COLUMNS + c->kernel - 1 + LANES) * (long)in->channels;
+    } else {
+        task.across = ((width + 2) / 3 + NESTED_COLUMNS - 1) / NESTED_COLUMNS, parts = task.across * (((height + 2) / 3 + NESTED_ROWS - 1) / NESTED_ROWS);
+        task.per_thread = 25 * (3 * (NESTED_COLUMNS + 2) * in->channels + NESTED_COLUMNS * WIDE + 64);
     }
     task.per_thread = (task.per_thread + 1039) / 1024 * 1024 + 16;
     struct moments moments[256];
@@ -498,7 +572,7 @@ int fastnst_convolve(const struct input *in, const struct convolution *c, int32_
         return -1;
     }
     task.memory = memory;
-    parallel(threads, parts, kind == 0 ? winograd : kind == 1 ? direct : last, &task);
+    parallel(threads, parts, kind == WINOGRAD ? winograd : kind == DIRECT ? direct : nested, &task);
     for (int channel = 0; channel < c->channels && sums; channel++) {
         double count = 0, mean = 0, squares = 0;
         for (long thread = 0; thread < threads; thread++)

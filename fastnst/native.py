@@ -13,9 +13,10 @@ import numpy as np
 from fastnst.runtime import cpu_threads, free_memory
 from fastnst.stages import EPSILON, Stage, StagedNetwork, flat_values, ground
 
-_WINOGRAD, _DIRECT, _LAST = range(3)
-# Lavin and Gray 2016, F(4x4, 3x3): a kernel g becomes G g G^T.
-_KERNEL_TRANSFORM = np.array([[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]])
+_WINOGRAD, _DIRECT, _NESTED = range(3)
+# A kernel g becomes G g G^T (Lavin and Gray 2016): for F(4x4, 3x3), of points 0, 1, -1, 2, -2, and F(3x3, 3x3), of 0, 1, -1, 1/2, both and infinity.
+_G3 = np.array([[2, 0, 0], [1, 1, 1], [-1 / 3, 1 / 3, -1 / 3], [-8 / 3, -4 / 3, -2 / 3], [0, 0, 1]])
+_G4 = np.array([[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]])
 _OUTPUTS = ("linear", "tanh", "sigmoid")
 
 _floats = ctypes.POINTER(ctypes.c_float)
@@ -77,8 +78,8 @@ class _Activation:
     @classmethod
     def of(cls, x: np.ndarray, relu: bool = False) -> "_Activation":
         """``x`` as it is, but for the ReLU."""
-        floor = np.full(x.shape[2], 0 if relu else -np.inf, np.float32)
-        return cls(x, np.ones(x.shape[2], np.float32), np.zeros(x.shape[2], np.float32), floor)
+        count = _whole(x.shape[2])
+        return cls(x, np.ones(count, np.float32), np.zeros(count, np.float32), np.full(count, 0 if relu else -np.inf, np.float32))
 
     def less(self, amount: np.ndarray) -> "_Activation":
         return replace(self, shift=self.shift - amount, floor=self.floor - amount)
@@ -89,9 +90,9 @@ class _Activation:
 
 
 def _aligned(shape: tuple[int, ...], array: np.ndarray | None = None) -> np.ndarray:
-    """float32 that begins with a line of the cache; what vectors of them cross two lines takes longer to load. Filled with ``array``, or not at all."""
+    """float32 that begins with a line of the cache; vectors that cross two lines take longer to load. Up to 16 more can be read. Filled with ``array``, or not at all."""
     size = math.prod(shape)
-    memory = np.empty(size + 16, np.float32)
+    memory = np.empty(size + 32, np.float32)
     begin = -memory.ctypes.data % 64 // 4
     found = memory[begin : begin + size].reshape(shape)
     if array is not None:
@@ -127,7 +128,7 @@ class NativeEngine:
 
     def stage(self, index, rows, gain, shift, above, below, statistics):
         stage, channels = self.network.stages[index], rows.shape[1]
-        x = _aligned((*rows.shape[2:], channels if index == 0 else self._whole(channels)))
+        x = _aligned((*rows.shape[2:], channels if index == 0 else _whole(channels)))
         x[..., :channels] = rows[0].transpose(1, 2, 0)
         x[..., channels:] = 0
         given = _Activation.of(x, index > 0 and self.network.stages[index - 1].relu)
@@ -136,7 +137,7 @@ class NativeEngine:
         down, across = _padded(np.arange(x.shape[0]), stage, above, below), _padded(np.arange(x.shape[1]), stage, stage.padding, stage.padding)
         raw, moments = self._convolve(index, given, down, across, statistics)
         moments = tuple(array[: stage.channels].astype(np.float32) for array in moments) if moments else ()
-        if index == len(self.network.stages) - 1 and self._packed[index].kind != _LAST and stage.shuffle > 1:
+        if index == len(self.network.stages) - 1 and self._packed[index].outputs > 3 and stage.shuffle > 1:
             r, (height, width) = stage.shuffle, raw.shape[:2]
             raw = raw[..., : 3 * r * r].reshape(height, width, 3, r, r).transpose(0, 3, 1, 4, 2).reshape(height * r, width * r, 3)
         return np.ascontiguousarray(raw[..., : stage.channels].transpose(2, 0, 1))[None], *moments
@@ -162,7 +163,7 @@ class NativeEngine:
                 value = _Activation.of(raw)
             indices = [np.arange(side) for side in raw.shape[:2]]
         packed = self._packed[-1]
-        shuffle = 1 if packed.kind == _LAST else stage.shuffle
+        shuffle = 1 if packed.outputs == 3 else stage.shuffle
         bytes_, floats = (_at(target, ctypes.POINTER(ctypes.c_uint8)), None) if pixels == "uint8" else (None, _at(target))
         self._library.fastnst_finish(ctypes.byref(_Picture(_at(raw), bytes_, floats, raw.shape[1], raw.shape[2], shuffle, height, width, _OUTPUTS.index(config.output), cpu_threads())))
 
@@ -202,23 +203,24 @@ class NativeEngine:
         """What to take off a stage's input, ``(C,)``, where a norm follows, which does not mind: flat parts of a picture, 0 then, leave the digits to the others."""
         kernels_differ = self.network.info.network.upsampling in ("transposed", "subpixel") and (stage.transposed or stage.shuffle > 1)  # from pixel to pixel
         value = 0 * value if stage.norm_weight is None or kernels_differ else value
-        return np.pad(value, (0, 0 if value.size == 3 else self._whole(value.size) - value.size)).astype(np.float32)
+        return np.pad(value, (0, _whole(value.size) - value.size)).astype(np.float32)
 
     def _pack(self, index: int) -> _Packed:
         stage, is_last = self.network.stages[index], index == len(self.network.stages) - 1
         weight, bias, shuffle, stride = stage.weight, stage.bias, stage.shuffle, stage.stride
         if stage.transposed:
             weight, bias, shuffle = _as_convolution(weight), None if bias is None else bias.repeat(4), 2
-        inputs = weight.shape[1] if index == 0 else self._whole(weight.shape[1])
+        inputs = weight.shape[1] if index == 0 else _whole(weight.shape[1])
         weight = np.pad(weight, ((0, 0), (0, inputs - weight.shape[1]), (0, 0), (0, 0)))
         if is_last and stride == 2 and shuffle == 2:  # four pixels at once are one pixel alone, four times
             weight, bias = weight[::4, :, :-1, :-1], None if bias is None else bias[::4]
-            return _Packed(_LAST, np.ascontiguousarray(weight.transpose(2, 1, 3, 0)), np.zeros(3, np.float32) if bias is None else np.ascontiguousarray(bias), weight.shape[2], 1, 3, 1, 3)
+            packed = np.einsum("xu,yv,oiaubv->xyaobi", _G3, _G3, weight.reshape(3, inputs, 3, 3, 3, 3), optimize=True)
+            return _Packed(_NESTED, _aligned(packed.shape, packed), np.zeros(3, np.float32) if bias is None else np.ascontiguousarray(bias), 9, 1, 3, 1, 3)
         if is_last:
             shuffle = 1  # done with the pixels
         # outputs in the order of native.c: first all channels of the first place among the shuffled
         places, count = shuffle**2, len(weight) // shuffle**2
-        channels = self._whole(count)
+        channels = _whole(count)
         outputs = -(-places * channels // (2 * self._lanes)) * 2 * self._lanes
         order = np.arange(places * count).reshape(count, places)
         ordered, biases = np.zeros((outputs, *weight.shape[1:])), np.zeros(outputs, np.float32)
@@ -230,15 +232,19 @@ class NativeEngine:
         kernel = weight.shape[2]
         blocks = ordered.reshape(-1, 2 * self._lanes, *weight.shape[1:])  # (B, WIDE, I, k, k)
         if kernel == 3 and stride == 1:
-            transformed = np.einsum("xk,yl,bwikl->bxyiw", _KERNEL_TRANSFORM, _KERNEL_TRANSFORM, blocks, optimize=True)
+            transformed = np.einsum("xk,yl,bwikl->bxyiw", _G4, _G4, blocks, optimize=True)
             kind, packed = _WINOGRAD, transformed
+        elif kernel == 9 and stride == 1:
+            kind, packed = _NESTED, np.einsum("xu,yv,Bwiaubv->Bxyabiw", _G3, _G3, blocks.reshape(*blocks.shape[:3], 3, 3, 3, 3), optimize=True)
         else:
             kind, packed = _DIRECT, blocks.transpose(0, 3, 4, 2, 1)
         return _Packed(kind, _aligned(packed.shape, packed), None if bias is None else biases, kernel, stride, outputs, shuffle, channels)
 
-    def _whole(self, channels: int) -> int:
-        """So many channels in whole vectors."""
-        return -(-channels // self._lanes) * self._lanes
+
+
+def _whole(channels: int) -> int:
+    """As many channels as lie in memory: whole vectors of any CPU that ``native.c`` is for."""
+    return -(-channels // 8) * 8
 
 
 def _as_convolution(weight: np.ndarray) -> np.ndarray:
