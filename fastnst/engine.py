@@ -91,7 +91,9 @@ def load_engine(network: StagedNetwork, device: str = "auto", engine: str = "aut
         raise ValueError(f"--engine {engine} is not installed; install it with: pip install 'fastnst[{engine}]'")
     if engine == "native":
         _cpu_precision(engine, precision)  # float32 alone
-        return native().NativeEngine(network)
+        from fastnst.native import NativeEngine
+
+        return NativeEngine(network)
     return (OpenVinoEngine if engine == "openvino" else OnnxRuntimeEngine)(network, precision)
 
 
@@ -107,7 +109,9 @@ def _in_order(precision: str) -> tuple[str, ...]:
 def is_installed(engine: str) -> bool:
     """Whether all that an engine needs is there."""
     if engine == "native":
-        return native().native_library() is not None
+        from fastnst.native_library import native_library
+
+        return native_library() is not None
     return all(importlib.util.find_spec(package) for package in ([engine] if engine == "torch" else [engine, "onnx"]))
 
 
@@ -412,13 +416,6 @@ def onnx_graph():
     from fastnst import onnx_graph
 
     return onnx_graph
-
-
-def native():
-    """The module, imported when it is first needed."""
-    from fastnst import native
-
-    return native
 
 
 def _cpu_precision(engine: str, precision: str) -> str:

@@ -13,6 +13,7 @@ from operator import mul
 import numpy as np
 
 from fastnst.engine import Engine
+from fastnst.moments import Moments
 from fastnst.runtime import is_out_of_memory
 from fastnst.stages import EPSILON, Stage, StagedNetwork, ground
 
@@ -43,23 +44,6 @@ def stylize_tiled(
     own kind, where 16 rows do not fit. ``report`` gets the share of the work that is done.
     """
     return _Strips(engine, pixels, max(_SMALLEST_STRIP, rows), memory, report, notice).run(pixels if in_place else np.empty_like(pixels))
-
-
-class _Moments:
-    """Means and variances of channels, of samples put together."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self._squares = 0, np.zeros(1), np.zeros(1)
-
-    def add(self, count: int, mean: np.ndarray, variance: np.ndarray) -> None:
-        """Chan, Golub and LeVeque 1979: means and sums of squared differences of two samples make those of both."""
-        difference, total = mean.astype(np.float64) - self.mean, self.count + count
-        self._squares = self._squares + variance.astype(np.float64) * count + difference**2 * (self.count * count / total)
-        self.mean, self.count = self.mean + difference * (count / total), total
-
-    @property
-    def variance(self) -> np.ndarray:
-        return self._squares / self.count
 
 
 class _Strips:
@@ -121,7 +105,7 @@ class _Strips:
             target = self.kept[index - 1][:, : self.sizes[index + 1][0], : self.sizes[index + 1][1]]
         elif keeps:
             target = np.empty((stage.channels, *self.sizes[index + 1]), self.dtype)
-        moments = _Moments()
+        moments = Moments()
 
         def strip(begin: int, end: int) -> None:
             raw, mean, variance = self._convolve(index, begin, end, statistics=True)

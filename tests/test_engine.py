@@ -11,7 +11,7 @@ import torch
 from test_stages import staged
 
 from fastnst import engine as engines
-from fastnst import native
+from fastnst import native, native_library
 from fastnst.engine import ENGINES, WORTH_COMPILING, is_installed, load_engine, load_network
 from fastnst.tiles import stylize_tiled
 
@@ -164,7 +164,7 @@ def test_auto_takes_the_best_engine_that_is_installed(monkeypatch, flags, precis
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None if name in missing else name)
     monkeypatch.setattr(engines, "cpu_flags", lambda: frozenset(flags))
     if "native" in missing:
-        monkeypatch.setattr(native, "native_library", lambda: None)
+        monkeypatch.setattr(native_library, "native_library", lambda: None)
     _, stages = staged()
     assert load_engine(stages, "cpu", precision=precision).name == expected
 
@@ -202,7 +202,7 @@ def test_an_engine_that_is_not_installed_says_how_to(monkeypatch):
     assert not is_installed("openvino")
     with pytest.raises(ValueError, match=r"pip install 'fastnst\[openvino\]'"):
         load_engine(stages, "cpu", "openvino")
-    monkeypatch.setattr(native, "native_library", lambda: None)
+    monkeypatch.setattr(native_library, "native_library", lambda: None)
     with pytest.raises(ValueError, match="--engine native was not compiled .*install a C compiler"):
         load_engine(stages, "cpu", "native")
 

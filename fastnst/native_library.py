@@ -1,0 +1,206 @@
+"""`native.c` as Python sees it: activations, stages in the order in which it reads their weights, and what it does with them. Numpy only.
+
+Activations are ``(H, W, C)``, C rounded up to whole vectors.
+"""
+
+import ctypes
+import math
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import numpy as np
+
+from fastnst.stages import Stage
+
+_WINOGRAD, _DIRECT, _NESTED = range(3)  # kinds of convolutions
+_OUTPUTS = ("linear", "tanh", "sigmoid")
+# A kernel g becomes G g G^T (Lavin and Gray 2016): for F(4x4, 3x3), of points 0, 1, -1, 2, -2, and F(3x3, 3x3), of 0, 1, -1, 1/2, both and infinity.
+_G4 = np.array([[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]])
+_G3 = np.array([[2, 0, 0], [1, 1, 1], [-1 / 3, 1 / 3, -1 / 3], [-8 / 3, -4 / 3, -2 / 3], [0, 0, 1]])
+_VECTOR = 8  # numbers; vectors of all CPUs that native.c is for divide it
+
+_floats, _doubles, _bytes, _integers = (ctypes.POINTER(kind) for kind in (ctypes.c_float, ctypes.c_double, ctypes.c_uint8, ctypes.c_int32))
+_POINTERS = {np.dtype(np.float32): _floats, np.dtype(np.float64): _doubles, np.dtype(np.uint8): _bytes, np.dtype(np.int32): _integers}
+
+
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class _Input(ctypes.Structure):
+    _fields_ = _fields(_floats, "x gain shift floor value") + _fields(_integers, "rows columns") + _fields(ctypes.c_int32, "width channels")
+
+
+class _Convolution(ctypes.Structure):
+    _fields_ = (
+        _fields(_floats, "weight bias output") + _fields(_doubles, "mean squares") + _fields(ctypes.c_int32, "kernel stride outputs shuffle height width channels threads")
+    )
+
+
+class _Sum(ctypes.Structure):
+    _fields_ = _fields(ctypes.POINTER(_Input), "x") + _fields(_floats, "gain shift y") + _fields(ctypes.c_int32, "height width inset threads")
+
+
+class _Picture(ctypes.Structure):
+    _fields_ = _fields(_floats, "x") + _fields(_bytes, "bytes") + _fields(_floats, "floats") + _fields(ctypes.c_int32, "x_width channels shuffle height width kind threads")
+
+
+@cache
+def native_library() -> ctypes.CDLL | None:
+    """The compiled code that suits this CPU best; None where none was compiled."""
+    for name in ("_native_avx2", "_native"):
+        for path in (Path(__file__).with_name(name + suffix) for suffix in EXTENSION_SUFFIXES):
+            if path.is_file():
+                with suppress(OSError, AttributeError):  # of another system, or an older fastnst's
+                    library = ctypes.CDLL(str(path))
+                    if library.fastnst_runs_here():
+                        return library
+    return None
+
+
+def whole_vectors(channels: int) -> int:
+    """As many channels as lie in memory."""
+    return -(-channels // _VECTOR) * _VECTOR
+
+
+def aligned(shape: tuple[int, ...], array: np.ndarray | None = None) -> np.ndarray:
+    """float32 that begins with a line of the cache: vectors that cross two lines take longer to load. Filled with ``array``, or not at all;
+    some numbers more can be read."""
+    size = math.prod(shape)
+    memory = np.empty(size + 32, np.float32)
+    begin = -memory.ctypes.data % 64 // 4
+    found = memory[begin : begin + size].reshape(shape)
+    if array is not None:
+        found[:] = array
+    return found
+
+
+def _at(array: np.ndarray | None):
+    """A pointer, which does not keep the array."""
+    return None if array is None else array.ctypes.data_as(_POINTERS[array.dtype])
+
+
+@dataclass(frozen=True)
+class Activation:
+    """``x`` is ``(H, W, C)``; gain, shift and a floor (of a ReLU: 0), ``(C,)`` each, are still to come."""
+
+    x: np.ndarray
+    gain: np.ndarray
+    shift: np.ndarray
+    floor: np.ndarray
+
+    @classmethod
+    def of(cls, x: np.ndarray, relu: bool = False) -> "Activation":
+        """``x`` as it is, but for the ReLU."""
+        count = whole_vectors(x.shape[2])
+        return cls(x, np.ones(count, np.float32), np.zeros(count, np.float32), np.full(count, 0 if relu else -np.inf, np.float32))
+
+    def less(self, amount: np.ndarray) -> "Activation":
+        return replace(self, shift=self.shift - amount, floor=self.floor - amount)
+
+    def _input(self, rows: np.ndarray | None = None, columns: np.ndarray | None = None, value: np.ndarray | None = None) -> _Input:
+        return _Input(_at(self.x), _at(self.gain), _at(self.shift), _at(self.floor), _at(value), _at(rows), _at(columns), *self.x.shape[1:])
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A stage's convolution, its weights in the order in which ``native.c`` reads them."""
+
+    kind: int
+    weight: np.ndarray
+    bias: np.ndarray | None
+    kernel: int
+    stride: int
+    outputs: int  # computed at each position, zeros that fill a block included
+    shuffle: int
+    channels: int  # of what comes out
+
+    @classmethod
+    def of(cls, stage: Stage, is_first: bool, is_last: bool) -> "Packed":
+        """The first stage takes 3 channels as they are. The last one, where its ``outputs`` are not 3, leaves the shuffling to ``finish``."""
+        weight, bias, shuffle, stride = stage.weight, stage.bias, stage.shuffle, stage.stride
+        if stage.transposed:
+            weight, bias, shuffle = _as_convolution(weight), None if bias is None else bias.repeat(4), 2
+        if not is_first:
+            weight = np.pad(weight, ((0, 0), (0, -weight.shape[1] % _VECTOR), (0, 0), (0, 0)))
+        if is_last and stride == 2:  # four pixels of a 10x10 kernel are one of a 9x9 one, four times
+            weight, bias = _nested(weight[::4, :, :-1, :-1]), np.zeros(3) if bias is None else bias[::4]  # (o, x, y, a, b, i)
+            weight = weight.transpose(1, 2, 3, 0, 4, 5)
+            return cls(_NESTED, aligned(weight.shape, weight), bias.astype(np.float32), 9, 1, 3, 1, 3)
+        shuffle = 1 if is_last else shuffle
+        wide, places, kernel = 2 * native_library().fastnst_lanes(), shuffle**2, weight.shape[2]
+        count, channels = len(weight) // places, whole_vectors(len(weight) // places)
+        outputs = -(-places * channels // wide) * wide
+        ordered, biases = np.zeros((outputs, *weight.shape[1:])), np.zeros(outputs, np.float32)
+        for place in range(places):  # first all channels of the upper left, then those of the upper right, and so on
+            ordered[place * channels :][:count] = weight[place::places]
+            biases[place * channels :][:count] = 0 if bias is None else bias[place::places]
+        if (kernel, stride) == (3, 1):
+            kind, packed = _WINOGRAD, np.einsum("xk,yl,oikl->oxyi", _G4, _G4, ordered, optimize=True)
+        elif (kernel, stride) == (9, 1):
+            kind, packed = _NESTED, _nested(ordered)
+        else:
+            kind, packed = _DIRECT, ordered.transpose(0, 2, 3, 1)
+        blocks = np.moveaxis(packed.reshape(-1, wide, *packed.shape[1:]), 1, -1)
+        return cls(kind, aligned(blocks.shape, blocks), None if bias is None else biases, kernel, stride, outputs, shuffle, channels)
+
+    def operations(self, height: int, width: int) -> int:
+        """Floating-point operations for so many rows and columns, two for each multiplication."""
+        of_a_position = {_WINOGRAD: 1 / 16, _NESTED: 1 / 9, _DIRECT: 1.0}[self.kind]
+        return round(2 * self.weight.size * of_a_position * height * width / self.shuffle**2)
+
+    def size(self, rows: np.ndarray, columns: np.ndarray) -> tuple[int, int]:
+        """Rows and columns that come out, of what is padded already."""
+        return tuple(((len(side) - self.kernel) // self.stride + 1) * self.shuffle for side in (rows, columns))
+
+    def convolve(
+        self, given: Activation, rows: np.ndarray, columns: np.ndarray, value: np.ndarray, output: np.ndarray, statistics: bool, threads: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Fills ``output``, ``(H, W, C)``, and gives for ``statistics`` its channels' means and variances, ``(C,)``.
+
+        ``rows`` and ``columns``: where each of the input's, padded, is found, -1 where ``value``, ``(I,)``, lies. Raises ``MemoryError``.
+        """
+        rows, columns = (np.concatenate([side, side[-1:].repeat(4)]).astype(np.int32) for side in (rows, columns))  # tiles may stick out
+        mean, squares = np.zeros((2, self.channels)) if statistics else (None, None)
+        source, (height, width, _) = given._input(rows, columns, value), output.shape
+        c = _Convolution(
+            _at(self.weight), _at(self.bias), _at(output), _at(mean), _at(squares),
+            self.kernel, self.stride, self.outputs, self.shuffle, height, width, self.channels, threads,
+        )  # fmt: skip
+        if native_library().fastnst_convolve(ctypes.byref(source), ctypes.byref(c), self.kind):
+            raise MemoryError(f"no memory left for a convolution of {width}x{height} positions")
+        return (mean, squares / (height * width)) if statistics else None
+
+
+def _nested(weight: np.ndarray) -> np.ndarray:
+    """``(O, I, 9, 9)`` as 3x3 kernels of 3x3, transformed: ``(O, 5, 5, 3, 3, I)``."""
+    return np.einsum("xu,yv,oiaubv->oxyabi", _G3, _G3, weight.reshape(*weight.shape[:2], 3, 3, 3, 3), optimize=True)
+
+
+def _as_convolution(weight: np.ndarray) -> np.ndarray:
+    """A transposed convolution of stride 2, ``(I, O, 4, 4)``, as ``(4 O, I, 3, 3)`` on the small grid, to be shuffled by 2.
+
+    Large row 2i + p gets small row s through row 2i + p - 2s + 1 of the transposed kernel: row 2i from i - 1 (3) and i (1), row 2i + 1 from i (2) and i + 1 (0).
+    """
+    rows = np.zeros((2, 3, 4), weight.dtype)  # p, small row (i - 1, i, i + 1), transposed kernel row
+    rows[0, 0, 3] = rows[0, 1, 1] = rows[1, 1, 2] = rows[1, 2, 0] = 1
+    split = np.einsum("pax,qby,ioxy->opqiab", rows, rows, weight)
+    return split.reshape(-1, *split.shape[3:])
+
+
+def add(value: Activation, block: Activation, inset: int, threads: int) -> Activation:
+    """A block's result plus its input, which begins at (``inset``, ``inset``); it lies where ``value`` lay."""
+    source, (height, width, _) = block._input(), value.x.shape
+    native_library().fastnst_add(ctypes.byref(_Sum(ctypes.pointer(source), _at(value.gain), _at(value.shift), _at(value.x), height, width, inset, threads)))
+    return Activation.of(value.x)
+
+
+def finish(raw: np.ndarray, shuffle: int, output: str, target: np.ndarray, threads: int) -> None:
+    """Fills ``target``, ``(H, W, 3)`` uint8 or ``(3, H, W)`` float32 in [0, 1], with what the last convolution gave, shuffled, cropped and bent by the network's ``output``."""
+    is_bytes = target.dtype == np.uint8
+    height, width = target.shape[:2] if is_bytes else target.shape[1:]
+    bytes_, floats = (_at(target), None) if is_bytes else (None, _at(target))
+    native_library().fastnst_finish(ctypes.byref(_Picture(_at(raw), bytes_, floats, raw.shape[1], raw.shape[2], shuffle, height, width, _OUTPUTS.index(output), threads)))

@@ -1,0 +1,128 @@
+"""The engine of the project's own: what test_engine.py does not see of it."""
+
+import ctypes
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_engine import ARCHITECTURES, eager, photo
+from test_stages import staged
+
+from fastnst import native, native_library
+from fastnst.benchmark_inference import operations
+from fastnst.engine import load_engine
+from fastnst.native_library import Activation, Packed, aligned
+from fastnst.stages import Stage
+
+SOURCE = Path(native_library.__file__).with_name("native.c")
+FLAGS = ["-O2", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-shared", "-fPIC"]
+
+
+@pytest.mark.parametrize("transform, step", [(native_library._G4, 4), (native_library._G3, 3)])
+def test_kernels_of_ones_by_hand(transform, step):
+    # A polynomial's values at the points, infinity last: of taps (1, 1, 1), that is 1 + p + p^2, over the product of the differences to the other points.
+    points = {4: [0, 1, -1, 2, -2], 3: [0, 1, -1, 0.5]}[step]
+    expected = [(1 + p + p * p) / np.prod([p - other for other in points if other != p]) for p in points] + [1]
+    assert np.allclose(transform @ np.ones(3), expected)
+
+
+@pytest.mark.parametrize("kernel, stride, inputs, outputs", [(3, 1, 8, 16), (3, 1, 20, 12), (9, 1, 3, 8), (9, 1, 3, 40), (3, 2, 16, 24), (10, 2, 3, 8), (5, 1, 8, 12), (1, 1, 8, 8)])
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "constant"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_convolution_is_torchs(kernel, stride, inputs, outputs, mode, threads):
+    """With the norm and the ReLU that its input still owes, and with moments of what it gives, at sizes that no tile divides."""
+    rng = np.random.default_rng(kernel)
+    height, width, padding = 29, 43, kernel // 2
+    x, weight, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((height, width, inputs), (outputs, inputs, kernel, kernel), (outputs,)))
+    gain, shift = rng.normal(size=(2, inputs)).astype(np.float32)
+    packed = Packed.of(Stage(weight, bias, stride=stride, padding=padding, padding_mode=mode, value=0.25), inputs == 3, False)
+    lying = aligned((height, width, inputs if inputs == 3 else native_library.whole_vectors(inputs)))
+    lying[:] = 0
+    lying[..., :inputs] = x
+    given = Activation.of(lying, relu=True)
+    given.gain[:inputs], given.shift[:inputs] = gain, shift
+    pad = {"reflect": "reflect", "replicate": "edge", "constant": "constant"}[mode]
+    rows, columns = (np.pad(np.arange(side), padding, mode=pad, **({"constant_values": -1} if mode == "constant" else {})) for side in (height, width))
+    output = aligned((*packed.size(rows, columns), packed.channels))
+    mean, variance = packed.convolve(given, rows, columns, np.full(native_library.whole_vectors(inputs), 0.25, np.float32), output, True, threads)
+
+    normalized = torch.from_numpy(np.maximum(x * gain + shift, 0)).permute(2, 0, 1)[None].double()
+    padded = F.pad(normalized, [padding] * 4, mode=mode, **({"value": 0.25} if mode == "constant" else {}))
+    expected = F.conv2d(padded, torch.from_numpy(weight).double(), torch.from_numpy(bias).double(), stride=stride)[0].permute(1, 2, 0).numpy()
+    assert output.shape[:2] == expected.shape[:2]
+    assert np.abs(output[..., :outputs] - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.allclose(mean[:outputs], expected.mean(axis=(0, 1)), atol=1e-5 * np.abs(expected).max())
+    assert np.allclose(variance[:outputs], expected.var(axis=(0, 1)), rtol=1e-4)
+
+
+def test_moments_far_from_zero_keep_their_digits():
+    # 1,000 and a noise of 0.01: the squares' sum in float32 would have no digit of the variance, 1e-4
+    noise = np.random.default_rng(0).normal(scale=0.01, size=(64, 64, 8))
+    x = aligned((64, 64, 8), 1000 + noise)
+    packed = Packed.of(Stage(np.eye(8, dtype=np.float32)[:, :, None, None]), False, False)
+    output = aligned((64, 64, 8))
+    mean, variance = packed.convolve(Activation.of(x), np.arange(64), np.arange(64), np.zeros(8, np.float32), output, True, 2)
+    assert np.allclose(mean, x.astype(np.float64).mean(axis=(0, 1)), rtol=1e-9)
+    assert np.allclose(variance, x.astype(np.float64).var(axis=(0, 1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda options: "-".join(map(str, options.values())))
+def test_what_is_not_kept_but_made_twice_is_the_same(monkeypatch, architecture):
+    network, stages = staged(**architecture)
+    engine, pictures = load_engine(stages, "cpu", "native"), photo(75, 38)
+    whole = engine.run(pictures)
+    bands, convolve = [], engine._convolve
+    monkeypatch.setattr(engine, "_convolve", lambda *args, **options: bands.append(args[0]) or convolve(*args, **options))
+    monkeypatch.setattr(native, "_LARGE", 0)
+    monkeypatch.setattr(native, "_BAND", 8)
+    assert np.abs(engine.run(pictures).astype(int) - whole).max() <= 1
+    assert np.abs(engine.run(pictures) - eager(network, pictures)).max() <= 0.51
+    assert len(bands) > 2 * len(stages.stages)
+
+
+def test_code_for_any_cpu_gives_the_same(monkeypatch, tmp_path):
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    built = tmp_path / "other.so"
+    subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(built)], check=True)
+    network, stages = staged()
+    monkeypatch.setattr(native_library, "native_library", lambda library=ctypes.CDLL(str(built)): library)
+    pictures = photo(37, 53)
+    assert np.abs(load_engine(stages, "cpu", "native").run(pictures) - eager(network, pictures)).max() <= 0.51
+
+
+def test_it_counts_the_arithmetic_that_is_left():
+    # All of a network of width 8 and one block at 32x32, in multiplications of a position of the output: the stem 225 / 9 a channel instead of 81, and so on
+    _, stages = staged(width=8)
+    counted = load_engine(stages, "cpu", "native").operations(32, 32)
+    wide = 2 * native_library.native_library().fastnst_lanes()
+    stem = 25 * 3 * max(8, wide) * 32 * 32
+    down = 9 * (8 * max(16, wide) * 16 * 16 + 16 * 32 * 8 * 8)
+    block = 2 * 36 / 16 * 32 * 32 * 8 * 8
+    up = 36 / 16 * (32 * 4 * 16 * 8 * 8 + 16 * 4 * 8 * 16 * 16)
+    last = 25 * 8 * 3 * 32 * 32
+    assert counted == 2 * (stem + down + block + up + last)
+    assert counted < operations(stages, 32, 32)
+
+
+def test_memory_that_is_not_there_is_told(tmp_path):
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); import numpy as np; from test_stages import staged; from fastnst.engine import load_engine\n"
+        "from fastnst.runtime import is_out_of_memory\n"
+        "engine = load_engine(staged(width=32)[1], 'cpu', 'native')\n"
+        "engine.run(np.zeros((1, 40, 40, 3), np.uint8))\n"
+        "taken = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (taken + 30_000_000, -1))\n"
+        "try:\n"
+        "    engine.run(np.zeros((1, 900, 900, 3), np.uint8))\n"
+        "except Exception as error:\n"
+        "    assert is_out_of_memory(error), error\n"
+        "else:\n"
+        "    raise AssertionError('it fitted')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
