@@ -36,11 +36,13 @@ class Engine(Protocol):
     device: str
     precision: str
     network: StagedNetwork
-    bytes_per_pixel: int  # that a picture takes in memory while it is stylized, measured
     batch: int  # how many small pictures at once pay
 
     def free_memory(self) -> int:
         """Bytes that the device has free."""
+
+    def needed_memory(self, count: int, height: int, width: int) -> int:
+        """Bytes that pictures take on it while they are stylized, measured."""
 
     def run(self, pictures: np.ndarray, pixels: Pixels = "uint8") -> np.ndarray:
         """Stylize ``(N, H, W, 3)`` uint8 (``pixels`` uint8), or ``(N, 3, H, W)`` float32 in [0, 1] (float): the same kind and size."""
@@ -139,9 +141,8 @@ class _GraphEngine:
         before = self.network.stages[index - 1] if index else None
         return self._load(onnx_graph().stage_graph(self.network.stages[index], before, statistics).SerializeToString())
 
-    @property
-    def bytes_per_pixel(self) -> int:
-        return self.network.stages[0].channels * self._bytes[self._floats]
+    def needed_memory(self, count, height, width):
+        return count * height * width * self.network.stages[0].channels * self._bytes[self._floats]
 
     def run(self, pictures: np.ndarray, pixels: Pixels = "uint8") -> np.ndarray:
         if pixels not in self._compiled:
@@ -243,12 +244,14 @@ class TorchEngine:
             precision = "float16" if self._device.type == "cuda" else "float32"
         self.precision = precision
         self._dtype = getattr(torch, precision)
-        self.bytes_per_pixel = network.stages[0].channels * (17 if precision == "float32" else 10)
         self.batch = 1 if self._device.type == "cpu" else 16
         self._layout = torch.channels_last if self._device.type == "cuda" else torch.contiguous_format
         self._last: tuple[Any, ...] = ()  # kind and shape of the last pictures
         self._in_a_row = 0  # pictures of that kind and shape
         self._recording: Recording | None = None  # a pass over them
+
+    def needed_memory(self, count, height, width):
+        return count * height * width * self.network.stages[0].channels * (17 if self.precision == "float32" else 10)
 
     def free_memory(self) -> int:
         import torch

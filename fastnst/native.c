@@ -522,7 +522,26 @@ static void finish_row(void *given, long row, long thread) {
     }
 }
 
+/* to[j][i] = from[i][j], for `rows` i and `columns` j. */
+struct transposition {
+    const float *from;
+    float *to;
+    int64_t rows, columns, from_step, to_step;
+};
+
+static void transpose_part(void *given, long index, long thread) {
+    struct transposition *t = given;
+    long across = (t->columns + 63) / 64, i1 = (index / across + 1) * 1024, j0 = index % across * 64, j1 = j0 + 64;
+    i1 = i1 < t->rows ? i1 : t->rows, j1 = j1 < t->columns ? j1 : t->columns;
+    (void)thread;
+    for (long i0 = index / across * 1024; i0 < i1; i0 += 16)
+        for (long j = j0; j < j1; j++)
+            for (long i = i0; i < i0 + 16 && i < i1; i++) t->to[j * t->to_step + i] = t->from[i * t->from_step + j];
+}
+
 /* ---- what Python calls; 0, or -1 where memory ran out ---- */
+
+void fastnst_transpose(struct transposition *t, int32_t threads) { parallel(threads, (t->columns + 63) / 64 * ((t->rows + 1023) / 1024), transpose_part, t); }
 
 void fastnst_add(struct sum *sum) { parallel(sum->threads, sum->height, add_row, sum); }
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastnst.moments import Moments
-from fastnst.native_library import Activation, Packed, add, aligned, finish, whole_vectors
+from fastnst.native_library import Activation, Packed, add, aligned, finish, from_planes, to_planes, whole_vectors
 from fastnst.runtime import cpu_threads, free_memory
 from fastnst.stages import EPSILON, Stage, StagedNetwork, flat_values, ground
 
@@ -37,7 +37,10 @@ class NativeEngine:
         last = len(network.stages) - 1
         self._packed = [Packed.of(stage, index == 0, index == last) for index, stage in enumerate(network.stages)]
         self._flat = [self._flat_value(stage, value) for stage, value in zip(network.stages, flat_values(network)[0])]
-        self.bytes_per_pixel = network.stages[0].channels * 7
+
+    def needed_memory(self, count, height, width):
+        first = height * width * self.network.stages[0].channels  # numbers of the largest activation; pictures are stylized one by one
+        return first * (4 if 4 * first >= _LARGE else 7)
 
     def run(self, pictures: np.ndarray, pixels: str = "uint8") -> np.ndarray:
         stylized = np.empty_like(pictures, order="C")
@@ -49,9 +52,7 @@ class NativeEngine:
 
     def stage(self, index, rows, gain, shift, above, below, statistics):
         stage, channels = self.network.stages[index], rows.shape[1]
-        x = aligned((*rows.shape[2:], channels if index == 0 else whole_vectors(channels)))
-        x[..., :channels] = rows[0].transpose(1, 2, 0)
-        x[..., channels:] = 0
+        x = from_planes(rows[0], channels if index == 0 else whole_vectors(channels), self._threads)
         given = Activation.of(x, index > 0 and self.network.stages[index - 1].relu)
         if gain is not None:
             given.gain[:channels], given.shift[:channels] = gain, shift
@@ -60,8 +61,8 @@ class NativeEngine:
         moments = self._convolve(index, given, down, across, raw, statistics) or ()
         if index == len(self.network.stages) - 1 and self._packed[index].outputs > 3 and stage.shuffle > 1:
             r, (height, width) = stage.shuffle, raw.shape[:2]
-            raw = raw[..., : 3 * r * r].reshape(height, width, 3, r, r).transpose(0, 3, 1, 4, 2).reshape(height * r, width * r, 3)
-        return np.ascontiguousarray(raw[..., : stage.channels].transpose(2, 0, 1))[None], *(array[: stage.channels].astype(np.float32) for array in moments)
+            raw = np.ascontiguousarray(raw[..., : 3 * r * r].reshape(height, width, 3, r, r).transpose(0, 3, 1, 4, 2).reshape(height * r, width * r, 3))
+        return to_planes(raw, stage.channels, self._threads)[None], *(array[: stage.channels].astype(np.float32) for array in moments)
 
     def operations(self, height: int, width: int) -> int:
         """Floating-point operations of the convolutions of one picture, two for each multiplication; those of Winograd's transforms are not counted."""

@@ -48,6 +48,10 @@ class _Picture(ctypes.Structure):
     _fields_ = _fields(_floats, "x") + _fields(_bytes, "bytes") + _fields(_floats, "floats") + _fields(ctypes.c_int32, "x_width channels shuffle height width kind threads")
 
 
+class _Transposition(ctypes.Structure):
+    _fields_ = _fields(_floats, "source target") + _fields(ctypes.c_int64, "rows columns source_step target_step")
+
+
 @cache
 def native_library() -> ctypes.CDLL | None:
     """The compiled code that suits this CPU best; None where none was compiled."""
@@ -189,6 +193,28 @@ def _as_convolution(weight: np.ndarray) -> np.ndarray:
     rows[0, 0, 3] = rows[0, 1, 1] = rows[1, 1, 2] = rows[1, 2, 0] = 1
     split = np.einsum("pax,qby,ioxy->opqiab", rows, rows, weight)
     return split.reshape(-1, *split.shape[3:])
+
+
+def from_planes(planes: np.ndarray, channels: int, threads: int) -> np.ndarray:
+    """``(C, H, W)`` as ``(H, W, channels)``, the others 0."""
+    count, height, width = planes.shape
+    planes = np.ascontiguousarray(planes)
+    x = aligned((height, width, channels))
+    x[..., count:] = 0
+    _transpose(_Transposition(_at(planes), _at(x), count, height * width, height * width, channels), threads)
+    return x
+
+
+def to_planes(x: np.ndarray, count: int, threads: int) -> np.ndarray:
+    """The first channels of ``(H, W, C)``, as ``(count, H, W)``."""
+    height, width, channels = x.shape
+    planes = np.empty((count, height, width), np.float32)
+    _transpose(_Transposition(_at(x), _at(planes), height * width, count, channels, height * width), threads)
+    return planes
+
+
+def _transpose(what: _Transposition, threads: int) -> None:
+    native_library().fastnst_transpose(ctypes.byref(what), threads)
 
 
 def add(value: Activation, block: Activation, inset: int, threads: int) -> Activation:

@@ -87,7 +87,7 @@ class Stylizer:
     def _whole(self, shape: tuple[int, int, int], run: Callable[[], Any]) -> Any:
         """What ``run`` makes of whole pictures, ``(N, H, W)``; None where they are to go in strips."""
         count, height, width = shape
-        if self.tile != "off" and (self.tile != "auto" or height * width * count * self.engine.bytes_per_pixel > _MEMORY_SHARE * self.engine.free_memory()):
+        if self.tile != "off" and (self.tile != "auto" or self.engine.needed_memory(count, height, width) > _MEMORY_SHARE * self.engine.free_memory()):
             return None
         try:
             return run()

@@ -90,7 +90,7 @@ def test_memory_is_that_of_what_is_beside_the_8_bits(monkeypatch):
     taken = []
     for flags in ({"avx2", "avx512_bf16"}, {"avx2"}):
         monkeypatch.setattr(engines, "cpu_flags", lambda flags=flags: frozenset(flags))
-        taken.append(load_engine(stages, "cpu", "openvino", "int8").bytes_per_pixel)
+        taken.append(load_engine(stages, "cpu", "openvino", "int8").needed_memory(1, 1, 1))
     assert taken[1] == 2 * taken[0]
 
 

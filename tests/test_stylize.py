@@ -129,7 +129,7 @@ def test_too_little_memory_goes_on_in_strips_and_says_so(stylizer, tmp_path, mon
 def test_auto_goes_in_strips_where_the_picture_needs_more_than_is_free(stylizer, monkeypatch):
     picture = np.asarray(synthetic_photo(0, 64, 48))
     whole = stylizer(picture)
-    monkeypatch.setattr(stylizer.engine, "free_memory", lambda: 64 * 48 * stylizer.engine.bytes_per_pixel)  # four fifths of it are too little
+    monkeypatch.setattr(stylizer.engine, "free_memory", lambda: stylizer.engine.needed_memory(1, 48, 64))  # four fifths of it are too little
     monkeypatch.setattr(stylizer.engine, "run", lambda *_: pytest.fail("ran whole"))
     assert np.abs(stylizer(picture).astype(int) - whole).max() <= 1
 
