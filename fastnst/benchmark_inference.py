@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,8 @@ def measure(
             row.ratio = float(np.median([theirs / ours for theirs, ours in zip(base.times, row.times)]))
             row.psnr = psnr(output, outputs[0])
             if engine in shares:
-                row.floor_share = operations(engine.network, height, width) / rates[engine.device, engine.precision] / (row.milliseconds / 1000)
+                count = engine.operations if engine.name == "native" else partial(operations, engine.network)
+                row.floor_share = count(height, width) / rates[engine.device, engine.precision] / (row.milliseconds / 1000)
         rows += here
     return rows
 

@@ -34,6 +34,11 @@ Plain C with the vector extensions of GCC and Clang; compiled once for each kind
 #define NESTED_COLUMNS 24
 
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#else
+#define UNROLLED _Pragma("GCC unroll 16")
+#endif
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t mask __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -163,17 +168,16 @@ static inline float *target_at(const struct convolution *c, struct target t, lon
 /* sums[r][j] += a[r * a_step + i] * b[i], over i; `rows` is known where it is called. */
 INLINE void product(int rows, long n, const float *a, long a_step, const float *b, vec sums[][2]) {
     vec s[ROWS][2];
-    for (int r = 0; r < rows; r++) s[r][0] = sums[r][0], s[r][1] = sums[r][1];
+    UNROLLED for (int r = 0; r < rows; r++) s[r][0] = sums[r][0], s[r][1] = sums[r][1];
     for (long i = 0; i < n; i++) {
         vec b0 = load(b + i * WIDE), b1 = load(b + i * WIDE + LANES);
-#pragma GCC unroll 16
-        for (int r = 0; r < rows; r++) {
+        UNROLLED for (int r = 0; r < rows; r++) {
             vec x = splat(a[r * a_step + i]);
             s[r][0] += x * b0;
             s[r][1] += x * b1;
         }
     }
-    for (int r = 0; r < rows; r++) sums[r][0] = s[r][0], sums[r][1] = s[r][1];
+    UNROLLED for (int r = 0; r < rows; r++) sums[r][0] = s[r][0], sums[r][1] = s[r][1];
 }
 
 /* Calls one(rows, at) for as many rows at once as there are. */
@@ -338,7 +342,7 @@ INLINE void nested_dots(int rows, const struct nest *nest, long k, long at, cons
         const float *v = nest->V[a] + k * nest->v_step + at * nest->channels, *w = u + a * 3 * n;
         for (long i = 0; i < n; i += LANES) {
             vec w0 = load(w + i), w1 = load(w + n + i), w2 = load(w + 2 * n + i);
-            for (int r = 0; r < rows; r++) {
+            UNROLLED for (int r = 0; r < rows; r++) {
                 vec x = load(v + r * nest->channels + i);
                 sums[r][0] += x * w0;
                 sums[r][1] += x * w1;

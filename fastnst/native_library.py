@@ -54,10 +54,12 @@ class _Transposition(ctypes.Structure):
 
 @cache
 def native_library() -> ctypes.CDLL | None:
-    """The compiled code that suits this CPU best; None where none was compiled."""
+    """The compiled code that suits this CPU best; None where none was compiled, or before the source was changed last."""
+    source = Path(__file__).with_name("native.c")
+    changed = source.stat().st_mtime - 60 if source.is_file() else 0.0  # a copied folder has the time of the copy, in any order
     for name in ("_native_avx2", "_native"):
-        for path in (Path(__file__).with_name(name + suffix) for suffix in EXTENSION_SUFFIXES):
-            if path.is_file():
+        for path in (source.with_name(name + suffix) for suffix in EXTENSION_SUFFIXES):
+            if path.is_file() and path.stat().st_mtime >= changed:
                 with suppress(OSError, AttributeError):  # of another system, or an older fastnst's
                     library = ctypes.CDLL(str(path))
                     if library.fastnst_runs_here():
