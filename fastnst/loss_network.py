@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastnst.config import Config
+from fastnst.winograd import Conv3x3
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -99,7 +100,7 @@ def _topology(network: str, pooling: str = "max") -> list[tuple[str, nn.Module]]
     if network in _VGG_BLOCKS:
         for block, (filters, count) in enumerate(_VGG_BLOCKS[network], start=1):
             for conv in range(1, count + 1):
-                layers += [(f"conv{block}_{conv}", nn.Conv2d(channels, filters, 3, padding=1)), (f"relu{block}_{conv}", nn.ReLU())]
+                layers += [(f"conv{block}_{conv}", Conv3x3(channels, filters, 3, padding=1)), (f"relu{block}_{conv}", nn.ReLU())]
                 channels = filters
             layers.append((f"pool{block}", pool(2, 2)))
         return layers[:-1] if network == "vgg19_slim" else layers  # the slim one ends with relu5_1

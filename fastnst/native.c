@@ -526,6 +526,33 @@ static void finish_row(void *given, long row, long thread) {
     }
 }
 
+/* G g G^T of 3x3 kernels, as WINOGRAD reads them; `back`: of the convolution from the output's gradient to the input's, (inputs, outputs, turned by 180 degrees). */
+struct kernels {
+    const float *weight; /* (outputs, inputs, 3, 3), or with `back` (inputs, outputs, 3, 3) */
+    float *to;
+    int32_t outputs, inputs, back, threads;
+};
+
+static void kernels_part(void *given, long block, long thread) {
+    static const float G[6][3] = {{1 / 4.f, 0, 0}, {-1 / 6.f, -1 / 6.f, -1 / 6.f}, {-1 / 6.f, 1 / 6.f, -1 / 6.f}, {1 / 24.f, 1 / 12.f, 1 / 6.f}, {1 / 24.f, -1 / 12.f, 1 / 6.f}, {0, 0, 1}};
+    struct kernels *k = given;
+    (void)thread;
+    for (long i = 0; i < k->inputs; i++)
+        for (long o = 0; o < WIDE; o += LANES) {
+            vec g[3][3], half[6][3];
+            for (int n = 0; n < 9; n++)
+                for (int lane = 0; lane < LANES; lane++) {
+                    long output = block * WIDE + o + lane;
+                    g[n / 3][n % 3][lane] = output >= k->outputs ? 0 : k->back ? k->weight[(i * k->outputs + output) * 9 + 8 - n] : k->weight[(output * k->inputs + i) * 9 + n];
+                }
+            for (int x = 0; x < 6; x++)
+                for (int n = 0; n < 3; n++) half[x][n] = G[x][0] * g[0][n] + G[x][1] * g[1][n] + G[x][2] * g[2][n];
+            for (int x = 0; x < 6; x++)
+                for (int y = 0; y < 6; y++)
+                    store(k->to + ((block * 36 + 6 * x + y) * k->inputs + i) * WIDE + o, G[y][0] * half[x][0] + G[y][1] * half[x][1] + G[y][2] * half[x][2]);
+        }
+}
+
 /* to[j][i] = from[i][j], for `rows` i and `columns` j. */
 struct transposition {
     const float *from;
@@ -544,6 +571,8 @@ static void transpose_part(void *given, long index, long thread) {
 }
 
 /* ---- what Python calls; 0, or -1 where memory ran out ---- */
+
+void fastnst_pack(struct kernels *k) { parallel(k->threads, (k->outputs + WIDE - 1) / WIDE, kernels_part, k); }
 
 void fastnst_transpose(struct transposition *t, int32_t threads) { parallel(threads, (t->columns + 63) / 64 * ((t->rows + 1023) / 1024), transpose_part, t); }
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnst.model import NetworkConfig
+from fastnst.winograd import Conv3x3
 
 
 class TransformNetwork(nn.Module):
@@ -99,6 +100,7 @@ class ResidualBlock(nn.Module):
 
 def _conv(config: NetworkConfig, inputs: int, outputs: int, kernel: int, stride: int = 1, padded: bool = True, kind: type = nn.Conv2d) -> nn.Conv2d:
     mode = "zeros" if config.padding == "start" else config.padding
+    kind = Conv3x3 if (kernel, stride, kind) == (3, 1, nn.Conv2d) else kind
     return kind(inputs, outputs, kernel, stride, padding=(kernel - 1) // 2 if padded else 0, padding_mode=mode)
 
 

@@ -44,7 +44,7 @@ class Objective:
     ) -> None:
         self.network, self.loss, self.precision, self._say = network, loss, precision, say
         self.device = loss.loss_network.mean.device
-        if precision == torch.bfloat16:  # 1.1 times as fast on the CPU, too: this network has no instance norms, which would copy it back
+        if precision == torch.bfloat16 or self.device.type == "cpu":  # 1.1 times as fast in bfloat16, and what ``Conv3x3`` takes: this network has no norms, which would copy it back
             loss.loss_network.to(memory_format=torch.channels_last)
         wanted = compile == "on" or (compile == "auto" and self.device.type == "cuda" and steps >= _WORTH_COMPILING)
         self._compiled = torch.compile(self._measure) if wanted else None

@@ -1,0 +1,104 @@
+"""3x3 convolutions of training through native.c: torch's, forward and back."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastnst import native_library, winograd
+from fastnst.native_library import Packed
+from fastnst.stages import Stage
+from fastnst.winograd import Conv3x3
+
+
+@pytest.fixture
+def convolved(monkeypatch):
+    """How often a convolution was native."""
+    calls, convolve = [], winograd._convolve
+    monkeypatch.setattr(winograd, "_convolve", lambda *args: calls.append(args) or convolve(*args))
+    return calls
+
+
+@pytest.mark.parametrize("inputs, outputs", [(16, 16), (24, 40), (64, 16)])
+def test_kernels_that_change_are_packed_as_those_that_stay(inputs, outputs):
+    rng = np.random.default_rng(0)
+    weight, bias = rng.normal(size=(outputs, inputs, 3, 3)).astype(np.float32), rng.normal(size=outputs).astype(np.float32)
+    there, expected = Packed.of_kernels(weight, bias, False, 2), Packed.of(Stage(weight, bias), False, False)
+    assert np.allclose(there.weight, expected.weight, atol=1e-6) and np.array_equal(there.bias, expected.bias)
+    assert (there.outputs, there.channels, there.kind) == (expected.outputs, expected.channels, expected.kind)
+    back, turned = Packed.of_kernels(weight, None, True, 1), weight.transpose(1, 0, 2, 3)[:, :, ::-1, ::-1]
+    assert np.allclose(back.weight, Packed.of(Stage(np.ascontiguousarray(turned)), False, False).weight, atol=1e-6)
+    assert back.channels == inputs
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("padding, mode", [(0, "zeros"), (1, "zeros"), (1, "reflect"), (1, "replicate")])
+@pytest.mark.parametrize("inputs, outputs", [(16, 24), (64, 16), (3, 16)])
+def test_results_and_gradients_are_torchs(convolved, layout, frozen, padding, mode, inputs, outputs):
+    torch.manual_seed(0)
+    ours = Conv3x3(inputs, outputs, 3, padding=padding, padding_mode=mode).to(memory_format=layout)
+    theirs = nn.Conv2d(inputs, outputs, 3, padding=padding, padding_mode=mode).double()
+    theirs.load_state_dict(ours.state_dict())
+    ours.requires_grad_(not frozen)
+    x = torch.randn(2, inputs, 13, 18).contiguous(memory_format=layout).requires_grad_()
+    y = x.detach().double().requires_grad_()
+    out, expected = ours(x), theirs(y)
+    assert len(convolved) == 1 and out.is_contiguous(memory_format=layout)
+    towards = torch.randn_like(expected)
+    out.backward(towards.float())
+    expected.backward(towards)
+    assert len(convolved) == (1 if inputs == 3 else 2)
+
+    def apart(a, b):
+        return float((a - b).abs().max() / b.abs().max())
+
+    assert apart(out, expected) < 1e-5 and apart(x.grad, y.grad) < 1e-5
+    if not frozen:
+        assert apart(ours.weight.grad, theirs.weight.grad) < 1e-5 and apart(ours.bias.grad, theirs.bias.grad) < 1e-5
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_weights_that_have_changed_are_used(frozen):
+    conv = Conv3x3(16, 16, 3).requires_grad_(not frozen)
+    x = torch.randn(1, 16, 8, 8)
+    first = conv(x)
+    assert (conv._packed_forward is not None) == frozen
+    with torch.no_grad():
+        conv.weight.mul_(2)
+        conv.bias.zero_()
+    second = conv(x)
+    assert torch.allclose(second, nn.functional.conv2d(x, conv.weight, conv.bias), atol=1e-5) and not torch.allclose(first, second)
+    copied = copy.deepcopy(conv)
+    assert torch.equal(copied(x), second)
+
+
+@pytest.mark.parametrize("options", [{"stride": 2}, {"dilation": 2}, {"groups": 2}])
+def test_others_are_torchs_own(convolved, options):
+    conv, x = Conv3x3(16, 16, 3, **options), torch.randn(1, 16, 9, 9)
+    assert torch.equal(conv(x), nn.functional.conv2d(x, conv.weight, conv.bias, **options)) and not convolved
+
+
+def test_so_are_other_types_few_channels_and_all_where_nothing_was_compiled(convolved, monkeypatch):
+    x = torch.randn(1, 16, 9, 9)
+    Conv3x3(16, 16, 3).double()(x.double())
+    Conv3x3(8, 16, 3)(x[:, :8])
+    Conv3x3(20, 20, 3)(torch.randn(1, 20, 9, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        Conv3x3(16, 16, 3)(x)
+    monkeypatch.setattr(winograd, "native_library", lambda: None)
+    Conv3x3(16, 16, 3)(x)
+    assert not convolved
+    with pytest.raises(RuntimeError, match="smaller|size"):
+        monkeypatch.setattr(winograd, "native_library", native_library.native_library)
+        Conv3x3(16, 16, 3)(x[..., :2])
+
+
+def test_only_what_is_asked_for_is_computed(convolved):
+    conv = Conv3x3(16, 16, 3)
+    conv(torch.randn(1, 16, 9, 9)).sum().backward()  # to the weights alone
+    assert len(convolved) == 1 and conv.weight.grad is not None
+    with torch.no_grad():
+        assert not conv(torch.randn(1, 16, 9, 9)).requires_grad
