@@ -21,6 +21,7 @@ from PIL import Image
 
 from fastnst.checkpoint import load_model
 from fastnst.engine import WORTH_COMPILING, Engine, is_installed, load_engine, load_network
+from fastnst.network import plainly
 from fastnst.picture import open_rgb
 from fastnst.runtime import arithmetic_rate, cpu_threads, keep_freed_memory
 from fastnst.stages import StagedNetwork
@@ -44,7 +45,8 @@ import sys, torch
 from torchvision import transforms
 from PIL import Image
 from fastnst.checkpoint import load_model
-network, _ = load_model(sys.argv[1])
+from fastnst.network import plainly
+network = plainly(load_model(sys.argv[1])[0])
 content = transforms.ToTensor()(Image.open(sys.argv[2]).convert("RGB")).unsqueeze(0)
 with torch.no_grad():
     output = network(content).cpu()
@@ -94,7 +96,7 @@ class Progress:
 
 def ways_to_apply(model: str | Path, device: str, engines: list[str]) -> Iterator[tuple[str, Callable[[np.ndarray], Any], Engine | None]]:
     """Each way with a function of ``(1, H, W, 3)`` uint8, which gives an array or a tensor; the published one first."""
-    network, _ = load_model(model)
+    network = plainly(load_model(model)[0])
     place = torch.device("cpu" if device == "auto" and not torch.cuda.is_available() else "cuda" if device == "auto" else device)
     network.to(place)
 

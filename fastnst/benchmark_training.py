@@ -25,15 +25,17 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
+from fastnst import winograd
 from fastnst.data import DataConfig, PhotoStream, keep_photos, list_photos, training_batches
 from fastnst.gradient import Gradient
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import LossConfig, PerceptualLoss
 from fastnst.model import NetworkConfig
-from fastnst.network import LastConv, TransformNetwork
+from fastnst.network import TransformNetwork, plainly
 from fastnst.objective import Objective
 from fastnst.optimizer import adam
 from fastnst.runtime import arithmetic_rate, autocast, keep_freed_memory, memory_format, resolve_precision
+from fastnst.winograd import Conv3x3
 
 # How far the losses of the same photos, from the same weights, may lie from the published step's, relatively. Rounding alone moves
 # them: Adam's first steps are of one size however small the gradient is.
@@ -104,7 +106,7 @@ class PublishedStep:
             if isinstance(module, nn.ReLU):
                 module.inplace = False  # theirs are not
         self.layers = task.loss.layers
-        self.loss_network = load_loss_network(task.loss, self.layers).to(self.device, memory_format=layout)
+        self.loss_network = plainly(load_loss_network(task.loss, self.layers).to(self.device, memory_format=layout))
         self.optimizer = torch.optim.Adam(self.network.parameters(), 1e-3, fused=True if way.fused_adam else None)
         with torch.no_grad():
             features = self.loss_network(task.style().to(self.device).repeat(task.batch, 1, 1, 1), self.layers)
@@ -138,13 +140,6 @@ class PublishedStep:
             flat = features.view(n, c, h * w) if features.is_contiguous() else features.reshape(n, c, h * w)
             flat = flat.float()
             return flat.bmm(flat.transpose(1, 2)) / (c * h * w)
-
-
-def plainly(network: TransformNetwork) -> None:
-    """Let the last convolution be made as it is written."""
-    for module in network.modules():
-        if isinstance(module, LastConv):
-            module.eval()
 
 
 class OurStep:
@@ -297,16 +292,21 @@ class Runner:
         self._process.join()
 
 
-def count_flops(task: Task, ours: bool = True) -> int:
+def count_flops(task: Task, ours: bool = True, natively: bool = False) -> int:
     """Floating-point operations of one photo's step, by the formula of each operation's shapes: 2 x kernel^2 x channels in x channels
-    out x pixels out for a convolution, once more for each gradient that is needed; norms, ReLUs and poolings are left out."""
+    out x pixels out for a convolution, once more for each gradient that is needed; norms, ReLUs and poolings are left out. ``natively``: a quarter of them
+    for what ``Conv3x3`` does in another way than torch."""
     one = replace(task, batch=1, device="cpu", loss=task.loss.model_copy(update={"weights": "random"}))
     step = (OurStep if ours else PublishedStep)(one, replace(OURS if ours else PUBLISHED, precision="float32"))
     if ours:
-        plainly(step.objective.network)  # as we make it, it has more of them
+        plainly(step.objective.network)  # as we make its last layer, it has more of them
+        for module in [*step.objective.network.modules(), *step.objective.loss.loss_network.modules()]:
+            if isinstance(module, Conv3x3):
+                module.natively = natively
+    before = winograd.operations
     with FlopCounterMode(display=False) as counter:
         step(torch.zeros(1, 3, task.size, task.size, dtype=torch.uint8))
-    return counter.get_total_flops()
+    return counter.get_total_flops() + winograd.operations - before
 
 
 @dataclass(frozen=True)
@@ -425,5 +425,5 @@ def measure(
                     top = own.ask("profile", profile) if profile else []
                     rows.insert(0, Row("published", [s for s, _ in theirs], [s for s, _ in theirs], statistics.median(w for _, w in theirs), 0.0, 0.0))
     plain = {"size": task.size, "batch": task.batch, "device": task.device, "network": task.network.model_dump(), "loss": task.loss.model_dump()}
-    flops, published_flops = count_flops(task), count_flops(task, ours=False)
+    flops, published_flops = count_flops(task, natively=task.device == "cpu" and precision == torch.float32), count_flops(task, ours=False)
     return Report(plain, torch.get_num_threads(), str(precision).removeprefix("torch."), rows, flops, published_flops, rate, top)

@@ -77,6 +77,16 @@ class LastConv(nn.Conv2d):
         return F.pixel_shuffle(F.conv2d(x, weight, bias.repeat_interleave(4), stride=2, padding=padding), 2)
 
 
+def plainly(network: nn.Module) -> nn.Module:
+    """Let all convolutions be torch's, as they are written; for comparisons. Gives the network."""
+    for module in network.modules():
+        if isinstance(module, LastConv):
+            module.eval()
+        elif isinstance(module, Conv3x3):
+            module.natively = False
+    return network
+
+
 class ResidualBlock(nn.Module):
     """x + norm(conv(ReLU(norm(conv(x))))), no ReLU after the sum (He et al. 2016 as modified by Gross & Wilber)."""
 

@@ -11,11 +11,13 @@ from fastnst.native_library import Activation, Packed, aligned, from_planes, nat
 from fastnst.stages import Stage
 
 _FEWEST_CHANNELS = 16  # that pay
+operations = 0  # of floating point, two for each multiplication, that all of them took so far: torch's counter does not see them
 
 
 class Conv3x3(nn.Conv2d):
     """``nn.Conv2d`` with a 3x3 kernel of stride 1. Its results differ from torch's by some 1e-6 of the largest."""
 
+    natively = True  # may be set to False
     _packed_forward: tuple[tuple[int, int], Packed] | None = None  # of frozen weights, and which they were
     _packed_back: tuple[tuple[int, int], Packed] | None = None
 
@@ -28,7 +30,8 @@ class Conv3x3(nn.Conv2d):
 
     def _is_native(self, x: Tensor) -> bool:
         return (
-            x.device.type == "cpu"
+            self.natively
+            and x.device.type == "cpu"
             and x.dtype == self.weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
             and x.dim() == 4
@@ -86,6 +89,7 @@ def _is_channels_last(weight: Tensor) -> bool:
 
 def _convolve(packed: Packed, x: Tensor, padding: int, channels_last: bool) -> Tensor:
     """``(N, C, H, W)``, padded by zeros, -> ``(N, O, H', W')``."""
+    global operations
     threads = torch.get_num_threads()
     if x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):  # torch's copy takes ten times as long
         pictures = [from_planes(planes, len(planes), threads) for planes in x.detach().numpy()]
@@ -93,6 +97,7 @@ def _convolve(packed: Packed, x: Tensor, padding: int, channels_last: bool) -> T
         pictures = x.detach().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).numpy()
     rows, columns = (np.pad(np.arange(side), padding, constant_values=-1) for side in x.shape[2:])
     nothing, size = np.zeros(whole_vectors(x.shape[1]), np.float32), packed.size(rows, columns)
+    operations += len(x) * packed.operations(*size)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     output = torch.empty(len(x), packed.channels, *size, memory_format=layout)
     aside = None if channels_last else aligned((*size, packed.channels))

@@ -16,6 +16,7 @@ from fastnst.benchmark_training import OURS, PUBLISHED, CenterCrops, OurStep, Pu
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import LossConfig
 from fastnst.model import NetworkConfig
+from fastnst.network import plainly
 
 
 @pytest.fixture
@@ -29,6 +30,13 @@ def test_both_steps_lower_the_same_loss_alike(task, tmp_path):
     losses = [[float(step(batch)) for batch in trial] for step in (PublishedStep(task, PUBLISHED), OurStep(task, replace(OURS, precision="float32")))]
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def test_what_is_native_is_counted_with_the_multiplications_that_are_left(task):
+    # VGG-16's conv1_2, 2_1 and 2_2 (conv1_1's 3 channels forward alone): 36 multiplications for 16 outputs instead of 144, forward for both pictures and back for one
+    task = replace(task, network=NetworkConfig(width=2, residual_blocks=0))  # too few channels
+    seen = conv_flops(plainly(load_loss_network(task.loss, task.loss.layers)), 32)
+    assert count_flops(task) - count_flops(task, natively=True) == 3 / 4 * (3 * sum(seen[1:]) + 2 * seen[0])
 
 
 def conv_flops(network: nn.Module, size: int) -> list[int]:
