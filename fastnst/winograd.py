@@ -6,6 +6,7 @@ In float32 alone; elsewhere, and where nothing was compiled, they are torch's.
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastnst.native_library import Activation, Packed, aligned, from_planes, native_library, to_planes, whole_vectors
 from fastnst.stages import Stage
@@ -70,6 +71,7 @@ class _Convolution(torch.autograd.Function):
         return _convolve(module.packed(back=False), x, padding, _is_channels_last(weight))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
@@ -91,8 +93,8 @@ def _convolve(packed: Packed, x: Tensor, padding: int, channels_last: bool) -> T
     """``(N, C, H, W)``, padded by zeros, -> ``(N, O, H', W')``."""
     global operations
     threads = torch.get_num_threads()
-    if x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):  # torch's copy takes ten times as long
-        pictures = [from_planes(planes, len(planes), threads) for planes in x.detach().numpy()]
+    if x.shape[1] == 3 or (x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)):  # torch's copy takes ten times as long, and of 3 channels some more are read
+        pictures = [from_planes(planes, len(planes), threads) for planes in x.detach().contiguous().numpy()]
     else:
         pictures = x.detach().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).numpy()
     rows, columns = (np.pad(np.arange(side), padding, constant_values=-1) for side in x.shape[2:])
