@@ -96,6 +96,13 @@ def test_so_are_other_types_few_channels_and_all_where_nothing_was_compiled(conv
         Conv3x3(16, 16, 3)(x[..., :2])
 
 
+def test_a_trained_network_that_is_evaluated_is_torchs_own(convolved):
+    conv, x = Conv3x3(16, 16, 3), torch.randn(1, 16, 9, 9)
+    assert torch.equal(conv.eval()(x), nn.functional.conv2d(x, conv.weight, conv.bias)) and not convolved
+    conv.requires_grad_(False)(x)
+    assert len(convolved) == 1
+
+
 def test_only_what_is_asked_for_is_computed(convolved):
     conv = Conv3x3(16, 16, 3)
     conv(torch.randn(1, 16, 9, 9)).sum().backward()  # to the weights alone
