@@ -47,8 +47,8 @@ static inline vec load(const float *from) { return *(const vec *)from; }
 static inline void store(float *to, vec v) { *(vec *)to = v; }
 static inline vec splat(float value) { return value - (vec){0}; }
 static inline vec larger(vec a, vec b) {
-    mask is = a > b;
-    return (vec)(((mask)a & is) | ((mask)b & ~is));
+    mask is = a < b; /* what is no number stays so */
+    return (vec)(((mask)b & is) | ((mask)a & ~is));
 }
 
 /* What a convolution reads. `rows` and `columns` say for each row or column, padding included, which one of `x` lies there, or -1
@@ -418,7 +418,10 @@ static void rows_in(const struct input *in, long row, long rows, long column, lo
             }
             const float *from = in->x + (y * in->width + x) * channels;
             for (long c = 0; c < whole; c += LANES) store(to + c, input_at(in, from, c));
-            for (long c = whole; c < channels; c++) to[c] = fmaxf(in->gain[c] * from[c] + in->shift[c], in->floor[c]);
+            for (long c = whole; c < channels; c++) {
+                float v = in->gain[c] * from[c] + in->shift[c];
+                to[c] = v < in->floor[c] ? in->floor[c] : v;
+            }
         }
 }
 
@@ -495,13 +498,13 @@ struct picture {
 enum { LINEAR, TANH, SIGMOID };
 
 /* e^x between -87 and 87, to 2 units in the last place: 2^n times a polynomial (Cephes' expf). */
-static inline float exponential(float x) {
-    x = x < -87 ? -87 : x > 87 ? 87 : x;
+static inline float exponential(float given) {
+    float x = given > 87 ? 87 : given > -87 ? given : -87;
     float n = floorf(x * 1.44269504f + 0.5f);
     x = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = (((((1.9875691500e-4f * x + 1.3981999507e-3f) * x + 8.3334519073e-3f) * x + 4.1665795894e-2f) * x + 1.6666665459e-1f) * x + 5.0000001201e-1f) * x * x + x + 1;
     union { int32_t bits; float power; } of = {((int32_t)n + 127) << 23};
-    return p * of.power;
+    return given != given ? given : p * of.power;
 }
 
 static void finish_row(void *given, long row, long thread) {
@@ -520,7 +523,7 @@ static void finish_row(void *given, long row, long thread) {
             for (long i = 0; i < 3 * count; i++) values[i] = 255 / (exponential(-values[i]) + 1);
         for (long i = 0; i < 3 * count; i++) values[i] = values[i] < 0 ? 0 : values[i] > 255 ? 255 : values[i];
         if (p->bytes)
-            for (long i = 0; i < 3 * count; i++) p->bytes[(row * p->width + x0) * 3 + i] = (uint8_t)rintf(values[i]);
+            for (long i = 0; i < 3 * count; i++) p->bytes[(row * p->width + x0) * 3 + i] = (uint8_t)rintf(values[i] > 0 ? values[i] : 0);
         else
             for (long i = 0; i < 3 * count; i++) p->floats[(i % 3 * p->height + row) * p->width + x0 + i / 3] = values[i] / 255;
     }

@@ -158,16 +158,15 @@ class Packed:
         return cls(kind, aligned(blocks.shape, blocks), None if bias is None else biases, kernel, stride, outputs, shuffle, channels)
 
     @classmethod
-    def of_kernels(cls, weight: np.ndarray, bias: np.ndarray | None, back: bool, threads: int) -> "Packed":
-        """A 3x3 convolution of stride 1 with ``weight``, ``(O, I, 3, 3)``, channels in whole vectors; ``back``: the way from its output's gradient to
+    def of_kernels(cls, weight: np.ndarray, back: bool, threads: int) -> "Packed":
+        """A 3x3 convolution of stride 1, without bias, with ``weight``, ``(O, I, 3, 3)``, channels in whole vectors; ``back``: the way from its output's gradient to
         its input's. The same as ``of``, at a tenth of the time: weights change with each step of a training."""
         weight = np.ascontiguousarray(weight)
         count, inputs = weight.shape[:2] if not back else weight.shape[1::-1]
         wide = 2 * native_library().fastnst_lanes()
         packed = aligned((-(-count // wide), 6, 6, inputs, wide))
         native_library().fastnst_pack(ctypes.byref(_Kernels(_at(weight), _at(packed), count, inputs, back, threads)))
-        biases = None if bias is None else np.pad(bias, (0, -count % wide))
-        return cls(_WINOGRAD, packed, biases, 3, 1, len(packed) * wide, 1, count)
+        return cls(_WINOGRAD, packed, None, 3, 1, len(packed) * wide, 1, count)
 
     def operations(self, height: int, width: int) -> int:
         """Floating-point operations for so many rows and columns, two for each multiplication."""

@@ -116,7 +116,7 @@ def largest_that_fits(attempt: Callable[[int], object], too_large: int) -> int:
         size = (fits + too_large) // 2
         try:
             attempt(size)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             too_large = size
@@ -241,7 +241,7 @@ def arithmetic_rate(device: str, precision: torch.dtype) -> float:
                     torch.accelerator.synchronize(torch.device(device))
                 times.append(time.perf_counter() - began)
             best = max(best, flops * turns / min(times))
-            if sum(times) >= 10:  # a CPU without this type, whose products take minutes each
+            if min(times) > 1:  # a CPU without this type, whose products take minutes each
                 break
     return best
 

@@ -136,7 +136,7 @@ def learn(task: Task, content: Tensor, step: int = 0) -> tuple[list[str], Tensor
     """
     try:
         return task.gradient(content, _cut(task.config, content.shape[-1], step))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
     raise ValueError(_what_would_fit(task))  # here the error no longer holds the activations

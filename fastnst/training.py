@@ -200,7 +200,7 @@ class Training:
         judged = partial(validate, task.network, task.loss, task.validation, task.photos_at_once)
         try:
             return judged()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         task.gradient.forget()  # what was recorded holds memory that nothing else may use

@@ -3,10 +3,13 @@
 In float32 alone; elsewhere, and where nothing was compiled, they are torch's.
 """
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastnst.native_library import Activation, Packed, aligned, from_planes, native_library, to_planes, whole_vectors
 from fastnst.stages import Stage
@@ -17,52 +20,55 @@ operations = 0  # of floating point, two for each multiplication, that all of th
 
 class Conv3x3(nn.Conv2d):
     """``nn.Conv2d`` with a 3x3 kernel of stride 1. While it is trained, and where it is frozen, its results differ from torch's by some 1e-6 of
-    the largest; a trained network that is evaluated gives torch's own, which are flat where a picture is (norms make noise of rounding large there)."""
+    the largest; a trained network that is evaluated gives torch's own, which are flat where a picture is (norms make noise of rounding large there).
+
+    Frozen weights are laid out once; writing to them through ``.data``, which torch does not notice either, is not noticed.
+    """
 
     natively = True  # may be set to False
-    _packed_forward: tuple[tuple[int, int], Packed] | None = None  # of frozen weights, and which they were
-    _packed_back: tuple[tuple[int, int], Packed] | None = None
+    _packed_forward: tuple[Any, Packed] | None = None  # of frozen weights, and which they were
+    _packed_back: tuple[Any, Packed] | None = None
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self._is_native(x):
+        if not self._is_native(x, weight):
             return super()._conv_forward(x, weight, bias)
         if self.padding_mode != "zeros":
-            x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         return _Convolution.apply(x, weight, bias, 0 if self.padding_mode != "zeros" else self.padding[0], self)
 
-    def _is_native(self, x: Tensor) -> bool:
+    def _is_native(self, x: Tensor, weight: Tensor) -> bool:
         return (
             self.natively
-            and (self.training or not self.weight.requires_grad)
+            and (self.training or not weight.requires_grad)
             and x.device.type == "cpu"
-            and x.dtype == self.weight.dtype == torch.float32
+            and x.dtype == weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
             and x.dim() == 4
+            and x.shape[1] == self.in_channels
             and self.out_channels >= _FEWEST_CHANNELS
-            and (self.in_channels == 3 or self.in_channels >= _FEWEST_CHANNELS)
-            and (self.in_channels == 3 or self.in_channels % 8 == 0)
             and self.out_channels % 8 == 0
+            and (self.in_channels == 3 or (self.in_channels >= _FEWEST_CHANNELS and self.in_channels % 8 == 0))
             and self.kernel_size == (3, 3)
             and self.stride == self.dilation == (1, 1)
             and self.groups == 1
+            and self.padding in ((0, 0), (1, 1), (2, 2))
             and min(x.shape[2:]) + 2 * self.padding[0] >= 3
             and not torch.compiler.is_compiling()
             and native_library() is not None
         )
 
-    def packed(self, back: bool) -> Packed:
-        """The weights as ``native.c`` reads them; ``back``: those of the way from the output's gradient to the input's. Of frozen weights they are kept."""
-        now, kept = (self.weight.data_ptr(), self.weight._version), self._packed_back if back else self._packed_forward
-        if kept is not None and kept[0] == now and not self.weight.requires_grad:
-            return kept[1]
-        weight, bias = self.weight.detach().contiguous().numpy(), None if back or self.bias is None else self.bias.detach().numpy()
-        if self.in_channels == 3:
-            packed = Packed.of(Stage(weight, bias), True, False)
-        else:
-            packed = Packed.of_kernels(weight, bias, back, torch.get_num_threads())
-        if not self.weight.requires_grad:
-            setattr(self, "_packed_back" if back else "_packed_forward", (now, packed))
-        return packed
+    def packed(self, weight: Tensor, bias: Tensor | None, back: bool) -> Packed:
+        """The weights as ``native.c`` reads them; ``back``: those of the way from the output's gradient to the input's."""
+        frozen = not weight.requires_grad and not weight.is_inference()
+        now, kept = (weight.data_ptr(), weight._version) if frozen else None, self._packed_back if back else self._packed_forward
+        if not frozen or kept is None or kept[0] != now:
+            array = weight.detach().contiguous().numpy()
+            packed = Packed.of(Stage(array), True, False) if self.in_channels == 3 else Packed.of_kernels(array, back, torch.get_num_threads())
+            kept = (now, packed)
+            if frozen:
+                setattr(self, "_packed_back" if back else "_packed_forward", kept)
+        biases = None if bias is None else F.pad(bias.detach(), (0, kept[1].outputs - len(bias))).numpy()
+        return replace(kept[1], bias=biases)
 
 
 class _Convolution(torch.autograd.Function):
@@ -70,20 +76,25 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, module: Conv3x3) -> Tensor:
         ctx.module, ctx.padding = module, padding
         ctx.save_for_backward(x if weight.requires_grad or module.in_channels == 3 else None, weight)
-        return _convolve(module.packed(back=False), x, padding, _is_channels_last(weight))
+        return _convolve(module.packed(weight, bias, back=False), x, padding, _is_channels_last(weight))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient: Tensor):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        x_gradient = weight_gradient = None
+        bias_gradient = gradient.sum(dim=(0, 2, 3)) if of_bias else None
+        if torch.is_grad_enabled():  # a gradient of this gradient is to follow
+            x_gradient = F.conv_transpose2d(gradient, weight, padding=ctx.padding) if of_x else None
+            weight_gradient = torch.nn.grad.conv2d_weight(x, weight.shape, gradient, padding=ctx.padding) if of_weight else None
+            return x_gradient, weight_gradient, bias_gradient, None, None
         natively = of_x and ctx.module.in_channels > 3
-        x_gradient = _convolve(ctx.module.packed(back=True), gradient, 2 - ctx.padding, _is_channels_last(weight)) if natively else None
-        weight_gradient = bias_gradient = None
+        if natively:
+            x_gradient = _convolve(ctx.module.packed(weight, None, back=True), gradient, 2 - ctx.padding, _is_channels_last(weight))
         if of_weight or (of_x and not natively):
-            sizes, one, padding, wanted = [len(weight)], [1, 1], [ctx.padding] * 2, [of_x and not natively, of_weight, of_bias]
-            gradients = torch.ops.aten.convolution_backward(gradient, x, weight, sizes, one, padding, one, False, [0, 0], 1, wanted)
-            x_gradient, weight_gradient, bias_gradient = x_gradient if natively else gradients[0], *gradients[1:]
+            one, wanted = [1, 1], [of_x and not natively, of_weight, False]
+            gradients = torch.ops.aten.convolution_backward(gradient, x, weight, None, one, [ctx.padding] * 2, one, False, [0, 0], 1, wanted)
+            x_gradient, weight_gradient = x_gradient if natively else gradients[0], gradients[1]
         return x_gradient, weight_gradient, bias_gradient, None, None
 
 
@@ -103,7 +114,7 @@ def _convolve(packed: Packed, x: Tensor, padding: int, channels_last: bool) -> T
     nothing, size = np.zeros(whole_vectors(x.shape[1]), np.float32), packed.size(rows, columns)
     operations += len(x) * packed.operations(*size)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    output = torch.empty(len(x), packed.channels, *size, memory_format=layout)
+    output = torch.empty(len(x), packed.channels, *size, dtype=x.dtype, device=x.device, memory_format=layout)
     aside = None if channels_last else aligned((*size, packed.channels))
     for picture, target in zip(pictures, (output.permute(0, 2, 3, 1) if channels_last else output).numpy()):
         packed.convolve(Activation.of(picture), rows, columns, nothing, target if aside is None else aside, False, threads)

@@ -95,6 +95,13 @@ def test_code_for_any_cpu_gives_the_same(monkeypatch, tmp_path):
     assert np.abs(load_engine(stages, "cpu", "native").run(pictures) - eager(network, pictures)).max() <= 0.51
 
 
+def test_a_pixel_that_is_no_number_is_not_hidden():
+    _, stages = staged()
+    images = np.full((1, 3, 20, 30), 0.5, np.float32)
+    images[0, 0, 4, 4] = np.nan
+    assert np.isnan(load_engine(stages, "cpu", "native").run(images, "float")).any()
+
+
 def test_it_counts_the_arithmetic_that_is_left():
     # All of a network of width 8 and one block at 32x32, in multiplications of a position of the output: the stem 225 / 9 a channel instead of 81, and so on
     _, stages = staged(width=8)

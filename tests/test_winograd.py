@@ -9,6 +9,7 @@ from torch import nn
 
 from fastnst import native_library, winograd
 from fastnst.native_library import Packed
+from fastnst.network import plainly
 from fastnst.stages import Stage
 from fastnst.winograd import Conv3x3
 
@@ -24,11 +25,11 @@ def convolved(monkeypatch):
 @pytest.mark.parametrize("inputs, outputs", [(16, 16), (24, 40), (64, 16)])
 def test_kernels_that_change_are_packed_as_those_that_stay(inputs, outputs):
     rng = np.random.default_rng(0)
-    weight, bias = rng.normal(size=(outputs, inputs, 3, 3)).astype(np.float32), rng.normal(size=outputs).astype(np.float32)
-    there, expected = Packed.of_kernels(weight, bias, False, 2), Packed.of(Stage(weight, bias), False, False)
-    assert np.allclose(there.weight, expected.weight, atol=1e-6) and np.array_equal(there.bias, expected.bias)
+    weight = rng.normal(size=(outputs, inputs, 3, 3)).astype(np.float32)
+    there, expected = Packed.of_kernels(weight, False, 2), Packed.of(Stage(weight), False, False)
+    assert np.allclose(there.weight, expected.weight, atol=1e-6)
     assert (there.outputs, there.channels, there.kind) == (expected.outputs, expected.channels, expected.kind)
-    back, turned = Packed.of_kernels(weight, None, True, 1), weight.transpose(1, 0, 2, 3)[:, :, ::-1, ::-1]
+    back, turned = Packed.of_kernels(weight, True, 1), weight.transpose(1, 0, 2, 3)[:, :, ::-1, ::-1]
     assert np.allclose(back.weight, Packed.of(Stage(np.ascontiguousarray(turned)), False, False).weight, atol=1e-6)
     assert back.channels == inputs
 
@@ -101,6 +102,57 @@ def test_a_trained_network_that_is_evaluated_is_torchs_own(convolved):
     assert torch.equal(conv.eval()(x), nn.functional.conv2d(x, conv.weight, conv.bias)) and not convolved
     conv.requires_grad_(False)(x)
     assert len(convolved) == 1
+
+
+def test_a_gradient_of_a_gradient_is_torchs():
+    torch.manual_seed(0)
+    ours = nn.Sequential(Conv3x3(16, 16, 3, padding=1), nn.Tanh(), Conv3x3(16, 16, 3, padding=1))
+    theirs = plainly(copy.deepcopy(ours))
+    found = []
+    for network in (ours, theirs):
+        x = torch.ones(1, 16, 8, 8).cumsum(3).div(8).requires_grad_()
+        (gradient,) = torch.autograd.grad(network(x).pow(2).sum(), x, create_graph=True)
+        (gradient.pow(2).sum() + network(x).sum()).backward()
+        found.append([parameter.grad for parameter in network.parameters()])
+    for mine, other in zip(*found):
+        assert torch.allclose(mine, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+def test_weights_that_stand_in_for_its_own_and_biases_that_change(convolved):
+    conv, x = Conv3x3(16, 16, 3), torch.randn(1, 16, 8, 8, requires_grad=True)
+    weight, bias = torch.randn(16, 16, 3, 3, requires_grad=True), torch.randn(16)
+    torch.func.functional_call(conv, {"weight": weight, "bias": bias}, x).sum().backward()
+    (expected,) = torch.autograd.grad(nn.functional.conv2d(x, weight, bias).sum(), x)
+    assert torch.allclose(x.grad, expected, atol=1e-4)
+    conv.weight.requires_grad_(False)
+    first = conv(x)
+    first.sum().backward()
+    assert torch.allclose(conv.bias.grad, torch.full((16,), 36.0))  # 6x6 positions
+    with torch.no_grad():
+        conv.bias.add_(1)
+    assert torch.allclose(conv(x), first + 1, atol=1e-5)
+    with torch.inference_mode():
+        made = Conv3x3(16, 16, 3).requires_grad_(False)
+        assert torch.allclose(made(x), nn.functional.conv2d(x, made.weight, made.bias), atol=1e-4)
+    assert len(convolved) == 6
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8, 32])
+def test_a_wrong_number_of_channels_is_torchs_error(channels):
+    with pytest.raises(RuntimeError, match="channels"):
+        Conv3x3(16, 24, 3, padding=1)(torch.randn(1, channels, 7, 7))
+
+
+@pytest.mark.parametrize("padding", [(1, 0), "same", "valid", 3])
+def test_other_paddings_are_torchs_own(convolved, padding):
+    conv, x = Conv3x3(16, 16, 3, padding=padding), torch.randn(1, 16, 9, 9)
+    assert torch.equal(conv(x), nn.functional.conv2d(x, conv.weight, conv.bias, padding=padding)) and not convolved
+
+
+def test_what_is_no_number_stays_so():
+    conv, x = Conv3x3(16, 16, 3).requires_grad_(False), torch.zeros(1, 16, 12, 12)
+    x[0, 0, 0, 0] = float("nan")
+    assert torch.isnan(conv(x)[0, :, 0, 0]).all()
 
 
 def test_only_what_is_asked_for_is_computed(convolved):
