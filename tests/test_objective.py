@@ -9,7 +9,7 @@ from conftest import TOY_LOSS
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import LossConfig, PerceptualLoss
 from fastnst.model import NetworkConfig
-from fastnst.network import TransformNetwork
+from fastnst.network import TransformNetwork, plainly
 from fastnst.objective import Cut, Objective
 
 PHOTOS = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -39,6 +39,7 @@ def test_bfloat16_is_near_float32(parts):
 
 def test_compiled_and_eager_agree_in_value_and_gradient(parts, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    plainly(parts[1].loss_network)  # as compilers see it
     gradients = []
     for compile in ("off", "on"):
         total = Objective(*parts, torch.float32, compile)(PHOTOS)[0].total
