@@ -39,7 +39,8 @@ def test_bfloat16_is_near_float32(parts):
 
 def test_compiled_and_eager_agree_in_value_and_gradient(parts, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    plainly(parts[1].loss_network)  # as compilers see it
+    plainly(parts[0])  # as compilers see them
+    plainly(parts[1].loss_network)
     gradients = []
     for compile in ("off", "on"):
         total = Objective(*parts, torch.float32, compile)(PHOTOS)[0].total
