@@ -602,7 +602,8 @@ int fastnst_convolve(const struct input *in, const struct convolution *c, int32_
     struct task task = {.in = in, .c = c};
     if (kind == WINOGRAD) {
         task.tiles = WINOGRAD_BYTES / (36 * 4 * in->channels) / ROWS * ROWS;
-        task.tiles = task.tiles < ROWS ? ROWS : task.tiles;
+        long fewest = in->channels < 256 ? ROWS : 2 * ROWS; /* kernels too large for a cache are read less often so */
+        task.tiles = task.tiles < fewest ? fewest : task.tiles;
         parts = ((width + 3) / 4 * ((height + 3) / 4) + task.tiles - 1) / task.tiles;
         task.per_thread = 36 * (task.tiles * (in->channels + WIDE) + 32);
     } else if (kind == DIRECT) {
