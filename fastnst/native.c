@@ -27,7 +27,7 @@ Plain C with the vector extensions of GCC and Clang; compiled once for each kind
 #endif
 #endif
 #define WIDE (2 * LANES)                /* outputs of a block */
-#define WINOGRAD_BYTES (192 * 1024)     /* of transformed tiles: a core.s cache holds them beside the kernels */
+#define WINOGRAD_BYTES (192 * 1024)     /* of transformed tiles: a core's cache holds them beside the kernels */
 #define DIRECT_ROWS 4
 #define DIRECT_COLUMNS 60
 #define NESTED_ROWS 8 /* of tiles of 3x3 */
@@ -65,7 +65,7 @@ static inline vec input_at(const struct input *in, const float *from, long chann
 
 /* What it is, and what it writes: (height, width, channels), from `outputs` (a multiple of WIDE) numbers at each of
 (height, width) / shuffle positions: first those of all channels at the upper left, then at the upper right, and so on.
-`count` (a channel's), `mean` and `squares` (sums of squared differences from the mean) are of what was written; NULL: not asked for. */
+`mean` and `squares` (the sum of squared differences from the mean) of each channel are of what was written; NULL: not asked for. */
 struct convolution {
     const float *weight, *bias;
     float *output;

@@ -45,7 +45,7 @@ NOUNS = {
     "losses": {"config", "loss_network"},
     "photo_cache": {"files", "runtime"},
     "data": {"config", "photo_cache", "picture", "runtime"},
-    "objective": {"losses", "runtime"},
+    "objective": {"losses", "native_library", "runtime"},
     "gradient": {"objective", "ranks", "recording", "runtime"},
     "optimizer": set(),
     "benchmark_inference": {"checkpoint", "engine", "network", "picture", "runtime", "stages"},
