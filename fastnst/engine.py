@@ -248,7 +248,9 @@ class TorchEngine:
         self._layout = torch.channels_last if self._device.type == "cuda" else torch.contiguous_format
         self._last: tuple[Any, ...] = ()  # kind and shape of the last pictures
         self._in_a_row = 0  # pictures of that kind and shape
+        self._so_far = 0  # pictures of all kinds
         self._recording: Recording | None = None  # a pass over them
+        self._fast: Any = None  # a `NvidiaPass`; False where it failed
 
     def needed_memory(self, count, height, width):
         return count * height * width * self.network.stages[0].channels * (17 if self.precision == "float32" else 10)
@@ -292,25 +294,45 @@ class TorchEngine:
         if this != self._last:
             self._last, self._in_a_row, self._recording = this, 0, None  # the memory of a recorded pass is for the new ones
         self._in_a_row += 1
+        self._so_far += 1
         with torch.inference_mode():
             if self._device.type == "cuda" and self._in_a_row == WORTH_COMPILING:
                 self._recording = self._record(x, pixels)
-            return self.compute(x, pixels) if self._recording is None else self._recording(x).clone()
+            if self._recording is not None:
+                return self._recording(x).clone()
+            if self._device.type == "cuda" and self._so_far > WORTH_COMPILING:
+                return self.compute_fast(x, pixels)
+            return self.compute(x, pixels)
 
     def _record(self, x: Any, pixels: Pixels) -> "Recording | None":
         """A pass over pictures like ``x``, as fast as this machine can; None where it can do nothing about it."""
         from fastnst.recording import Recording
 
-        for fused in (True, False):
-            try:
-                return Recording(lambda given: self.compute(given, pixels, fused), x)
-            except Exception as error:  # compilers raise many kinds; it goes without, and is not tried again
-                if not is_out_of_memory(error):
-                    warnings.warn(f"{'Triton' if fused else 'a CUDA graph'} failed, going on slower without ({' '.join(str(error).split())[:200]})", stacklevel=2)
+        self.compute_fast(x, pixels)  # where that cannot be, it is known then
+        try:
+            return Recording(lambda given: self.compute_fast(given, pixels), x)
+        except Exception as error:  # libraries raise many kinds; it goes without, and is not tried again
+            if not is_out_of_memory(error):
+                warnings.warn(f"a CUDA graph failed, going on slower without ({' '.join(str(error).split())[:200]})", stacklevel=2)
         return None
 
-    def compute(self, x: Any, pixels: Pixels, fused: bool = False) -> Any:
-        """A pass, neither counted nor recorded; ``fused``: with the norms' own kernels, which are for NVIDIA GPUs."""
+    def compute_fast(self, x: Any, pixels: Pixels) -> Any:
+        """``compute`` on an NVIDIA GPU, where the first pass takes some seconds of Triton's compiling; where that fails it goes on without, saying so."""
+        if self._fast is None:
+            try:
+                from fastnst.nvidia import NvidiaPass
+
+                self._fast = NvidiaPass(self.network, self._device, self._dtype)
+                return self._fast(x, pixels)
+            except Exception as error:  # compilers raise many kinds
+                self._fast = None if is_out_of_memory(error) else False
+                if self._fast is None:
+                    raise
+                warnings.warn(f"Triton failed, going on slower without ({' '.join(str(error).split())[:200]})", stacklevel=2)
+        return self._fast(x, pixels) if self._fast else self.compute(x, pixels)
+
+    def compute(self, x: Any, pixels: Pixels) -> Any:
+        """A pass in torch's own steps, neither counted nor recorded."""
         import torch
         import torch.nn.functional as F
 
@@ -332,8 +354,7 @@ class TorchEngine:
                 skip = (before[0], before[1] + stage.shave) if stage.skip else None
                 before, x = (x, stage.padding), self._convolve(stage, tensors, x)
                 padding = (following.padding, following.padding_mode) if following else (0, "constant")
-                norm = fused_norm() if fused and stage.norm_weight is not None else _norm
-                x = norm(x, tensors["norm_weight"], tensors["norm_bias"], stage.relu, skip, *padding)
+                x = _norm(x, tensors["norm_weight"], tensors["norm_bias"], stage.relu, skip, *padding)
             x = x[..., :height, :width].float()
             if config.output == "tanh":
                 x = 127.5 + 150 * torch.tanh(x)
@@ -379,7 +400,7 @@ class TorchEngine:
 
 
 def _norm(x: Any, weight: Any, bias: Any, relu: bool, skip: tuple[Any, int] | None, padding: int, mode: str) -> Any:
-    """What ``fused_norm`` does, step by step, and on any device; without a ``weight`` there is no norm."""
+    """Norm, ReLU, sum with what is ``skip``, padding, step by step; without a ``weight`` there is no norm."""
     import torch.nn.functional as F
 
     if weight is not None:
@@ -390,13 +411,6 @@ def _norm(x: Any, weight: Any, bias: Any, relu: bool, skip: tuple[Any, int] | No
         other, inset = skip
         x = x.add_(other[..., inset : other.shape[2] - inset, inset : other.shape[3] - inset])
     return F.pad(x, [padding] * 4, mode=mode) if padding else x
-
-
-def fused_norm():
-    """The function, imported when it is first needed: Triton comes with torch on Linux alone."""
-    from fastnst.fused_norm import fused_norm
-
-    return fused_norm
 
 
 @cache

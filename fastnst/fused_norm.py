@@ -1,8 +1,11 @@
-"""Instance norm on an NVIDIA GPU, with all that comes between two convolutions, in Triton: the ReLU, the sum with a block's input, the padding.
+"""Instance norm on an NVIDIA GPU, with all that comes between two convolutions, in Triton, there and back: the ReLU, the sum with a block's
+input, the padding.
 
 An activation is read twice and written once, as the next convolution takes it. Torch's own steps read and write it some ten times, copies into
 another layout among them, and at full resolution memory is what a pass waits for.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -13,6 +16,8 @@ from fastnst.stages import EPSILON
 
 _NUMBERS = 4096  # that a program holds at once
 _PROGRAMS = 512  # some four for each multiprocessor of a large GPU
+_CHANNELS = 16  # that a program adds up the parts of
+_LAST = torch.channels_last
 
 
 def fused_norm(
@@ -20,29 +25,90 @@ def fused_norm(
     weight: Tensor,
     bias: Tensor,
     relu: bool = False,
-    skip: tuple[Tensor, int] | None = None,
+    skip: Tensor | None = None,
     padding: int = 0,
     mode: str = "constant",
+    shuffle: int = 1,
 ) -> Tensor:
-    """``(N, C, H, W)`` -> its instance norm, ReLU, plus ``skip``, padded by ``padding`` on all sides: the same type, channels-last.
+    """``(N, C s s, h, w)`` -> its instance norm, ReLU, plus ``skip``, padded by ``padding`` on all sides: ``(N, C, h s + 2 p, w s + 2 p)``, the same type, channels-last.
 
-    ``weight`` and ``bias``: ``(C,)``. ``skip``: a tensor and how many pixels on each side of it do not count. ``mode``: ``reflect``,
-    ``replicate`` or ``constant`` (0). Moments and arithmetic are float32.
+    ``weight`` and ``bias``: ``(C,)``. ``skip``: ``(N, C, h s, w s)``, channels-last or an inner part of such. ``mode``: ``reflect``,
+    ``replicate`` or ``constant`` (0). ``shuffle``, 1 or 2: channels are those of ``s x s`` pixels, row by row. Moments and arithmetic are float32.
     """
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=_LAST)
+    return _forward(x, _moments(x, shuffle), weight, bias, relu, skip, padding, mode, shuffle)
+
+
+class FusedNorm(torch.autograd.Function):
+    """``fused_norm`` with gradients. Gives the output and what of it lies within the padding, which a later ``skip`` takes: the gradients of both come back apart.
+
+    ``conv_bias`` is that of the convolution before, or None: a norm does not mind it, and its gradient is 0. Not for ReLU and ``skip`` at once, nor for padding by
+    replication of more than 1 pixel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, conv_bias, skip, relu, padding, mode, shuffle) -> tuple[Tensor, Tensor]:
+        x = x.contiguous(memory_format=_LAST)
+        moments = _moments(x, shuffle)
+        out = _forward(x, moments, weight, bias, relu, skip, padding, mode, shuffle)
+        ctx.save_for_backward(x, moments, weight, bias)
+        ctx.how, ctx.skips, ctx.conv_bias = (relu, padding, mode, shuffle), skip is not None, conv_bias
+        ctx.set_materialize_grads(False)
+        return out, out[:, :, padding : out.shape[2] - padding, padding : out.shape[3] - padding]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, within: Tensor | None):
+        x, moments, weight, bias = ctx.saved_tensors
+        relu, padding, mode, shuffle = ctx.how
+        images, channels, height, width, sizes = _sizes(x, shuffle)
+        gradient = x.new_zeros(images, channels, height + 2 * padding, width + 2 * padding) if gradient is None else gradient
+        gradient = gradient.contiguous(memory_format=_LAST)
+        within = None if within is None else within.contiguous(memory_format=_LAST)
+        folded = torch.empty_like(x)  # the gradient behind padding and ReLU
+        columns = triton.cdiv(width, sizes["BLOCK"])
+        sums = x.new_empty(images, height * columns, 2, channels, dtype=torch.float32)
+        choices = {"PADDING": padding, "MODE": mode, "RELU": relu, "WITHIN": within is not None, "SHUFFLE": shuffle}
+        _fold[(height, columns, images)](x, moments, weight, bias, gradient, x if within is None else within, folded, sums, height, width, **choices, **sizes)
+        totals = x.new_empty(images, 2, channels, dtype=torch.float32)
+        parts = height * columns
+        _total[(images, triton.cdiv(channels, _CHANNELS))](sums, totals, parts, CHANNELS=channels, WIDTH=_CHANNELS, PARTS=min(512, triton.next_power_of_2(parts)), num_warps=4)
+        back = torch.empty_like(x)
+        flat = (triton.cdiv(height * width, sizes["BLOCK"]), images)
+        _back[flat](x, moments, weight, folded, totals, back, height * width, **sizes)
+        bias_gradient, weight_gradient = totals.sum(0).to(weight.dtype)
+        no_gradient = None if ctx.conv_bias is None else torch.zeros_like(ctx.conv_bias)
+        return back, weight_gradient, bias_gradient, no_gradient, folded if ctx.skips else None, None, None, None, None
+
+
+def _sizes(x: Tensor, shuffle: int) -> tuple[int, int, int, int, dict[str, Any]]:
+    """Images, channels, height and width of what ``x`` holds, and the sizes that kernels are compiled for."""
     images, channels, height, width = x.shape
-    block = max(1, _NUMBERS // triton.next_power_of_2(channels))
-    parts = max(1, min(triton.cdiv(height * width, block), _PROGRAMS // images))
-    sizes = {"CHANNELS": channels, "WIDTH": triton.next_power_of_2(channels), "BLOCK": block, "num_warps": 8, "enable_fp_fusion": True}
+    channels //= shuffle**2
+    wide = triton.next_power_of_2(channels)
+    return images, channels, height * shuffle, width * shuffle, {"CHANNELS": channels, "WIDTH": wide, "BLOCK": max(1, _NUMBERS // wide), "num_warps": 8}
+
+
+def _moments(x: Tensor, shuffle: int) -> Tensor:
+    """Mean and the deviation's inverse, ``(N, 2, C)`` float32, of channels-last ``x``; where its pixels lie does not matter."""
+    images, channels, height, width, sizes = _sizes(x, shuffle)
+    parts = max(1, min(triton.cdiv(height * width, sizes["BLOCK"]), _PROGRAMS // images))
     sums = x.new_empty(images, parts, 2, channels, dtype=torch.float32)
     _sum_up[(parts, images)](x, sums, height * width, **sizes)
     moments = x.new_empty(images, 2, channels, dtype=torch.float32)
-    _solve[(images,)](sums, weight, moments, height * width, parts, EPSILON=EPSILON, PARTS=min(block, triton.next_power_of_2(parts)), **sizes)
+    groups = {"CHANNELS": channels, "WIDTH": _CHANNELS, "BLOCK": sizes["BLOCK"], "PARTS": triton.next_power_of_2(parts)}
+    _solve[(images, triton.cdiv(channels, _CHANNELS))](sums, moments, height * width, parts, EPSILON=EPSILON, num_warps=4, **groups)
+    return moments
+
+
+def _forward(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, relu: bool, skip: Tensor | None, padding: int, mode: str, shuffle: int) -> Tensor:
+    images, channels, height, width, sizes = _sizes(x, shuffle)
     out = x.new_empty(images, height + 2 * padding, width + 2 * padding, channels).permute(0, 3, 1, 2)
-    other, inset = (skip[0].contiguous(memory_format=torch.channels_last), skip[1]) if skip else (x, 0)
-    grid = (out.shape[2], triton.cdiv(out.shape[3], block), images)  # the first may be large
-    choices = {"PADDING": padding, "MODE": mode, "RELU": relu, "SKIP": skip is not None}
-    _apply[grid](x, moments, bias, other, out, height, width, other.shape[2], other.shape[3], inset, **choices, **sizes)
+    if skip is not None and skip.stride()[1::2] != (1, channels):
+        skip = skip.contiguous(memory_format=_LAST)
+    other = x if skip is None else skip
+    grid = (out.shape[2], triton.cdiv(out.shape[3], sizes["BLOCK"]), images)  # the first may be large
+    choices = {"PADDING": padding, "MODE": mode, "RELU": relu, "SKIP": skip is not None, "SHUFFLE": shuffle, "enable_fp_fusion": True}
+    _apply[grid](x, moments, weight, bias, other, out, height, width, other.stride(0), other.stride(2), **choices, **sizes)
     return out
 
 
@@ -82,62 +148,148 @@ def _count(part, parts, pixels, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["pixels", "parts"])
-def _solve(
-    sums, weight, moments, pixels, parts,
-    EPSILON: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """An image's mean of each channel, and the weight over its deviation, from those of its parts, ``PARTS`` at a time (Chan et al. 1979)."""
-    image = tl.program_id(0)
-    channel = tl.arange(0, WIDTH)
-    there = channel < CHANNELS
-    sums += image * parts * 2 * CHANNELS
-    total = tl.zeros([PARTS, WIDTH], tl.float32)
-    for start in range(0, parts, PARTS):
-        part = (start + tl.arange(0, PARTS))[:, None]
-        mean = tl.load(sums + part * 2 * CHANNELS + channel[None, :], mask=(part < parts) & there[None, :], other=0)
-        total += mean * _count(part, parts, pixels, BLOCK)
-    whole = tl.sum(total, 0) / pixels
-    squares = tl.zeros([PARTS, WIDTH], tl.float32)
-    for start in range(0, parts, PARTS):
-        part = (start + tl.arange(0, PARTS))[:, None]
-        mask = (part < parts) & there[None, :]
-        distance = tl.load(sums + part * 2 * CHANNELS + channel[None, :], mask=mask, other=0) - whole[None, :]
-        within = tl.load(sums + part * 2 * CHANNELS + CHANNELS + channel[None, :], mask=mask, other=0)
-        squares += tl.where(mask, within + distance * distance * _count(part, parts, pixels, BLOCK), 0.0)
-    variance = tl.maximum(tl.sum(squares, 0) / pixels, 0.0)
-    gain = tl.load(weight + channel, mask=there, other=0).to(tl.float32) / tl.sqrt(variance + EPSILON)
-    tl.store(moments + image * 2 * CHANNELS + channel, whole, mask=there)
-    tl.store(moments + (image * 2 + 1) * CHANNELS + channel, gain, mask=there)
+def _solve(sums, moments, pixels, parts, EPSILON: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """Mean and the deviation's inverse of some channels of an image, from those of its parts, all at once (Chan et al. 1979)."""
+    image, channel = tl.program_id(0), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    part = tl.arange(0, PARTS)[:, None]
+    there = (part < parts) & (channel < CHANNELS)[None, :]
+    sums += image * parts * 2 * CHANNELS + part * 2 * CHANNELS + channel[None, :]
+    mean = tl.load(sums, mask=there, other=0)
+    within = tl.load(sums + CHANNELS, mask=there, other=0)
+    count = tl.where(there, _count(part, parts, pixels, BLOCK), 0)
+    whole = tl.sum(mean * count, 0) / pixels
+    distance = mean - whole[None, :]
+    variance = tl.maximum(tl.sum(within + distance * distance * count, 0) / pixels, 0.0)
+    moments += image * 2 * CHANNELS + channel
+    tl.store(moments, whole, mask=channel < CHANNELS)
+    tl.store(moments + CHANNELS, 1.0 / tl.sqrt(variance + EPSILON), mask=channel < CHANNELS)
 
 
-@triton.jit(do_not_specialize=["height", "width", "skip_height", "skip_width", "inset"])
+@triton.jit
+def _place(y, across, width, SHUFFLE: tl.constexpr):
+    """Where a pixel lies among those of its image, counted in pixels."""
+    if SHUFFLE == 1:
+        return y * width + across
+    return ((y // SHUFFLE) * (width // SHUFFLE) + across // SHUFFLE) * SHUFFLE * SHUFFLE + (y % SHUFFLE) * SHUFFLE + across % SHUFFLE
+
+
+@triton.jit(do_not_specialize=["height", "width", "skip_image", "skip_row"])
 def _apply(
-    x, moments, bias, skip, out, height, width, skip_height, skip_width, inset,
-    PADDING: tl.constexpr, MODE: tl.constexpr, RELU: tl.constexpr, SKIP: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    x, moments, weight, bias, skip, out, height, width, skip_image, skip_row,
+    PADDING: tl.constexpr, MODE: tl.constexpr, RELU: tl.constexpr, SKIP: tl.constexpr, SHUFFLE: tl.constexpr,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A stretch of a row of the output, from the pixels that padding finds there."""
-    row, image = tl.program_id(0), tl.program_id(2)
+    row, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, WIDTH)[None, :]
-    there = (column < width + 2 * PADDING)[:, None] & (channel < CHANNELS)
+    real = channel < CHANNELS
+    there = (column < width + 2 * PADDING)[:, None] & real
     y, across = row - PADDING, column - PADDING
     inside = (y >= 0) & (y < height) & (across >= 0) & (across < width)
     if MODE == "reflect":
         y = height - 1 - tl.abs(height - 1 - tl.abs(y))
         across = width - 1 - tl.abs(width - 1 - tl.abs(across))
     y = tl.minimum(tl.maximum(y, 0), height - 1)
-    across = tl.minimum(tl.maximum(across, 0), width - 1)[:, None].to(tl.int64)
-    line = image.to(tl.int64) * height + y
-    value = tl.load(x + (line * width + across) * CHANNELS + channel, mask=there, other=0).to(tl.float32)
-    mean = tl.load(moments + image * 2 * CHANNELS + channel, mask=channel < CHANNELS, other=0)
-    gain = tl.load(moments + (image * 2 + 1) * CHANNELS + channel, mask=channel < CHANNELS, other=0)
-    value = (value - mean) * gain + tl.load(bias + channel, mask=channel < CHANNELS, other=0).to(tl.float32)
+    across = tl.minimum(tl.maximum(across, 0), width - 1)
+    pixel = image * height * width + _place(y, across, width, SHUFFLE)[:, None]
+    value = tl.load(x + pixel * CHANNELS + channel, mask=there, other=0).to(tl.float32)
+    mean = tl.load(moments + image * 2 * CHANNELS + channel, mask=real, other=0)
+    gain = tl.load(moments + (image * 2 + 1) * CHANNELS + channel, mask=real, other=0) * tl.load(weight + channel, mask=real, other=0).to(tl.float32)
+    value = (value - mean) * gain + tl.load(bias + channel, mask=real, other=0).to(tl.float32)
     if RELU:
         value = tl.maximum(value, 0.0)
     if SKIP:
-        line = image.to(tl.int64) * skip_height + y + inset
-        value += tl.load(skip + (line * skip_width + across + inset) * CHANNELS + channel, mask=there, other=0).to(tl.float32)
+        value += tl.load(skip + image * skip_image + y.to(tl.int64) * skip_row + across[:, None] * CHANNELS + channel, mask=there, other=0).to(tl.float32)
     if MODE == "constant":
         value = tl.where(inside[:, None], value, 0.0)
-    line = image.to(tl.int64) * (height + 2 * PADDING) + row
+    line = image * (height + 2 * PADDING) + row
     tl.store(out + (line * (width + 2 * PADDING) + column[:, None]) * CHANNELS + channel, value.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _mirror(at, side, WHICH: tl.constexpr, PADDING: tl.constexpr, MODE: tl.constexpr):
+    """Which place of a padded side holds ``at`` again (``WHICH`` 0: at first; 1: ahead of the side; 2: behind it), and whether there is such."""
+    if WHICH == 0:
+        return at + PADDING, (at >= 0) & (at < side)
+    if MODE == "replicate":  # by 1
+        if WHICH == 1:
+            return at * 0, at == 0
+        return at + 2, at == side - 1
+    if WHICH == 1:
+        return PADDING - at, (at >= 1) & (at <= PADDING)
+    return PADDING + 2 * (side - 1) - at, (at >= side - 1 - PADDING) & (at <= side - 2)
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def _fold(
+    x, moments, weight, bias, gradient, within, folded, sums, height, width,
+    PADDING: tl.constexpr, MODE: tl.constexpr, RELU: tl.constexpr, WITHIN: tl.constexpr, SHUFFLE: tl.constexpr,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The way back through padding, sum and ReLU, for a stretch of a row, and what the norm needs of it: each channel's sum, and that of its products
+    with the normalized values."""
+    y, part, parts, image = tl.program_id(0), tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.num_programs(0) * tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, WIDTH)[None, :]
+    real = channel < CHANNELS
+    there = (column < width)[:, None] & real
+    total = tl.zeros([BLOCK, WIDTH], tl.float32)
+    for vertical in tl.static_range(0, 3 if PADDING > 0 and MODE != "constant" else 1):
+        row, is_row = _mirror(y, height, vertical, PADDING, MODE)
+        for horizontal in tl.static_range(0, 3 if PADDING > 0 and MODE != "constant" else 1):
+            across, is_column = _mirror(column, width, horizontal, PADDING, MODE)
+            line = (image * (height + 2 * PADDING) + row) * (width + 2 * PADDING)
+            mask = there & (is_column & is_row)[:, None]
+            total += tl.load(gradient + (line + across[:, None]) * CHANNELS + channel, mask=mask, other=0).to(tl.float32)
+    if WITHIN:
+        total += tl.load(within + ((image * height + y) * width + column[:, None]) * CHANNELS + channel, mask=there, other=0).to(tl.float32)
+    pixel = image * height * width + _place(y, column, width, SHUFFLE)[:, None]
+    value = tl.load(x + pixel * CHANNELS + channel, mask=there, other=0).to(tl.float32)
+    mean = tl.load(moments + image * 2 * CHANNELS + channel, mask=real, other=0)
+    inverse = tl.load(moments + (image * 2 + 1) * CHANNELS + channel, mask=real, other=0)
+    if RELU:
+        gain = inverse * tl.load(weight + channel, mask=real, other=0).to(tl.float32)
+        total = tl.where((value - mean) * gain + tl.load(bias + channel, mask=real, other=0).to(tl.float32) > 0, total, 0.0)
+    total = tl.where(there, total, 0.0)
+    tl.store(folded + pixel * CHANNELS + channel, total.to(folded.dtype.element_ty), mask=there)
+    channel = tl.arange(0, WIDTH)
+    sums += (image * parts + part) * 2 * CHANNELS + channel
+    tl.store(sums, tl.sum(total, 0), mask=channel < CHANNELS)
+    tl.store(sums + CHANNELS, tl.sum(total * (value - mean) * inverse, 0), mask=channel < CHANNELS)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _total(sums, totals, parts, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """Sums of some channels of an image over its parts."""
+    image, channel = tl.program_id(0), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    real = channel < CHANNELS
+    total = tl.zeros([PARTS, WIDTH], tl.float32)
+    products = tl.zeros([PARTS, WIDTH], tl.float32)
+    for start in range(0, parts, PARTS):
+        part = (start + tl.arange(0, PARTS))[:, None]
+        there = (part < parts) & real[None, :]
+        place = sums + (image * parts + part) * 2 * CHANNELS + channel[None, :]
+        total += tl.load(place, mask=there, other=0)
+        products += tl.load(place + CHANNELS, mask=there, other=0)
+    totals += image * 2 * CHANNELS + channel
+    tl.store(totals, tl.sum(total, 0), mask=real)
+    tl.store(totals + CHANNELS, tl.sum(products, 0), mask=real)
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def _back(x, moments, weight, folded, totals, back, pixels, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The norm's input gradient: weight / deviation x (g - mean(g) - x^ mean(g x^)), x^ being the normalized values."""
+    image, pixel = tl.program_id(1).to(tl.int64), (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    channel = tl.arange(0, WIDTH)[None, :]
+    real = channel < CHANNELS
+    there = (pixel < pixels) & real
+    place = (image * pixels + pixel) * CHANNELS + channel
+    mean = tl.load(moments + image * 2 * CHANNELS + channel, mask=real, other=0)
+    inverse = tl.load(moments + (image * 2 + 1) * CHANNELS + channel, mask=real, other=0)
+    total = tl.load(totals + image * 2 * CHANNELS + channel, mask=real, other=0) / pixels
+    products = tl.load(totals + (image * 2 + 1) * CHANNELS + channel, mask=real, other=0) / pixels
+    gain = inverse * tl.load(weight + channel, mask=real, other=0).to(tl.float32)
+    normalized = (tl.load(x + place, mask=there, other=0).to(tl.float32) - mean) * inverse
+    value = gain * (tl.load(folded + place, mask=there, other=0).to(tl.float32) - total - normalized * products)
+    tl.store(back + place, value.to(back.dtype.element_ty), mask=there)

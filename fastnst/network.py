@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnst.model import NetworkConfig
+from fastnst.runtime import triton_works
 from fastnst.winograd import Conv3x3
 
 
@@ -25,6 +26,8 @@ class TransformNetwork(nn.Module):
     published networks (1) tanh saturates in the first steps and leaves white blotches for a thousand more; at 1/8 the
     validation loss after 200 steps was below theirs after 750 (our measurement, half the width, wave).
     """
+
+    fused = True  # while training on an NVIDIA GPU; may be set to False
 
     def __init__(self, config: NetworkConfig = NetworkConfig()) -> None:
         super().__init__()
@@ -54,11 +57,27 @@ class TransformNetwork(nn.Module):
         short = [max(self.config.smallest_side - side, -side % self.config.multiple) for side in (width, height)]
         if any(short):
             images = F.pad(images, (0, short[0], 0, short[1]), mode="replicate")
-        x = self.layers(images)[..., :height, :width]  # strides round sizes up to a multiple of 4
+        x = self._fused_layers(images) if self._fuses(images) else self.layers(images)
+        x = x[..., :height, :width]  # strides round sizes up to a multiple of 4
         x = x * self.config.output_scale
         if self.config.output == "tanh":
             return 0.5 + 150 / 255 * torch.tanh(x)
         return torch.sigmoid(x) if self.config.output == "sigmoid" else x / 255
+
+
+    def _fuses(self, images: Tensor) -> bool:
+        if not (self.fused and self.training and images.is_cuda and not images.requires_grad and not torch.compiler.is_compiling() and triton_works(images.device)):
+            return False
+        from fastnst.fused_network import can_fuse
+
+        return can_fuse(self.config)
+
+    def _fused_layers(self, images: Tensor) -> Tensor:
+        from fastnst.fused_network import fused_layers
+
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32
+        with torch.autocast("cuda", enabled=False):
+            return fused_layers(self, images.float(), dtype)
 
 
 class LastConv(nn.Conv2d):
@@ -80,7 +99,9 @@ class LastConv(nn.Conv2d):
 def plainly(network: nn.Module) -> nn.Module:
     """Let all convolutions be torch's, as they are written; for comparisons. Gives the network."""
     for module in network.modules():
-        if isinstance(module, LastConv):
+        if isinstance(module, TransformNetwork):
+            module.fused = False
+        elif isinstance(module, LastConv):
             module.eval()
         elif isinstance(module, Conv3x3):
             module.natively = False

@@ -11,16 +11,17 @@ import torch.nn.functional as F
 from test_engine import ARCHITECTURES, eager, photo
 from test_stages import staged
 
-from fastnst.engine import TorchEngine
-
 pytest.importorskip("triton", reason="Triton comes with torch on Linux alone")
-from fastnst.fused_norm import fused_norm  # noqa: E402
+from fastnst.fused_norm import FusedNorm, fused_norm  # noqa: E402
+from fastnst.nvidia import NvidiaPass  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where it is interpreted: conftest.py
 
 
 def normed(x, weight, bias, relu=False, skip=None, padding=0, mode="constant"):
-    skip = skip and (skip[0].to(DEVICE), skip[1])
+    if skip is not None:
+        tensor, inset = skip[0].to(DEVICE), skip[1]
+        skip = tensor[..., inset : tensor.shape[2] - inset, inset : tensor.shape[3] - inset]
     return fused_norm(x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), relu, skip, padding, mode).cpu()
 
 
@@ -84,7 +85,7 @@ def test_in_half_precision_only_the_result_is_rounded(dtype, tolerance):
 def test_a_network_with_its_own_norms_is_the_network(architecture):
     network, stages = staged(**architecture)
     pictures = photo(21, 34, 2)
-    found = TorchEngine(stages, DEVICE, "float32").compute(torch.from_numpy(pictures).to(DEVICE), "uint8", fused=True)
+    found = NvidiaPass(stages, torch.device(DEVICE), torch.float32)(torch.from_numpy(pictures).to(DEVICE), "uint8")
     assert np.abs(found.cpu().numpy() - eager(network, pictures)).max() <= 0.51  # rounding to whole levels
 
 
