@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastnst.config import Config
+from fastnst.runtime import triton_works
 from fastnst.winograd import Conv3x3
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -143,6 +144,8 @@ class LossNetwork(nn.Module):
     ``mean`` and ``std`` are of RGB in [0, 1]. Weights start at random (He et al. 2015); ``load_loss_network`` fills them in.
     """
 
+    fused = True  # in half precision on an NVIDIA GPU; may be set to False
+
     def __init__(self, network: str, layers: Iterable[str], mean: Triple = IMAGENET_MEAN, std: Triple = IMAGENET_STD, pooling: str = "max", padding: str = "zeros") -> None:
         super().__init__()
         self.network = network
@@ -168,6 +171,12 @@ class LossNetwork(nn.Module):
     def forward(self, images: Tensor, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
         """``(N, 3, H, W)`` RGB in [0, 1] -> ``{layer: (N, C, H', W')}`` for ``layers``, by default all that it was built for."""
         wanted = {layer: self._index[layer] for layer in (self._index if layers is None else layers)}
+        if self._fuses(images):
+            from fastnst.fused_features import fused_features
+
+            dtype = torch.get_autocast_dtype("cuda")
+            with torch.autocast("cuda", enabled=False):
+                return fused_features(self, images, wanted, dtype)
         found: dict[int, Tensor] = {}
         x = (images - self.mean) / self.std
         for index, module in enumerate(self.features[: max(wanted.values(), default=-1) + 1]):
@@ -183,6 +192,14 @@ class LossNetwork(nn.Module):
             if index in wanted.values():
                 found[index] = x
         return {layer: torch.relu(self.heads[layer](found[index])) if layer in self.heads else found[index] for layer, index in wanted.items()}
+
+
+    def _fuses(self, images: Tensor) -> bool:
+        if not (self.fused and images.is_cuda and torch.is_autocast_enabled("cuda") and not torch.compiler.is_compiling() and triton_works(images.device)):
+            return False
+        from fastnst.fused_features import can_fuse
+
+        return can_fuse(self) and min(images.shape[-2:]) >= 32
 
 
 def load_loss_network(config: LossNetworkConfig, layers: Iterable[str]) -> LossNetwork:

@@ -13,10 +13,12 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from fastnst.loss_network import LossNetwork, LossNetworkConfig, layer_index
+from fastnst.runtime import triton_works
 
 LayerWeights = dict[str, Annotated[float, Field(ge=0)]]
 Distance = Literal["mse", "sse", "rmse"]
 Gram = Literal["chw", "hw", "sqrt_chw", "none"]
+_FEWEST = 1024  # positions of which a GPU's part of a Gram is made
 _WINDOW, _LEVEL = 32, 1e-3  # of spectra: px; the power of noise of 0.7 of 255 levels, less than which does not count
 
 
@@ -92,8 +94,16 @@ class _SelfProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, flat: Tensor) -> Tensor:
         ctx.save_for_backward(flat)
-        precise = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
-        return precise @ precise.transpose(1, 2)
+        if flat.dtype not in (torch.float16, torch.bfloat16):
+            return flat @ flat.transpose(1, 2)
+        if not flat.is_cuda:
+            precise = flat.float()
+            return precise @ precise.transpose(1, 2)
+        # Products of half precision are exact in float32, in which a GPU's matrix units add them up; in parts, as it has many.
+        images, channels, positions = flat.shape
+        parts = max(part for part in (1, 2, 4, 8, 16, 32, 64) if part == 1 or (positions % part == 0 and positions // part >= _FEWEST))
+        pieces = flat.transpose(1, 2).reshape(images * parts, positions // parts, channels)
+        return torch.ops.aten.bmm.dtype(pieces.transpose(1, 2), pieces, torch.float32).view(images, parts, channels, channels).sum(1)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
@@ -180,6 +190,10 @@ def spectrum_distance(images: Tensor, target: Tensor) -> Tensor:
 
 def distance(a: Tensor, b: Tensor, kind: Distance = "mse") -> Tensor:
     """Distance of each ``a[i]`` to ``b[i]`` (or to a single ``b``), averaged over the batch; in float32 at least."""
+    if kind == "mse" and a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.float16, torch.bfloat16) and a.shape == b.shape and triton_works(a.device):
+        from fastnst.fused_features import SquaredDistance
+
+        return SquaredDistance.apply(a, b)
     difference = a.float() - b.float() if a.dtype in (torch.float16, torch.bfloat16) else a - b
     if kind == "mse":
         return difference.square().mean()

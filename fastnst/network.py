@@ -99,7 +99,7 @@ class LastConv(nn.Conv2d):
 def plainly(network: nn.Module) -> nn.Module:
     """Let all convolutions be torch's, as they are written; for comparisons. Gives the network."""
     for module in network.modules():
-        if isinstance(module, TransformNetwork):
+        if hasattr(module, "fused"):
             module.fused = False
         elif isinstance(module, LastConv):
             module.eval()

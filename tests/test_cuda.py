@@ -43,8 +43,8 @@ def test_recorded_passes_are_the_eager_ones_and_near_those_of_the_cpu(model, pre
 
 def test_recording_leaves_the_libraries_settings_and_uses_them(model, monkeypatch):
     engine = load_engine(load_network(model), "cuda", "torch")
-    seen, compute = [], engine.compute
-    monkeypatch.setattr(engine, "compute", lambda *given: seen.append(torch.backends.cudnn.enabled) or compute(*given))
+    seen, compute = [], engine.compute_fast
+    monkeypatch.setattr(engine, "compute_fast", lambda *given: seen.append(torch.backends.cudnn.enabled) or compute(*given))
     for _ in range(9):
         engine.run(np.zeros((1, 32, 32, 3), np.uint8))
     assert engine._recording is not None and all(seen) and not torch.backends.cudnn.benchmark
