@@ -284,7 +284,7 @@ class TorchEngine:
             return self.run_tensor(x.to(self._device), pixels).cpu().numpy()
         stylized = self.run_tensor(x.pin_memory().to(self._device, non_blocking=True), pixels).to("cpu", non_blocking=True)  # pinned, too
         torch.cuda.current_stream(self._device).synchronize()
-        return stylized.numpy().copy()  # into memory that the system may swap
+        return stylized.numpy()
 
     def run_tensor(self, x: Any, pixels: Pixels) -> Any:
         """``run`` for tensors on the device of the engine."""
@@ -308,7 +308,6 @@ class TorchEngine:
         """A pass over pictures like ``x``, as fast as this machine can; None where it can do nothing about it."""
         from fastnst.recording import Recording
 
-        self.compute_fast(x, pixels)  # where that cannot be, it is known then
         try:
             return Recording(lambda given: self.compute_fast(given, pixels), x)
         except Exception as error:  # libraries raise many kinds; it goes without, and is not tried again

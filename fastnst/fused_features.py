@@ -49,22 +49,26 @@ def _convolve(network: "LossNetwork", name: str, module: nn.Conv2d, x: Tensor, r
     grouped = module.in_channels == 3
     if name not in kept or kept[name][0] != which:
         with torch.inference_mode(False):
-            half = _first_weight(weight.detach()) if grouped else weight.detach()
-            kept[name] = (which, half.to(x.dtype).contiguous(memory_format=_LAST), weight.detach().to(x.dtype), module.bias.detach().float())
-    _, weight, plain, bias = kept[name]
+            kept[name] = (which, *(_both_ways(kernels, x.dtype) for kernels in ([_first_weight(weight)] if grouped else []) + [weight.detach()]), module.bias.detach().float())
+    _, *kernels, bias = kept[name]
     padding = module.padding[0]
     if padding and module.padding_mode != "zeros":
         x, padding = _Reflect.apply(x), 0
-    if not grouped:
-        return _ConvBias.apply(x.contiguous(memory_format=_LAST), weight, bias, padding, relu)
-    if x.shape[3] % PLACE or not padding:
-        return _ConvBias.apply(x.contiguous(memory_format=_LAST), plain, bias, padding, relu)
+    if not grouped or x.shape[3] % PLACE or not padding:
+        return _ConvBias.apply(x.contiguous(memory_format=_LAST), *kernels[-1], bias, padding, relu)
     images, _, height, width = x.shape
     x = F.pad(x, (0, 0, 0, 0, 0, CHANNELS - 3)).permute(0, 2, 3, 1).reshape(images, height, width // PLACE, -1).permute(0, 3, 1, 2)
-    x = _ConvBias.apply(x, weight, bias, padding, relu)
+    x = _ConvBias.apply(x, *kernels[0], bias, padding, relu)
     return x.permute(0, 2, 3, 1).reshape(images, height, width, -1).permute(0, 3, 1, 2)
 
 
+def _both_ways(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Kernels forward, and those whose convolution of the gradient is the way back."""
+    back = weight.flip(2, 3).transpose(0, 1)
+    return weight.to(dtype).contiguous(memory_format=_LAST), back.to(dtype).contiguous(memory_format=_LAST)
+
+
+@torch.no_grad()
 def _first_weight(weight: Tensor) -> Tensor:
     """``(O, 3, 3, 3)`` -> ``(4 O, 16, 3, 3)``: of four pixels across at once, each of four channels, as ``wide.first`` has them."""
     moved = [F.pad(weight, (PLACE - 1 + at, 3 * PLACE - 3 - (PLACE - 1 + at), 0, 0, 0, CHANNELS - 3)) for at in range(PLACE)]
@@ -76,20 +80,20 @@ class _ConvBias(torch.autograd.Function):
     """A frozen convolution of stride 1, its bias (of channels, or of as many places of channels as there are) and ReLU; a ReLU's gradient needs the output alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: int, relu: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, back: Tensor, bias: Tensor, padding: int, relu: bool) -> Tensor:
         out = F.conv2d(x, weight, padding=padding).contiguous(memory_format=_LAST)
-        _add_bias[(triton.cdiv(out.numel(), _NUMBERS),)](out, bias, out.numel(), CHANNELS=bias.numel(), RELU=relu, NUMBERS=_NUMBERS, num_warps=8)
-        ctx.save_for_backward(weight, out if relu else None)
-        ctx.shape, ctx.padding = x.shape, padding
+        _add_bias[_grid(out)](out, bias, out.numel(), CHANNELS=bias.numel(), RELU=relu, **_sizes(out))
+        ctx.save_for_backward(back, out if relu else None)
+        ctx.padding = back.shape[2] - 1 - padding
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor):
-        weight, out = ctx.saved_tensors
+        back, out = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=_LAST)
         if out is not None:
             gradient = torch.ops.aten.threshold_backward(gradient, out, 0)
-        return torch.nn.grad.conv2d_input(ctx.shape, weight, gradient, padding=ctx.padding), None, None, None, None
+        return F.conv2d(gradient, back, padding=ctx.padding), None, None, None, None, None
 
 
 class _MaxPool(torch.autograd.Function):
@@ -100,7 +104,7 @@ class _MaxPool(torch.autograd.Function):
         x = x.contiguous(memory_format=_LAST)
         images, channels, height, width = x.shape
         out = x.new_empty(images, height // 2, width // 2, channels).permute(0, 3, 1, 2)
-        _pool[(triton.cdiv(out.numel(), _NUMBERS),)](x, out, out.numel(), height, width, CHANNELS=channels, NUMBERS=_NUMBERS, num_warps=8)
+        _pool[_grid(out)](x, out, out.numel(), height, width, CHANNELS=channels, **_sizes(x))
         ctx.save_for_backward(x)
         return out
 
@@ -110,7 +114,7 @@ class _MaxPool(torch.autograd.Function):
         images, channels, height, width = x.shape
         gradient, back = gradient.contiguous(memory_format=_LAST), torch.empty_like(x)
         count = images * triton.cdiv(height, 2) * triton.cdiv(width, 2) * channels
-        _pool_back[(triton.cdiv(count, _NUMBERS),)](x, gradient, back, count, height, width, CHANNELS=channels, NUMBERS=_NUMBERS, num_warps=8)
+        _pool_back[(triton.cdiv(count, _NUMBERS),)](x, gradient, back, count, height, width, CHANNELS=channels, **_sizes(x))
         return back
 
 
@@ -122,7 +126,7 @@ class _Reflect(torch.autograd.Function):
         x = x.contiguous(memory_format=_LAST)
         images, channels, height, width = x.shape
         out = x.new_empty(images, height + 2, width + 2, channels).permute(0, 3, 1, 2)
-        _reflect[(triton.cdiv(out.numel(), _NUMBERS),)](x, out, out.numel(), height, width, CHANNELS=channels, NUMBERS=_NUMBERS, num_warps=8)
+        _reflect[_grid(out)](x, out, out.numel(), height, width, CHANNELS=channels, **_sizes(out))
         ctx.shape = x.shape
         return out
 
@@ -131,12 +135,12 @@ class _Reflect(torch.autograd.Function):
         images, channels, height, width = ctx.shape
         gradient = gradient.contiguous(memory_format=_LAST)
         back = gradient.new_empty(images, height, width, channels).permute(0, 3, 1, 2)
-        _reflect_back[(triton.cdiv(back.numel(), _NUMBERS),)](gradient, back, back.numel(), height, width, CHANNELS=channels, NUMBERS=_NUMBERS, num_warps=8)
+        _reflect_back[_grid(back)](gradient, back, back.numel(), height, width, CHANNELS=channels, **_sizes(gradient))
         return back
 
 
 class SquaredDistance(torch.autograd.Function):
-    """Mean square of ``a - b``, which have one shape and half precision, in float32; the gradient is of ``a`` alone."""
+    """Mean square of ``a - b``, which have one shape, in float32; the gradient is of ``a`` alone."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -144,7 +148,7 @@ class SquaredDistance(torch.autograd.Function):
         a = a if a.is_contiguous(memory_format=_LAST) else a.contiguous()
         parts = triton.cdiv(a.numel(), 4 * _NUMBERS)
         sums = a.new_empty(parts, dtype=torch.float32)
-        _squares[(parts,)](a, b, sums, a.numel(), NUMBERS=_NUMBERS, ROUNDS=4, num_warps=8)
+        _squares[(parts,)](a, b, sums, a.numel(), ROUNDS=4, **_sizes(a))
         ctx.save_for_backward(a, b)
         return sums.sum() / a.numel()
 
@@ -152,13 +156,22 @@ class SquaredDistance(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor):
         a, b = ctx.saved_tensors
         back = torch.empty_like(a)
-        _difference[(triton.cdiv(a.numel(), _NUMBERS),)](a, b, gradient.float().contiguous(), back, a.numel(), NUMBERS=_NUMBERS, num_warps=8)
+        _difference[_grid(a)](a, b, gradient.float().contiguous(), back, a.numel(), **_sizes(a))
         return back, None
 
 
+def _grid(made: Tensor) -> tuple[int]:
+    return (triton.cdiv(made.numel(), _NUMBERS),)
+
+
+def _sizes(largest: Tensor) -> dict[str, Any]:
+    """What kernels are compiled for; places are counted in 32 bits where they suffice: that is twice as fast."""
+    return {"NUMBERS": _NUMBERS, "INDEX": tl.int32 if largest.numel() < 2**31 else tl.int64, "num_warps": 8}
+
+
 @triton.jit(do_not_specialize=["count"])
-def _add_bias(x, bias, count, CHANNELS: tl.constexpr, RELU: tl.constexpr, NUMBERS: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
+def _add_bias(x, bias, count, CHANNELS: tl.constexpr, RELU: tl.constexpr, NUMBERS: tl.constexpr, INDEX: tl.constexpr):
+    at = tl.program_id(0).to(INDEX) * NUMBERS + tl.arange(0, NUMBERS)
     there = at < count
     value = tl.load(x + at, mask=there, other=0).to(tl.float32) + tl.load(bias + at % CHANNELS, mask=there, other=0)
     value = tl.maximum(value, 0.0) if RELU else value
@@ -175,8 +188,8 @@ def _corner(at, height, width, rows, columns, CHANNELS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["count", "height", "width"])
-def _pool(x, out, count, height, width, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
+def _pool(x, out, count, height, width, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr, INDEX: tl.constexpr):
+    at = tl.program_id(0).to(INDEX) * NUMBERS + tl.arange(0, NUMBERS)
     there = at < count
     image, row, column, place = _corner(at, height, width, height // 2, width // 2, CHANNELS)
     first, second = tl.load(x + place, mask=there, other=0), tl.load(x + place + CHANNELS, mask=there, other=0)
@@ -185,8 +198,8 @@ def _pool(x, out, count, height, width, CHANNELS: tl.constexpr, NUMBERS: tl.cons
 
 
 @triton.jit(do_not_specialize=["count", "height", "width"])
-def _pool_back(x, gradient, back, count, height, width, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
+def _pool_back(x, gradient, back, count, height, width, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr, INDEX: tl.constexpr):
+    at = tl.program_id(0).to(INDEX) * NUMBERS + tl.arange(0, NUMBERS)
     there = at < count
     image, row, column, place = _corner(at, height, width, (height + 1) // 2, (width + 1) // 2, CHANNELS)
     right, below = there & (2 * column + 1 < width), there & (2 * row + 1 < height)
@@ -206,8 +219,8 @@ def _pool_back(x, gradient, back, count, height, width, CHANNELS: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["count", "height", "width"])
-def _reflect(x, out, count, height, width, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
+def _reflect(x, out, count, height, width, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr, INDEX: tl.constexpr):
+    at = tl.program_id(0).to(INDEX) * NUMBERS + tl.arange(0, NUMBERS)
     there = at < count
     channel, pixel = at % CHANNELS, at // CHANNELS
     column, line = pixel % (width + 2) - 1, pixel // (width + 2)
@@ -217,9 +230,9 @@ def _reflect(x, out, count, height, width, CHANNELS: tl.constexpr, NUMBERS: tl.c
 
 
 @triton.jit(do_not_specialize=["count", "height", "width"])
-def _reflect_back(gradient, back, count, height, width, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr):
+def _reflect_back(gradient, back, count, height, width, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr, INDEX: tl.constexpr):
     """A pixel next to the border was seen again beyond it."""
-    at = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
+    at = tl.program_id(0).to(INDEX) * NUMBERS + tl.arange(0, NUMBERS)
     there = at < count
     channel, pixel = at % CHANNELS, at // CHANNELS
     column, line = pixel % width, pixel // width
@@ -237,18 +250,18 @@ def _reflect_back(gradient, back, count, height, width, CHANNELS: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["count"])
-def _squares(a, b, sums, count, NUMBERS: tl.constexpr, ROUNDS: tl.constexpr):
+def _squares(a, b, sums, count, NUMBERS: tl.constexpr, INDEX: tl.constexpr, ROUNDS: tl.constexpr):
     total = tl.zeros([NUMBERS], tl.float32)
     for turn in range(ROUNDS):
-        at = (tl.program_id(0).to(tl.int64) * ROUNDS + turn) * NUMBERS + tl.arange(0, NUMBERS)
+        at = (tl.program_id(0).to(INDEX) * ROUNDS + turn) * NUMBERS + tl.arange(0, NUMBERS)
         difference = tl.load(a + at, mask=at < count, other=0).to(tl.float32) - tl.load(b + at, mask=at < count, other=0).to(tl.float32)
         total += difference * difference
     tl.store(sums + tl.program_id(0), tl.sum(total, 0))
 
 
 @triton.jit(do_not_specialize=["count"])
-def _difference(a, b, gradient, back, count, NUMBERS: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
+def _difference(a, b, gradient, back, count, NUMBERS: tl.constexpr, INDEX: tl.constexpr):
+    at = tl.program_id(0).to(INDEX) * NUMBERS + tl.arange(0, NUMBERS)
     there = at < count
     difference = tl.load(a + at, mask=there, other=0).to(tl.float32) - tl.load(b + at, mask=there, other=0).to(tl.float32)
     tl.store(back + at, (difference * (2.0 / count) * tl.load(gradient)).to(back.dtype.element_ty), mask=there)

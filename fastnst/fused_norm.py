@@ -91,11 +91,13 @@ def _sizes(x: Tensor, shuffle: int) -> tuple[int, int, int, int, dict[str, Any]]
 def _moments(x: Tensor, shuffle: int) -> Tensor:
     """Mean and the deviation's inverse, ``(N, 2, C)`` float32, of channels-last ``x``; where its pixels lie does not matter."""
     images, channels, height, width, sizes = _sizes(x, shuffle)
-    parts = max(1, min(triton.cdiv(height * width, sizes["BLOCK"]), _PROGRAMS // images))
+    at_once = 4 if height * width * images > 4 * sizes["BLOCK"] * _PROGRAMS else 1
+    block = at_once * sizes["BLOCK"]
+    parts = max(1, min(triton.cdiv(height * width, block), _PROGRAMS // images))
     sums = x.new_empty(images, parts, 2, channels, dtype=torch.float32)
-    _sum_up[(parts, images)](x, sums, height * width, **sizes)
+    _sum_up[(parts, images)](x, sums, height * width, AT_ONCE=at_once, **sizes)
     moments = x.new_empty(images, 2, channels, dtype=torch.float32)
-    groups = {"CHANNELS": channels, "WIDTH": _CHANNELS, "BLOCK": sizes["BLOCK"], "PARTS": triton.next_power_of_2(parts)}
+    groups = {"CHANNELS": channels, "WIDTH": _CHANNELS, "BLOCK": block, "PARTS": triton.next_power_of_2(parts)}
     _solve[(images, triton.cdiv(channels, _CHANNELS))](sums, moments, height * width, parts, EPSILON=EPSILON, num_warps=4, **groups)
     return moments
 
@@ -113,30 +115,47 @@ def _forward(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, relu: boo
 
 
 @triton.jit(do_not_specialize=["pixels"])
-def _sum_up(x, sums, pixels, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """A part's mean of each channel, and the squares of the distances from it, in one pass: counted from the mean of its first block,
-    so that no large number is subtracted from another."""
+def _sum_up(x, sums, pixels, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
+    """A part's mean of each channel, and the squares of the distances from it, in one pass: counted from its first pixel, by each place of a block for
+    itself (Welford 1962), so that no large number is subtracted from another. ``AT_ONCE`` blocks are asked of the memory before the first is waited for."""
     part, parts, image = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     channel = tl.arange(0, WIDTH)[None, :]
     x += image.to(tl.int64) * pixels * CHANNELS
-    first = (part * BLOCK + tl.arange(0, BLOCK))[:, None]
-    there = (first < pixels) & (channel < CHANNELS)
-    value = tl.load(x + first.to(tl.int64) * CHANNELS + channel, mask=there, other=0).to(tl.float32)
-    pivot = tl.sum(value, 0) / tl.minimum(pixels - part * BLOCK, BLOCK)
-    total = tl.zeros([BLOCK, WIDTH], tl.float32)
+    pivot = tl.load(x + (part * BLOCK * AT_ONCE).to(tl.int64) * CHANNELS + channel, mask=channel < CHANNELS, other=0).to(tl.float32)
+    mean = tl.zeros([BLOCK, WIDTH], tl.float32)
     squares = tl.zeros([BLOCK, WIDTH], tl.float32)
-    for start in range(part * BLOCK, pixels, parts * BLOCK):
+    seen = tl.zeros([BLOCK, 1], tl.float32)
+    for start in range(part * BLOCK * AT_ONCE, pixels, parts * BLOCK * AT_ONCE):
         pixel = (start + tl.arange(0, BLOCK))[:, None]
-        there = (pixel < pixels) & (channel < CHANNELS)
-        value = tl.load(x + pixel.to(tl.int64) * CHANNELS + channel, mask=there, other=0).to(tl.float32)
-        value = tl.where(there, value - pivot[None, :], 0.0)
-        total += value
-        squares += value * value
-    moved = tl.sum(total, 0) / _count(part, parts, pixels, BLOCK)
+        if AT_ONCE == 1:
+            mean, squares, seen = _count_in(tl.load(x + pixel.to(tl.int64) * CHANNELS + channel, mask=(pixel < pixels) & (channel < CHANNELS), other=0), pivot, pixel < pixels, mean, squares, seen)
+        else:
+            place = x + pixel.to(tl.int64) * CHANNELS + channel
+            first = tl.load(place, mask=(pixel < pixels) & (channel < CHANNELS), other=0)
+            second = tl.load(place + BLOCK * CHANNELS, mask=(pixel + BLOCK < pixels) & (channel < CHANNELS), other=0)
+            third = tl.load(place + 2 * BLOCK * CHANNELS, mask=(pixel + 2 * BLOCK < pixels) & (channel < CHANNELS), other=0)
+            fourth = tl.load(place + 3 * BLOCK * CHANNELS, mask=(pixel + 3 * BLOCK < pixels) & (channel < CHANNELS), other=0)
+            mean, squares, seen = _count_in(first, pivot, pixel < pixels, mean, squares, seen)
+            mean, squares, seen = _count_in(second, pivot, pixel + BLOCK < pixels, mean, squares, seen)
+            mean, squares, seen = _count_in(third, pivot, pixel + 2 * BLOCK < pixels, mean, squares, seen)
+            mean, squares, seen = _count_in(fourth, pivot, pixel + 3 * BLOCK < pixels, mean, squares, seen)
+    count = tl.sum(seen, 0)
+    whole = tl.sum(mean * seen, 0) / count
+    distance = mean - whole[None, :]
+    squares = tl.sum(squares + distance * distance * seen, 0)
     channel = tl.arange(0, WIDTH)
     sums += (image * parts + part) * 2 * CHANNELS + channel
-    tl.store(sums, pivot + moved, mask=channel < CHANNELS)
-    tl.store(sums + CHANNELS, tl.sum(squares, 0) - moved * tl.sum(total, 0), mask=channel < CHANNELS)
+    tl.store(sums, tl.sum(pivot, 0) + whole, mask=channel < CHANNELS)
+    tl.store(sums + CHANNELS, squares, mask=channel < CHANNELS)
+
+
+@triton.jit
+def _count_in(value, pivot, there, mean, squares, seen):
+    value = value.to(tl.float32) - pivot
+    seen += there.to(tl.float32)
+    distance = tl.where(there, value - mean, 0.0)
+    mean += distance * (1.0 / tl.maximum(seen, 1.0))
+    return mean, squares + distance * tl.where(there, value - mean, 0.0), seen
 
 
 @triton.jit
@@ -221,6 +240,19 @@ def _mirror(at, side, WHICH: tl.constexpr, PADDING: tl.constexpr, MODE: tl.const
     return PADDING + 2 * (side - 1) - at, (at >= side - 1 - PADDING) & (at <= side - 2)
 
 
+@triton.jit
+def _mirrored(
+    gradient, image, y, column, height, width, VERTICAL: tl.constexpr, HORIZONTAL: tl.constexpr, there,
+    PADDING: tl.constexpr, MODE: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a place that padding has seen again, 0 where it has not."""
+    row, is_row = _mirror(y, height, VERTICAL, PADDING, MODE)
+    across, is_column = _mirror(column, width, HORIZONTAL, PADDING, MODE)
+    line = (image * (height + 2 * PADDING) + row) * (width + 2 * PADDING)
+    place = gradient + (line + across[:, None]) * CHANNELS + tl.arange(0, WIDTH)[None, :]
+    return tl.load(place, mask=there & (is_column & is_row)[:, None], other=0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["height", "width"])
 def _fold(
     x, moments, weight, bias, gradient, within, folded, sums, height, width,
@@ -235,13 +267,13 @@ def _fold(
     real = channel < CHANNELS
     there = (column < width)[:, None] & real
     total = tl.zeros([BLOCK, WIDTH], tl.float32)
-    for vertical in tl.static_range(0, 3 if PADDING > 0 and MODE != "constant" else 1):
-        row, is_row = _mirror(y, height, vertical, PADDING, MODE)
-        for horizontal in tl.static_range(0, 3 if PADDING > 0 and MODE != "constant" else 1):
-            across, is_column = _mirror(column, width, horizontal, PADDING, MODE)
-            line = (image * (height + 2 * PADDING) + row) * (width + 2 * PADDING)
-            mask = there & (is_column & is_row)[:, None]
-            total += tl.load(gradient + (line + across[:, None]) * CHANNELS + channel, mask=mask, other=0).to(tl.float32)
+    for horizontal in tl.static_range(0, 3 if PADDING > 0 and MODE != "constant" else 1):
+        total += _mirrored(gradient, image, y, column, height, width, 0, horizontal, there, PADDING, MODE, CHANNELS, WIDTH)
+    if PADDING > 0 and MODE != "constant":
+        if (y <= PADDING) | (y >= height - 1 - PADDING):
+            for vertical in tl.static_range(1, 3):
+                for horizontal in tl.static_range(0, 3):
+                    total += _mirrored(gradient, image, y, column, height, width, vertical, horizontal, there, PADDING, MODE, CHANNELS, WIDTH)
     if WITHIN:
         total += tl.load(within + ((image * height + y) * width + column[:, None]) * CHANNELS + channel, mask=there, other=0).to(tl.float32)
     pixel = image * height * width + _place(y, column, width, SHUFFLE)[:, None]

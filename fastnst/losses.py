@@ -5,6 +5,7 @@ mathematics, classes the settings.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal
 
 import torch
@@ -190,10 +191,10 @@ def spectrum_distance(images: Tensor, target: Tensor) -> Tensor:
 
 def distance(a: Tensor, b: Tensor, kind: Distance = "mse") -> Tensor:
     """Distance of each ``a[i]`` to ``b[i]`` (or to a single ``b``), averaged over the batch; in float32 at least."""
-    if kind == "mse" and a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.float16, torch.bfloat16) and a.shape == b.shape and triton_works(a.device):
+    if kind == "mse" and a.is_cuda and a.dtype == b.dtype != torch.float64 and triton_works(a.device):
         from fastnst.fused_features import SquaredDistance
 
-        return SquaredDistance.apply(a, b)
+        return SquaredDistance.apply(a, b.expand_as(a))
     difference = a.float() - b.float() if a.dtype in (torch.float16, torch.bfloat16) else a - b
     if kind == "mse":
         return difference.square().mean()
@@ -240,7 +241,7 @@ class LossTerms:
     spectrum: Tensor | float = 0.0
     stability: Tensor | float = 0.0
 
-    @property
+    @cached_property
     def total(self) -> Tensor:
         return sum(self.content.values()) + sum(self.style.values()) + self.tv + self.grid + self.spectrum + self.stability
 

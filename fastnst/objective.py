@@ -1,6 +1,7 @@
 """A batch of photos -> the weighted terms of the objective and the stylized photos, as every training step computes it, compiled where that pays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -50,6 +51,7 @@ class Objective:
             loss.loss_network.to(memory_format=torch.channels_last)
         wanted = compile == "on" or (compile == "auto" and self.device.type == "cuda" and steps >= _WORTH_COMPILING)
         self._compiled = torch.compile(self._measure) if wanted else None
+        self._aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" and torch.cuda.is_available() and not wanted else None
         self._may_fail = wanted and compile == "auto"
 
     def __call__(self, photos: Tensor, cut: Cut | None = None) -> tuple[LossTerms, Tensor]:
@@ -74,8 +76,11 @@ class Objective:
     def _measure(self, photos: Tensor, cut: Cut | None) -> tuple[LossTerms, Tensor]:
         content = photos.float().div_(255).contiguous(memory_format=memory_format(self.device))
         with autocast(self.device, self.precision):
-            targets = self.loss.content_targets(content)
+            with self._beside():  # neither fills a GPU by itself
+                targets = self.loss.content_targets(content)
             stylized = self.network(content)
+            if self._aside is not None:
+                torch.cuda.current_stream(self.device).wait_stream(self._aside)
             terms = self.loss(stylized, targets)
             weight = self.loss.config.stability_weight
             if cut is None:
@@ -84,6 +89,17 @@ class Objective:
             network = getattr(self.network, "module", self.network)  # averaging over ranks counts on one pass a step
             change = network(_crop(content, rows, columns)).float() - _crop(stylized, rows, columns).float()
             return replace(terms, stability=weight * cut.share * change.square().mean()), stylized
+
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """What a GPU does in here it does beside what follows, until that waits for it."""
+        if self._aside is None:
+            yield
+            return
+        self._aside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._aside):
+            yield
 
 
 def _crop(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
