@@ -1,6 +1,7 @@
 """The loss network on an NVIDIA GPU in half precision: frozen convolutions that keep their output alone, and bias, ReLU, pooling and padding in kernels
 of our own, there and back."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from fastnst.wide import CHANNELS, PLACE
+from fastnst.wide import CHANNELS, PLACE, apart, together
 
 if TYPE_CHECKING:
     from fastnst.loss_network import LossNetwork
@@ -26,15 +27,19 @@ def can_fuse(network: "LossNetwork") -> bool:
 
 def fused_features(network: "LossNetwork", images: Tensor, wanted: dict[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
     """What ``network`` gives for ``images`` at ``wanted``, layers with their places, in ``dtype``."""
-    asked = set(wanted.values())
+    asked, modules = set(wanted.values()), network.features
     x = ((images - network.mean) / network.std).to(dtype)
     found: dict[int, Tensor] = {}
-    for index, module in enumerate(network.features[: max(asked, default=-1) + 1]):
+    for index, module in enumerate(modules[: max(asked, default=-1) + 1]):
         if isinstance(module, nn.Conv2d):
-            relu = index + 1 in asked or (index not in asked and index < max(asked))
-            x = _convolve(network, str(index), module, x, relu and index not in asked)
+            relu = index not in asked and index < max(asked)
+            pooled = relu and index + 2 <= max(asked) and isinstance(modules[index + 2], nn.MaxPool2d)
+            x = _convolve(network, str(index), module, x, relu, pooled)
         elif isinstance(module, nn.MaxPool2d):
-            x = _MaxPool.apply(x)
+            pooled, alias = _MaxPool.apply(x)
+            if index - 1 in asked:
+                found[index - 1] = alias
+            x = pooled
         elif index - 1 in asked:  # else the convolution did it
             x = torch.relu(x)
         if index in asked:
@@ -43,32 +48,40 @@ def fused_features(network: "LossNetwork", images: Tensor, wanted: dict[str, int
     return {layer: _convolve(network, layer, heads[layer], found[index], True) if layer in heads else found[index] for layer, index in wanted.items()}
 
 
-def _convolve(network: "LossNetwork", name: str, module: nn.Conv2d, x: Tensor, relu: bool) -> Tensor:
+def _convolve(network: "LossNetwork", name: str, module: nn.Conv2d, x: Tensor, relu: bool, pooled: bool = False) -> Tensor:
     kept, weight = network.__dict__.setdefault("_in_half", {}), module.weight
     which = (x.dtype, weight.device, weight.data_ptr(), weight._version)
     grouped = module.in_channels == 3
     if name not in kept or kept[name][0] != which:
-        with torch.inference_mode(False):
-            kept[name] = (which, *(_both_ways(kernels, x.dtype) for kernels in ([_first_weight(weight)] if grouped else []) + [weight.detach()]), module.bias.detach().float())
-    _, *kernels, bias = kept[name]
+        with torch.inference_mode(False), torch.no_grad():
+            kernels = [_Kernels.of(weight, module.bias, x.dtype)]
+            if grouped:
+                kernels.insert(0, _Kernels.of(_first_weight(weight), module.bias.repeat(PLACE), x.dtype))
+            kept[name] = (which, kernels)
+    _, kernels = kept[name]
     padding = module.padding[0]
     if padding and module.padding_mode != "zeros":
         x, padding = _Reflect.apply(x), 0
     if not grouped or x.shape[3] % PLACE or not padding:
-        return _ConvBias.apply(x.contiguous(memory_format=_LAST), *kernels[-1], bias, padding, relu)
-    images, _, height, width = x.shape
-    x = F.pad(x, (0, 0, 0, 0, 0, CHANNELS - 3)).permute(0, 2, 3, 1).reshape(images, height, width // PLACE, -1).permute(0, 3, 1, 2)
-    x = _ConvBias.apply(x, *kernels[0], bias, padding, relu)
-    return x.permute(0, 2, 3, 1).reshape(images, height, width, -1).permute(0, 3, 1, 2)
+        return _Frozen.apply(x.contiguous(memory_format=_LAST), kernels[-1], padding, relu, pooled)
+    x = F.pad(x, (0, 0, 0, 0, 0, CHANNELS - 3)).contiguous(memory_format=_LAST)
+    return apart(_Frozen.apply(together(x), kernels[0], padding, relu, pooled))
 
 
-def _both_ways(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Kernels forward, and those whose convolution of the gradient is the way back."""
-    back = weight.flip(2, 3).transpose(0, 1)
-    return weight.to(dtype).contiguous(memory_format=_LAST), back.to(dtype).contiguous(memory_format=_LAST)
+@dataclass(frozen=True)
+class _Kernels:
+    """Of a frozen convolution: forward, its bias, and those whose convolution of the gradient is the way back."""
+
+    weight: Tensor
+    bias: Tensor
+    back: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> "_Kernels":
+        weight, back = (kernels.to(dtype).contiguous(memory_format=_LAST) for kernels in (weight, weight.flip(2, 3).transpose(0, 1)))
+        return cls(weight, bias.to(dtype), back)
 
 
-@torch.no_grad()
 def _first_weight(weight: Tensor) -> Tensor:
     """``(O, 3, 3, 3)`` -> ``(4 O, 16, 3, 3)``: of four pixels across at once, each of four channels, as ``wide.first`` has them."""
     moved = [F.pad(weight, (PLACE - 1 + at, 3 * PLACE - 3 - (PLACE - 1 + at), 0, 0, 0, CHANNELS - 3)) for at in range(PLACE)]
@@ -76,45 +89,57 @@ def _first_weight(weight: Tensor) -> Tensor:
     return wide.permute(0, 1, 5, 2, 3, 4).reshape(PLACE * weight.shape[0], PLACE * CHANNELS, 3, 3)
 
 
-class _ConvBias(torch.autograd.Function):
-    """A frozen convolution of stride 1, its bias (of channels, or of as many places of channels as there are) and ReLU; a ReLU's gradient needs the output alone."""
+class _Frozen(torch.autograd.Function):
+    """A frozen convolution of stride 1 with its ReLU, whose gradient needs the output alone; ``pooled``: a gradient that comes has gone through it already."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, back: Tensor, bias: Tensor, padding: int, relu: bool) -> Tensor:
-        out = F.conv2d(x, weight, padding=padding).contiguous(memory_format=_LAST)
-        _add_bias[_grid(out)](out, bias, out.numel(), CHANNELS=bias.numel(), RELU=relu, **_sizes(out))
-        ctx.save_for_backward(back, out if relu else None)
-        ctx.padding = back.shape[2] - 1 - padding
+    def forward(ctx: Any, x: Tensor, kernels: _Kernels, padding: int, relu: bool, pooled: bool) -> Tensor:
+        if relu and x.is_cuda:  # one kernel
+            out = torch.cudnn_convolution_relu(x, kernels.weight, kernels.bias, [1, 1], [padding, padding], [1, 1], 1)
+        else:
+            out = F.conv2d(x, kernels.weight, kernels.bias, padding=padding)
+            out = out.relu_() if relu else out
+        out = out.contiguous(memory_format=_LAST)
+        if relu and not pooled:
+            ctx.save_for_backward(out)
+        ctx.back, ctx.padding = kernels.back, kernels.back.shape[2] - 1 - padding
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor):
-        back, out = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=_LAST)
-        if out is not None:
-            gradient = torch.ops.aten.threshold_backward(gradient, out, 0)
-        return F.conv2d(gradient, back, padding=ctx.padding), None, None, None, None, None
+        if ctx.saved_tensors:
+            gradient = torch.ops.aten.threshold_backward(gradient, *ctx.saved_tensors, 0)
+        return F.conv2d(gradient, ctx.back, padding=ctx.padding), None, None, None, None
 
 
 class _MaxPool(torch.autograd.Function):
-    """2x2, of stride 2; the gradient goes to the first of the largest, found again."""
+    """2x2, of stride 2, of what a ReLU gave; the gradient goes to the first of the largest, found again, and on through that ReLU.
+
+    Gives what it took, too: the gradients of both come back in one kernel.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.contiguous(memory_format=_LAST)
         images, channels, height, width = x.shape
         out = x.new_empty(images, height // 2, width // 2, channels).permute(0, 3, 1, 2)
-        _pool[_grid(out)](x, out, out.numel(), height, width, CHANNELS=channels, **_sizes(x))
+        count, sizes = images * (height // 2) * (width // 2), _sizes(x)
+        _pool[(triton.cdiv(count, sizes["BLOCK"]),)](x, out, count, height, width, **sizes)
         ctx.save_for_backward(x)
-        return out
+        ctx.set_materialize_grads(False)
+        return out, x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor | None, further: Tensor | None) -> Tensor:
         (x,) = ctx.saved_tensors
         images, channels, height, width = x.shape
+        gradient = x.new_zeros(images, channels, height // 2, width // 2) if gradient is None else gradient
         gradient, back = gradient.contiguous(memory_format=_LAST), torch.empty_like(x)
-        count = images * triton.cdiv(height, 2) * triton.cdiv(width, 2) * channels
-        _pool_back[(triton.cdiv(count, _NUMBERS),)](x, gradient, back, count, height, width, CHANNELS=channels, **_sizes(x))
+        further = None if further is None else further.contiguous(memory_format=_LAST)
+        count, sizes = images * triton.cdiv(height, 2) * triton.cdiv(width, 2), _sizes(x)
+        other = x if further is None else further
+        _pool_back[(triton.cdiv(count, sizes["BLOCK"]),)](x, gradient, other, back, count, height, width, FURTHER=further is not None, **sizes)
         return back
 
 
@@ -126,7 +151,8 @@ class _Reflect(torch.autograd.Function):
         x = x.contiguous(memory_format=_LAST)
         images, channels, height, width = x.shape
         out = x.new_empty(images, height + 2, width + 2, channels).permute(0, 3, 1, 2)
-        _reflect[_grid(out)](x, out, out.numel(), height, width, CHANNELS=channels, **_sizes(out))
+        count, sizes = images * (height + 2) * (width + 2), _sizes(out)
+        _reflect[(triton.cdiv(count, sizes["BLOCK"]),)](x, out, count, height, width, **sizes)
         ctx.shape = x.shape
         return out
 
@@ -135,7 +161,8 @@ class _Reflect(torch.autograd.Function):
         images, channels, height, width = ctx.shape
         gradient = gradient.contiguous(memory_format=_LAST)
         back = gradient.new_empty(images, height, width, channels).permute(0, 3, 1, 2)
-        _reflect_back[_grid(back)](gradient, back, back.numel(), height, width, CHANNELS=channels, **_sizes(gradient))
+        count, sizes = images * height * width, _sizes(gradient)
+        _reflect_back[(triton.cdiv(count, sizes["BLOCK"]),)](gradient, back, count, height, width, **sizes)
         return back
 
 
@@ -148,7 +175,7 @@ class SquaredDistance(torch.autograd.Function):
         a = a if a.is_contiguous(memory_format=_LAST) else a.contiguous()
         parts = triton.cdiv(a.numel(), 4 * _NUMBERS)
         sums = a.new_empty(parts, dtype=torch.float32)
-        _squares[(parts,)](a, b, sums, a.numel(), ROUNDS=4, **_sizes(a))
+        _squares[(parts,)](a, b, sums, a.numel(), NUMBERS=_NUMBERS, ROUNDS=4, num_warps=8)
         ctx.save_for_backward(a, b)
         return sums.sum() / a.numel()
 
@@ -156,112 +183,101 @@ class SquaredDistance(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor):
         a, b = ctx.saved_tensors
         back = torch.empty_like(a)
-        _difference[_grid(a)](a, b, gradient.float().contiguous(), back, a.numel(), **_sizes(a))
+        _difference[(triton.cdiv(a.numel(), _NUMBERS),)](a, b, gradient.float().contiguous(), back, a.numel(), NUMBERS=_NUMBERS, num_warps=8)
         return back, None
 
 
-def _grid(made: Tensor) -> tuple[int]:
-    return (triton.cdiv(made.numel(), _NUMBERS),)
-
-
-def _sizes(largest: Tensor) -> dict[str, Any]:
-    """What kernels are compiled for; places are counted in 32 bits where they suffice: that is twice as fast."""
-    return {"NUMBERS": _NUMBERS, "INDEX": tl.int32 if largest.numel() < 2**31 else tl.int64, "num_warps": 8}
-
-
-@triton.jit(do_not_specialize=["count"])
-def _add_bias(x, bias, count, CHANNELS: tl.constexpr, RELU: tl.constexpr, NUMBERS: tl.constexpr, INDEX: tl.constexpr):
-    at = tl.program_id(0).to(INDEX) * NUMBERS + tl.arange(0, NUMBERS)
-    there = at < count
-    value = tl.load(x + at, mask=there, other=0).to(tl.float32) + tl.load(bias + at % CHANNELS, mask=there, other=0)
-    value = tl.maximum(value, 0.0) if RELU else value
-    tl.store(x + at, value.to(x.dtype.element_ty), mask=there)
+def _sizes(x: Tensor) -> dict[str, Any]:
+    """What kernels over the pixels of ``x`` are compiled for."""
+    wide = triton.next_power_of_2(x.shape[1])
+    return {"CHANNELS": x.shape[1], "WIDTH": wide, "BLOCK": max(1, _NUMBERS // wide), "num_warps": 8}
 
 
 @triton.jit
-def _corner(at, height, width, rows, columns, CHANNELS: tl.constexpr):
-    """Of number ``at`` of ``(N, rows, columns, C)``: image, row, column, and where it lies in an image of ``(height, width)`` at twice these."""
-    channel, pixel = at % CHANNELS, at // CHANNELS
-    column, line = pixel % columns, pixel // columns
-    row, image = line % rows, line // rows
-    return image, row, column, ((image * height + 2 * row) * width + 2 * column) * CHANNELS + channel
+def _where(pixel, rows, columns):
+    """Image, row and column of a pixel by its number."""
+    line = pixel // columns
+    return (line // rows)[:, None].to(tl.int64), (line % rows)[:, None], (pixel % columns)[:, None]
 
 
 @triton.jit(do_not_specialize=["count", "height", "width"])
-def _pool(x, out, count, height, width, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr, INDEX: tl.constexpr):
-    at = tl.program_id(0).to(INDEX) * NUMBERS + tl.arange(0, NUMBERS)
-    there = at < count
-    image, row, column, place = _corner(at, height, width, height // 2, width // 2, CHANNELS)
-    first, second = tl.load(x + place, mask=there, other=0), tl.load(x + place + CHANNELS, mask=there, other=0)
-    third, fourth = tl.load(x + place + width * CHANNELS, mask=there, other=0), tl.load(x + place + (width + 1) * CHANNELS, mask=there, other=0)
-    tl.store(out + at, tl.maximum(tl.maximum(first, second), tl.maximum(third, fourth)), mask=there)
+def _pool(x, out, count, height, width, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    pixel, channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)[None, :]
+    there = (pixel < count)[:, None] & (channel < CHANNELS)
+    image, row, column = _where(pixel, height // 2, width // 2)
+    place = x + ((image * height + 2 * row) * width + 2 * column) * CHANNELS + channel
+    first, second = tl.load(place, mask=there, other=0), tl.load(place + CHANNELS, mask=there, other=0)
+    third, fourth = tl.load(place + width * CHANNELS, mask=there, other=0), tl.load(place + (width + 1) * CHANNELS, mask=there, other=0)
+    tl.store(out + pixel[:, None].to(tl.int64) * CHANNELS + channel, tl.maximum(tl.maximum(first, second), tl.maximum(third, fourth)), mask=there)
 
 
 @triton.jit(do_not_specialize=["count", "height", "width"])
-def _pool_back(x, gradient, back, count, height, width, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr, INDEX: tl.constexpr):
-    at = tl.program_id(0).to(INDEX) * NUMBERS + tl.arange(0, NUMBERS)
-    there = at < count
-    image, row, column, place = _corner(at, height, width, (height + 1) // 2, (width + 1) // 2, CHANNELS)
+def _pool_back(x, gradient, further, back, count, height, width, FURTHER: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    pixel, channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)[None, :]
+    there = (pixel < count)[:, None] & (channel < CHANNELS)
+    image, row, column = _where(pixel, (height + 1) // 2, (width + 1) // 2)
     right, below = there & (2 * column + 1 < width), there & (2 * row + 1 < height)
-    pooled = right & below
-    first, second = tl.load(x + place, mask=pooled, other=0), tl.load(x + place + CHANNELS, mask=pooled, other=0)
-    third, fourth = tl.load(x + place + width * CHANNELS, mask=pooled, other=0), tl.load(x + place + (width + 1) * CHANNELS, mask=pooled, other=0)
+    both = right & below  # else it is not pooled
+    place = ((image * height + 2 * row) * width + 2 * column) * CHANNELS + channel
+    first, second = tl.load(x + place, mask=there, other=0), tl.load(x + place + CHANNELS, mask=right, other=0)
+    third, fourth = tl.load(x + place + width * CHANNELS, mask=below, other=0), tl.load(x + place + (width + 1) * CHANNELS, mask=both, other=0)
     most = tl.maximum(tl.maximum(first, second), tl.maximum(third, fourth))
-    source = ((image * (height // 2) + row) * (width // 2) + column) * CHANNELS + at % CHANNELS
-    value = tl.load(gradient + source, mask=pooled, other=0)
-    is_first, is_second = first == most, (second == most) & (first != most)
-    is_third = (third == most) & (first != most) & (second != most)
-    is_fourth = (first != most) & (second != most) & (third != most)
-    tl.store(back + place, tl.where(is_first & pooled, value, 0.0), mask=there)
-    tl.store(back + place + CHANNELS, tl.where(is_second & pooled, value, 0.0), mask=right)
-    tl.store(back + place + width * CHANNELS, tl.where(is_third & pooled, value, 0.0), mask=below)
-    tl.store(back + place + (width + 1) * CHANNELS, tl.where(is_fourth & pooled, value, 0.0), mask=pooled)
+    value = tl.load(gradient + ((image * (height // 2) + row) * (width // 2) + column) * CHANNELS + channel, mask=both, other=0).to(tl.float32)
+    _give(back, further, place, first, value, both & (first == most), there, FURTHER)
+    _give(back, further, place + CHANNELS, second, value, both & (second == most) & (first != most), right, FURTHER)
+    _give(back, further, place + width * CHANNELS, third, value, both & (third == most) & (first != most) & (second != most), below, FURTHER)
+    _give(back, further, place + (width + 1) * CHANNELS, fourth, value, (first != most) & (second != most) & (third != most), both, FURTHER)
+
+
+@triton.jit
+def _give(back, further, place, x, value, chosen, there, FURTHER: tl.constexpr):
+    value = tl.where(chosen, value, 0.0)
+    if FURTHER:
+        value += tl.load(further + place, mask=there, other=0).to(tl.float32)
+    tl.store(back + place, tl.where(x > 0, value, 0.0).to(back.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=["count", "height", "width"])
-def _reflect(x, out, count, height, width, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr, INDEX: tl.constexpr):
-    at = tl.program_id(0).to(INDEX) * NUMBERS + tl.arange(0, NUMBERS)
-    there = at < count
-    channel, pixel = at % CHANNELS, at // CHANNELS
-    column, line = pixel % (width + 2) - 1, pixel // (width + 2)
-    row, image = line % (height + 2) - 1, line // (height + 2)
-    row, column = height - 1 - tl.abs(height - 1 - tl.abs(row)), width - 1 - tl.abs(width - 1 - tl.abs(column))
-    tl.store(out + at, tl.load(x + ((image * height + row) * width + column) * CHANNELS + channel, mask=there, other=0), mask=there)
+def _reflect(x, out, count, height, width, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    pixel, channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)[None, :]
+    there = (pixel < count)[:, None] & (channel < CHANNELS)
+    image, row, column = _where(pixel, height + 2, width + 2)
+    row, column = height - 1 - tl.abs(height - 1 - tl.abs(row - 1)), width - 1 - tl.abs(width - 1 - tl.abs(column - 1))
+    value = tl.load(x + ((image * height + row) * width + column) * CHANNELS + channel, mask=there, other=0)
+    tl.store(out + pixel[:, None].to(tl.int64) * CHANNELS + channel, value, mask=there)
 
 
 @triton.jit(do_not_specialize=["count", "height", "width"])
-def _reflect_back(gradient, back, count, height, width, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr, INDEX: tl.constexpr):
+def _reflect_back(gradient, back, count, height, width, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """A pixel next to the border was seen again beyond it."""
-    at = tl.program_id(0).to(INDEX) * NUMBERS + tl.arange(0, NUMBERS)
-    there = at < count
-    channel, pixel = at % CHANNELS, at // CHANNELS
-    column, line = pixel % width, pixel // width
-    row, image = line % height, line // height
-    total = tl.zeros([NUMBERS], tl.float32)
+    pixel, channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)[None, :]
+    there = (pixel < count)[:, None] & (channel < CHANNELS)
+    image, row, column = _where(pixel, height, width)
+    total = tl.zeros([BLOCK, WIDTH], tl.float32)
     for vertical in tl.static_range(0, 3):
         y = row + 1 if vertical == 0 else row * 0 if vertical == 1 else row * 0 + height + 1
         is_row = there if vertical == 0 else there & (row == 1) if vertical == 1 else there & (row == height - 2)
         for horizontal in tl.static_range(0, 3):
             across = column + 1 if horizontal == 0 else column * 0 if horizontal == 1 else column * 0 + width + 1
-            is_column = there if horizontal == 0 else column == 1 if horizontal == 1 else column == width - 2
-            source = ((image * (height + 2) + y) * (width + 2) + across) * CHANNELS + channel
-            total += tl.load(gradient + source, mask=is_row & is_column, other=0).to(tl.float32)
-    tl.store(back + at, total.to(back.dtype.element_ty), mask=there)
+            mask = is_row if horizontal == 0 else is_row & (column == 1) if horizontal == 1 else is_row & (column == width - 2)
+            source = gradient + ((image * (height + 2) + y) * (width + 2) + across) * CHANNELS + channel
+            total += tl.load(source, mask=mask, other=0).to(tl.float32)
+    tl.store(back + pixel[:, None].to(tl.int64) * CHANNELS + channel, total.to(back.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=["count"])
-def _squares(a, b, sums, count, NUMBERS: tl.constexpr, INDEX: tl.constexpr, ROUNDS: tl.constexpr):
+def _squares(a, b, sums, count, NUMBERS: tl.constexpr, ROUNDS: tl.constexpr):
     total = tl.zeros([NUMBERS], tl.float32)
     for turn in range(ROUNDS):
-        at = (tl.program_id(0).to(INDEX) * ROUNDS + turn) * NUMBERS + tl.arange(0, NUMBERS)
+        at = (tl.program_id(0).to(tl.int64) * ROUNDS + turn) * NUMBERS + tl.arange(0, NUMBERS)
         difference = tl.load(a + at, mask=at < count, other=0).to(tl.float32) - tl.load(b + at, mask=at < count, other=0).to(tl.float32)
         total += difference * difference
     tl.store(sums + tl.program_id(0), tl.sum(total, 0))
 
 
 @triton.jit(do_not_specialize=["count"])
-def _difference(a, b, gradient, back, count, NUMBERS: tl.constexpr, INDEX: tl.constexpr):
-    at = tl.program_id(0).to(INDEX) * NUMBERS + tl.arange(0, NUMBERS)
+def _difference(a, b, gradient, back, count, NUMBERS: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
     there = at < count
     difference = tl.load(a + at, mask=there, other=0).to(tl.float32) - tl.load(b + at, mask=there, other=0).to(tl.float32)
     tl.store(back + at, (difference * (2.0 / count) * tl.load(gradient)).to(back.dtype.element_ty), mask=there)

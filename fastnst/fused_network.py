@@ -2,8 +2,9 @@
 in the kernels of ``fused_norm``."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -61,25 +62,118 @@ def can_fuse(config: NetworkConfig) -> bool:
 
 def fused_layers(network: "TransformNetwork", images: Tensor, dtype: torch.dtype) -> Tensor:
     """What ``network.layers`` gives for ``(N, 3, H, W)`` in [0, 1], which need no gradient, with activations of ``dtype``: float32."""
-    steps, half = list(_steps(network.layers)), network.config.stem == "half"
+    steps, half, aside = list(_steps(network.layers)), network.config.stem == "half", network.aside
     padding, mode = steps[0].padding
     # Whole numbers, which bfloat16 holds exactly; what is subtracted from them a norm does not mind.
     x = take(images.detach(), "float", dtype, (0, 0), network.config.start_padding, padding, mode, -128.0)
+    with aside.stream() if aside else nullcontext():
+        first = steps[0].conv
+        weights = [_laid_out(wide.first_weight(first.weight / 255, first.stride[0]), dtype)]
+        weights += [_laid_out(step.weight(), dtype) for step in steps[1:-1]]
+        shuffle = 2 if half else 1
+        weights.append(_laid_out(wide.last_weight(steps[-1].conv.weight, shuffle), dtype))
+    if aside:
+        aside.wait()
     earlier = within = None  # what the steps before gave, without padding
     for index, (step, after) in enumerate(zip(steps, steps[1:])):
-        if index == 0:
-            weight, stride = step.conv.weight / 255, step.conv.stride[0]
-            x = wide.first(x, weight.to(dtype), _laid_out(wide.first_weight(weight, stride), dtype), stride)
+        if index == 0 and x.shape[3] % wide.PLACE:
+            x = F.conv2d(x, F.pad(first.weight / 255, (0, 0, 0, 0, 0, wide.CHANNELS - 3)).to(dtype), stride=first.stride)
+        elif index == 0:
+            x = wide.apart(_convolve(wide.together(x), weights[0], None, (first.stride[0], 1), aside, first=True), first.stride[0])
         else:
             bias = wide.by_place(step.conv.bias).to(dtype) if step.kind == "subpixel" else None  # each pixel of a place has its own
-            x = F.conv2d(x, _laid_out(step.weight(), dtype), bias, stride=1 if step.kind == "transposed" else step.conv.stride)
+            x = _convolve(x, weights[index], bias, (1, 1) if step.kind == "transposed" else step.conv.stride, aside)
         skip, cut = earlier if step.skip else None, step.shave
         skip = skip[:, :, cut : skip.shape[2] - cut, cut : skip.shape[3] - cut] if cut else skip
         unminded, earlier = None if step.kind == "subpixel" else step.conv.bias, within
         x, within = FusedNorm.apply(x, step.norm.weight, step.norm.bias, unminded, skip, step.relu, *after.padding, step.shuffle)
-    conv, shuffle = steps[-1].conv, 2 if half else 1
-    x = wide.last(x, _laid_out(wide.last_weight(conv.weight, shuffle), dtype), shuffle)
-    return wide.in_pixels(x.float() + wide.last_bias(conv.bias, shuffle)[:, None, None])
+    stride = wide.PLACE // shuffle
+    x = _convolve(x, weights[-1], None, (stride, stride), aside)
+    return wide.in_pixels(x.float() + wide.last_bias(steps[-1].conv.bias, shuffle)[:, None, None])
+
+
+class Aside:
+    """The gradients of convolutions' weights, which a GPU computes beside the way back to the photos: small as they are, neither fills it.
+
+    Everything on the way of a weight happens on a stream of its own. What is read there stays until ``finish``.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._held: list[Tensor] = []
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """What is done in here goes beside what follows, after all so far."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def wait(self) -> None:
+        """What follows goes after all of this stream so far."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+    def put(self, weight: Tensor, x: Tensor, gradient: Tensor, stride: tuple[int, int]) -> None:
+        """Add what a convolution of ``x`` with ``weight`` gives to the gradients of what ``weight`` was made of."""
+        self._held += [x, gradient]
+        with self.stream():
+            found = _backward(gradient, x, weight.detach(), stride, (False, True, False))[1]
+            torch.autograd.backward(weight, found)
+
+    def finish(self) -> None:
+        self.wait()
+        self._held.clear()
+
+
+@contextmanager
+def weights_aside(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """In here the gradients of ``network``'s weights, where it is fused, are computed aside; they are there when it is left."""
+    network.aside = Aside(device)
+    try:
+        yield
+        network.aside.finish()
+    finally:
+        network.aside = None
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], aside: Aside | None, first: bool = False) -> Tensor:
+    """Without padding. ``first``: ``x`` needs no gradient."""
+    if aside is None or not weight.requires_grad:
+        return F.conv2d(x, weight, bias, stride)
+    x = _ConvAside.apply(x.detach().requires_grad_() if first else x, weight.detach(), _Owner(weight, aside), stride, first)
+    return x if bias is None else x + bias[:, None, None]
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """A weight with its history, which autograd may not see where it is computed aside."""
+
+    weight: Tensor
+    aside: Aside
+
+
+class _ConvAside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, owner: _Owner, stride: tuple[int, int], first: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.owner, ctx.stride, ctx.first = owner, stride, first
+        return F.conv2d(x, weight, stride=stride)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor):
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        ctx.owner.aside.put(ctx.owner.weight, x, gradient, ctx.stride)
+        back = None if ctx.first else _backward(gradient, x, weight, ctx.stride, (True, False, False))[0]
+        return back, None, None, None, None
+
+
+def _backward(gradient: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, int], wanted: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten.convolution_backward(gradient, x, weight, None, list(stride), [0, 0], [1, 1], False, [0, 0], 1, list(wanted))
 
 
 def _laid_out(weight: Tensor, dtype: torch.dtype) -> Tensor:

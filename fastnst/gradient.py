@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from fastnst.objective import Cut, Objective
 from fastnst.ranks import Ranks
 from fastnst.recording import Recording, can_record
-from fastnst.runtime import is_out_of_memory
+from fastnst.runtime import is_out_of_memory, triton_works
 
 
 class Gradient:
@@ -72,6 +73,14 @@ class Gradient:
                 self._say(f"a CUDA graph failed, going on slower without ({why})")
         return self._recordings.get(kind)
 
+    def _aside(self) -> AbstractContextManager:
+        """Only where a pass is recorded, as it holds more memory, and is no faster where kernels are launched one by one."""
+        if not self._records or not getattr(self.objective.network, "fused", False) or not triton_works(self.objective.device):
+            return contextlib.nullcontext()
+        from fastnst.fused_network import weights_aside
+
+        return weights_aside(self.objective.network, self.objective.device)
+
     def forget(self) -> None:
         """Give back the memory of what was recorded; it is recorded anew when it is next needed."""
         self._recordings.clear()
@@ -87,7 +96,7 @@ class Gradient:
         sums = 0
         for index, part in enumerate(parts):
             share = len(part) / self._batch_size
-            with self._ranks.averaging(network, now=index == len(parts) - 1):
+            with self._ranks.averaging(network, now=index == len(parts) - 1), self._aside():
                 terms, stylized = self.objective(part, cut)
                 (terms.total * (share * self._ranks.size)).backward()  # averaged over the ranks, each photo then weighs the same
             seen = stylized.detach().float().clamp(0, 1)

@@ -28,6 +28,7 @@ class TransformNetwork(nn.Module):
     """
 
     fused = True  # while training on an NVIDIA GPU; may be set to False
+    aside = None  # an `Aside` where gradients of fused weights go their own way
 
     def __init__(self, config: NetworkConfig = NetworkConfig()) -> None:
         super().__init__()

@@ -32,12 +32,22 @@ def first_weight(weight: Tensor, stride: int) -> Tensor:
 
 def first(x: Tensor, weight: Tensor, wide: Tensor, stride: int) -> Tensor:
     """The convolution of padded photos, ``(N, 4, H, W)`` channels-last; by ``wide``, ``first_weight`` of ``weight``, where W is a multiple of 4."""
-    images, _, height, width = x.shape
-    if width % PLACE:
+    if x.shape[3] % PLACE:
         return F.conv2d(x, F.pad(weight, (0, 0, 0, 0, 0, CHANNELS - 3)), stride=stride)
-    x = x.permute(0, 2, 3, 1).reshape(images, height, width // PLACE, -1).permute(0, 3, 1, 2)
-    x = F.conv2d(x, wide, stride=(stride, 1))
-    return x.permute(0, 2, 3, 1).reshape(images, x.shape[2], x.shape[3] * PLACE // stride, -1).permute(0, 3, 1, 2)
+    return apart(F.conv2d(together(x), wide, stride=(stride, 1)), stride)
+
+
+def together(x: Tensor) -> Tensor:
+    """``(N, C, H, W)``, channels-last, -> ``(N, 4 C, H, W / 4)``, the same memory."""
+    images, channels, height, width = x.shape
+    return x.permute(0, 2, 3, 1).reshape(images, height, width // PLACE, PLACE * channels).permute(0, 3, 1, 2)
+
+
+def apart(x: Tensor, stride: int = 1) -> Tensor:
+    """``(N, C 4 / stride, H, W)``, channels-last, -> ``(N, C, H, W 4 / stride)``, the same memory."""
+    images, channels, height, width = x.shape
+    count = PLACE // stride
+    return x.permute(0, 2, 3, 1).reshape(images, height, width * count, channels // count).permute(0, 3, 1, 2)
 
 
 def upsampled_weight(weight: Tensor, mode: str) -> Tensor:
