@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from fastnst.runtime import is_out_of_memory
 from fastnst.wide import CHANNELS, PLACE, apart, together
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _NUMBERS = 4096  # that a program makes
 _LAST = torch.channels_last
+_WITHOUT: set[tuple] = set()  # kinds of convolutions that cuDNN has no kernel for with a ReLU
 
 
 def can_fuse(network: "LossNetwork") -> bool:
@@ -94,12 +96,7 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernels: _Kernels, padding: int, relu: bool, pooled: bool) -> Tensor:
-        if relu and x.is_cuda:  # one kernel
-            out = torch.cudnn_convolution_relu(x, kernels.weight, kernels.bias, [1, 1], [padding, padding], [1, 1], 1)
-        else:
-            out = F.conv2d(x, kernels.weight, kernels.bias, padding=padding)
-            out = out.relu_() if relu else out
-        out = out.contiguous(memory_format=_LAST)
+        out = (_convolve_and_relu if relu else _convolve_alone)(x, kernels, padding).contiguous(memory_format=_LAST)
         if relu and not pooled:
             ctx.save_for_backward(out)
         ctx.back, ctx.padding = kernels.back, kernels.back.shape[2] - 1 - padding
@@ -111,6 +108,23 @@ class _Frozen(torch.autograd.Function):
         if ctx.saved_tensors:
             gradient = torch.ops.aten.threshold_backward(gradient, *ctx.saved_tensors, 0)
         return F.conv2d(gradient, ctx.back, padding=ctx.padding), None, None, None, None
+
+
+def _convolve_alone(x: Tensor, kernels: _Kernels, padding: int) -> Tensor:
+    return F.conv2d(x, kernels.weight, kernels.bias, padding=padding)
+
+
+def _convolve_and_relu(x: Tensor, kernels: _Kernels, padding: int) -> Tensor:
+    """In one kernel of cuDNN, where it has such."""
+    kind = (x.device, x.dtype, x.shape, kernels.weight.shape)
+    if x.is_cuda and kind not in _WITHOUT:
+        try:
+            return torch.cudnn_convolution_relu(x, kernels.weight, kernels.bias, [1, 1], [padding, padding], [1, 1], 1)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            _WITHOUT.add(kind)
+    return _convolve_alone(x, kernels, padding).relu_()
 
 
 class _MaxPool(torch.autograd.Function):
