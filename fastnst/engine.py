@@ -5,8 +5,8 @@ All engines take and give the same arrays, ``(N, H, W, 3)`` uint8 or ``(N, 3, H,
 
 import importlib.util
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -309,7 +309,8 @@ class TorchEngine:
         from fastnst.recording import Recording
 
         try:
-            return Recording(lambda given: self.compute_fast(given, pixels), x)
+            with _plans_apart(self._dtype):
+                return Recording(lambda given: self.compute_fast(given, pixels), x)
         except Exception as error:  # libraries raise many kinds; it goes without, and is not tried again
             if not is_out_of_memory(error):
                 warnings.warn(f"a CUDA graph failed, going on slower without ({' '.join(str(error).split())[:200]})", stacklevel=2)
@@ -396,6 +397,22 @@ class TorchEngine:
                 return (x.cpu().numpy(),)
             variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
             return x.cpu().numpy(), mean.cpu().numpy(), variance.cpu().numpy()
+
+
+@contextmanager
+def _plans_apart(dtype: Any) -> Iterator[None]:
+    """In here cuDNN does not use the kernels that it guessed for the same convolutions before, which it would rather than try them out.
+
+    It keeps what it has chosen by the settings of the moment, among them one that is for float32 alone.
+    """
+    import torch
+
+    allowed = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = allowed and dtype == torch.float32
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def _norm(x: Any, weight: Any, bias: Any, relu: bool, skip: tuple[Any, int] | None, padding: int, mode: str) -> Any:

@@ -42,8 +42,8 @@ def fused_norm(
 class FusedNorm(torch.autograd.Function):
     """``fused_norm`` with gradients. Gives the output and what of it lies within the padding, which a later ``skip`` takes: the gradients of both come back apart.
 
-    ``conv_bias`` is that of the convolution before, or None: a norm does not mind it, and its gradient is 0. Not for ReLU and ``skip`` at once, nor for padding by
-    replication of more than 1 pixel.
+    ``conv_bias`` is that of the convolution before, or None: a norm does not mind it, and its gradient is 0. Not for ``skip`` with a ReLU or a shuffle, nor
+    for padding by replication of more than 1 pixel.
     """
 
     @staticmethod

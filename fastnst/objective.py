@@ -1,6 +1,6 @@
 """A batch of photos -> the weighted terms of the objective and the stylized photos, as every training step computes it, compiled where that pays."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -13,7 +13,6 @@ from fastnst.native_library import native_library
 from fastnst.runtime import autocast, memory_format
 
 Compile = Literal["auto", "off", "on"]
-_WORTH_COMPILING = 100_000  # steps: a minute of compiling against half a millisecond saved at each, an estimate: the recorded step's memory traffic
 
 
 class Cut(NamedTuple):
@@ -31,8 +30,8 @@ class Cut(NamedTuple):
 class Objective:
     """``loss`` of what ``network`` makes of a batch, convolutions in ``precision``; both lie on one device.
 
-    ``compile``: ``auto`` hands both to ``torch.compile`` on CUDA where at least 100,000 ``steps`` follow, and goes on without where
-    that fails, saying so; ``on`` compiles anywhere. On the CPU it saved a tenth of a bfloat16 step and took one to three minutes.
+    ``compile``: ``on`` hands both to ``torch.compile``, which on the CPU saved a tenth of a bfloat16 step and took one to three minutes; ``auto``
+    does not: on an NVIDIA GPU our own kernels are there instead.
     """
 
     def __init__(
@@ -41,18 +40,14 @@ class Objective:
         loss: PerceptualLoss,
         precision: torch.dtype,
         compile: Compile = "off",
-        steps: int = 0,
-        say: Callable[[str], None] = lambda message: None,
     ) -> None:
-        self.network, self.loss, self.precision, self._say = network, loss, precision, say
+        self.network, self.loss, self.precision = network, loss, precision
         self.device = loss.loss_network.mean.device
         native = self.device.type == "cpu" and native_library() is not None
         if precision == torch.bfloat16 or native:  # 1.1 times as fast in bfloat16, and what ``Conv3x3`` takes: this network has no norms, which would copy it back
             loss.loss_network.to(memory_format=torch.channels_last)
-        wanted = compile == "on" or (compile == "auto" and self.device.type == "cuda" and steps >= _WORTH_COMPILING)
-        self._compiled = torch.compile(self._measure) if wanted else None
-        self._aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" and torch.cuda.is_available() and not wanted else None
-        self._may_fail = wanted and compile == "auto"
+        self._compute = torch.compile(self._measure) if compile == "on" else self._measure
+        self._aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" and torch.cuda.is_available() and compile != "on" else None
 
     def __call__(self, photos: Tensor, cut: Cut | None = None) -> tuple[LossTerms, Tensor]:
         """uint8 ``(N, 3, S, S)``, on any device -> terms with gradient, and what the network made of the photos.
@@ -62,16 +57,7 @@ class Objective:
         photos = photos.to(self.device, non_blocking=True)
         if cut is not None:
             cut = cut._replace(top=cut.top.to(self.device, non_blocking=True), left=cut.left.to(self.device, non_blocking=True))
-        if self._compiled is None:
-            return self._measure(photos, cut)
-        if not self._may_fail:
-            return self._compiled(photos, cut)
-        try:
-            return self._compiled(photos, cut)
-        except Exception as error:  # compilers raise many kinds: none found, too old, an operation that they cannot do
-            self._say(f"torch.compile failed, going on without ({' '.join(str(error).split())[:200]})")
-            self._compiled = None
-            return self._measure(photos, cut)
+        return self._compute(photos, cut)
 
     def _measure(self, photos: Tensor, cut: Cut | None) -> tuple[LossTerms, Tensor]:
         content = photos.float().div_(255).contiguous(memory_format=memory_format(self.device))

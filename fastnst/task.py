@@ -49,13 +49,18 @@ class LoopConfig(Config):
     learning_rate: LearningRate = LearningRate()
     clip_gradient: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    compile: Compile = Field("auto", description="torch.compile; auto: on CUDA, in one process, for 100,000 steps or more")
+    compile: Compile = Field("auto", description="torch.compile; auto: off")
     seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(20, ge=1, description="steps; the stability term is there at every fourth")
-    validate_every: int = Field(500, ge=1, description="steps")
-    save_every: int = Field(500, ge=1, description="steps")
+    validate_every: int | None = Field(None, ge=1, description="steps; none: a twentieth of all, 500 at the least")
+    save_every: int | None = Field(None, ge=1, description="steps; none: after each validation, and every five minutes")
     keep: Literal["best", "last"] = Field("best", description="the model of the lowest validation total, or of the last save")
     rollbacks: int = Field(3, ge=0, le=100, description="times that a run gone wrong goes back to its last good state with a lower rate")
+
+    @property
+    def validates_every(self) -> int:
+        """Steps."""
+        return self.validate_every or max(500, self.steps // 20)
 
 
 class TrainConfig(Config):

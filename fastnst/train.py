@@ -173,7 +173,7 @@ def train(
 
 
 def _set_off(task: Task, step: int, report: Callable[[TrainProgress], None], should_stop: Callable[[], bool]) -> Task:
-    """The task with what only a long run pays for: photos kept as pixels, the objective compiled; gradients averaged over the ranks."""
+    """The task with what only a long run pays for: photos kept as pixels, the objective compiled where that is asked for; gradients averaged over the ranks."""
     loop, ranks, left = task.config.train, task.ranks, task.config.train.steps - step
 
     def say(message: str) -> None:
@@ -181,8 +181,7 @@ def _set_off(task: Task, step: int, report: Callable[[TrainProgress], None], sho
 
     with ranks.together():
         cache = keep_photos(task.photos.train, task.config.data, left * loop.batch_size / len(task.photos.train), say, should_stop)
-    compile = loop.compile if ranks.size == 1 or loop.compile == "on" else "off"
-    objective = Objective(ranks.average_gradients(task.network), task.loss, task.gradient.objective.precision, compile, left, say)
+    objective = Objective(ranks.average_gradients(task.network), task.loss, task.gradient.objective.precision, loop.compile)
     return replace(task, gradient=gradient_of(objective, loop, ranks, say), cache=cache)
 
 
@@ -199,7 +198,7 @@ def _bytes_to_save(task: Task) -> int:
 def _bytes_needed(task: Task) -> int:
     """On disk in the end: with pictures and curves for TensorBoard."""
     loop, crop = task.config.train, task.config.data.crop_size
-    pictures = (2 + loop.steps // loop.validate_every) * 2 * min(4, len(task.validation)) * 2 * crop**2
+    pictures = (2 + loop.steps // loop.validates_every) * 2 * min(4, len(task.validation)) * 2 * crop**2
     return _bytes_to_save(task) + pictures + 1500 * (loop.steps // loop.log_every)
 
 

@@ -24,7 +24,7 @@ from fastnst.schedule import learning_rate_at
 from fastnst.task import Task, batches_from, fingerprint, learn, validate
 from fastnst.watchdog import Trouble, Watchdog
 
-_SAVE_SECONDS = 300  # a slow machine saves this often, whatever save_every says: no more is lost to a power cut
+_SAVE_SECONDS = 300  # it saves this often, whatever save_every says: no more is lost to a power cut
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ class Training:
         loop, step = self.task.config.train, self.step
         stop, overdue = self.task.ranks.any(should_stop, time.monotonic() - self._saved > _SAVE_SECONDS)
         stopping, moved = step >= loop.steps or stop, step > self._first
-        validating = (self._fresh or moved) and (step % loop.validate_every == 0 or step >= loop.steps)
-        saving = moved and (step % loop.save_every == 0 or validating or stopping or overdue)
+        validating = (self._fresh or moved) and (step % loop.validates_every == 0 or step >= loop.steps)
+        saving = moved and ((loop.save_every is not None and step % loop.save_every == 0) or validating or stopping or overdue)
         logging = bool(self._window) and (step % loop.log_every == 0 or validating or saving)
         return Due(logging, validating, saving, stopping)
 

@@ -81,12 +81,62 @@ def test_in_half_precision_only_the_result_is_rounded(dtype, tolerance):
     torch.testing.assert_close(found.double(), norm_by_torch(x, weight, bias, False, None, 1, "reflect"), atol=1e-6, rtol=tolerance)
 
 
+@pytest.mark.parametrize("shuffle", [1, 2])
+@pytest.mark.parametrize("mode, padding", [("reflect", 0), ("reflect", 1), ("reflect", 4), ("replicate", 1), ("constant", 2)])
+@pytest.mark.parametrize("relu", [True, False])
+def test_gradients_are_those_of_torch(relu, mode, padding, shuffle):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(2, 3 * shuffle**2, 6, 7) + 10).contiguous(memory_format=torch.channels_last)
+    weight, bias, unminded = torch.randn(3), torch.randn(3), torch.randn(3)
+    skip = None if relu or shuffle == 2 else torch.randn(2, 3, 6 * shuffle + 2, 7 * shuffle + 2).contiguous(memory_format=torch.channels_last)
+
+    def by_torch(x, weight, bias, skip):
+        pixels = x.reshape(2, shuffle, shuffle, 3, 6, 7).permute(0, 3, 4, 1, 5, 2).reshape(2, 3, 6 * shuffle, 7 * shuffle)
+        after = F.instance_norm(pixels, weight=weight, bias=bias, eps=1e-5)
+        after = after.relu() if relu else after
+        after = after if skip is None else after + skip[:, :, 1:-1, 1:-1]
+        return F.pad(after, [padding] * 4, mode=mode), after
+
+    def by_kernels(x, weight, bias, skip):
+        return FusedNorm.apply(x, weight, bias, unminded.to(x), None if skip is None else skip[:, :, 1:-1, 1:-1], relu, padding, mode, shuffle)
+
+    pulls = [torch.randn_like(each) for each in by_torch(x, weight, bias, skip)]
+
+    def gradients(compute, *inputs):
+        inputs = [None if each is None else each.requires_grad_() for each in inputs]
+        outputs = compute(*inputs)
+        return outputs, torch.autograd.grad(outputs, [each for each in inputs if each is not None], [pull.to(outputs[0]) for pull in pulls])
+
+    inputs = (x, weight, bias, skip)
+    wanted = gradients(by_torch, *(None if each is None else each.double() for each in inputs))
+    found = gradients(by_kernels, *(None if each is None else each.to(DEVICE) for each in inputs))
+    for one, other in zip((*found[0], *found[1]), (*wanted[0], *wanted[1])):
+        torch.testing.assert_close(one.cpu().double(), other, atol=1e-4, rtol=1e-3)
+
+
+def test_a_bias_that_a_norm_does_not_mind_gets_no_gradient_but_zeros():
+    x, bias = torch.randn(1, 4, 5, 6, device=DEVICE), torch.randn(4, device=DEVICE, requires_grad=True)
+    ones = torch.ones(4, device=DEVICE)
+    out, _ = FusedNorm.apply(x, ones, ones, bias, None, True, 1, "reflect", 1)
+    out.square().sum().backward()
+    assert torch.equal(bias.grad, torch.zeros_like(bias))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda options: "-".join(map(str, options.values())))
 def test_a_network_with_its_own_norms_is_the_network(architecture):
     network, stages = staged(**architecture)
-    pictures = photo(21, 34, 2)
+    pictures = photo(17, 20, 1)
     found = NvidiaPass(stages, torch.device(DEVICE), torch.float32)(torch.from_numpy(pictures).to(DEVICE), "uint8")
     assert np.abs(found.cpu().numpy() - eager(network, pictures)).max() <= 0.51  # rounding to whole levels
+
+
+@pytest.mark.parametrize("width", [20, 22])  # by places of four pixels, and not
+def test_several_pictures_of_numbers_are_stylized_as_well(width):
+    network, stages = staged()
+    pictures = photo(18, width, 2)
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().to(DEVICE) / 255
+    found = NvidiaPass(stages, torch.device(DEVICE), torch.float32)(images, "float")
+    assert np.abs(found.permute(0, 2, 3, 1).cpu().numpy() * 255 - eager(network, pictures)).max() <= 0.02
 
 
 def test_kernels_compile_for_gpus_that_are_not_here():
@@ -95,15 +145,30 @@ def test_kernels_compile_for_gpus_that_are_not_here():
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastnst import fused_norm
+from fastnst import fused_features, fused_norm, fused_pixels
 
-sizes = {"CHANNELS": 48, "WIDTH": 64, "BLOCK": 64}
-choices = sizes | {"PADDING": 1, "MODE": "reflect", "RELU": True, "SKIP": True}
-for kernel, constants in ((fused_norm._sum_up, sizes), (fused_norm._solve, sizes | {"EPSILON": 1e-5, "PARTS": 64}), (fused_norm._apply, choices)):
-    kinds = {"sums": "*fp32", "moments": "*fp32"} | dict.fromkeys(("x", "skip", "out", "weight", "bias"), "*fp16")
+sizes, halves = {"CHANNELS": 48, "WIDTH": 64, "BLOCK": 64}, dict.fromkeys(("x", "skip", "out", "gradient", "within", "folded", "back", "further", "a", "b"), "*fp16")
+choices = sizes | {"PADDING": 1, "MODE": "reflect", "RELU": True, "SHUFFLE": 2}
+for kernel, constants, other in (
+    (fused_norm._sum_up, sizes | {"AT_ONCE": 4}, {}),
+    (fused_norm._solve, sizes | {"EPSILON": 1e-5, "PARTS": 64}, {}),
+    (fused_norm._apply, choices | {"SKIP": True}, {}),
+    (fused_norm._fold, choices | {"WITHIN": True}, {}),
+    (fused_norm._total, {"CHANNELS": 48, "WIDTH": 16, "PARTS": 64}, {}),
+    (fused_norm._back, sizes, {}),
+    (fused_features._pool, sizes, {}),
+    (fused_features._pool_back, sizes | {"FURTHER": True}, {}),
+    (fused_features._reflect, sizes, {}),
+    (fused_features._reflect_back, sizes, {}),
+    (fused_features._squares, {"NUMBERS": 1024, "ROUNDS": 4}, {}),
+    (fused_features._difference, {"NUMBERS": 1024}, {"gradient": "*fp32"}),
+    (fused_pixels._take, {"FLOAT": False, "MODE": "reflect", "CHANNELS": 4, "PIXELS": 256, "SHIFT": 128.0}, {"x": "*u8", "value": "fp32"}),
+    (fused_pixels._finish, {"OUTPUT": "tanh", "FLOAT": False, "PLACE": 4, "PIXELS": 256}, {"bias": "*fp32", "out": "*u8"}),
+):
+    kinds = halves | dict.fromkeys(("sums", "moments", "totals", "weight", "bias"), "*fp32") | other
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
-    for capability in (75, 90):
+    for capability in (75, 90) if kernel in (fused_norm._apply, fused_norm._fold, fused_features._pool_back) else (90,):
         assert f"sm_{capability}" in triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
 print("compiled")
 """

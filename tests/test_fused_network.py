@@ -1,0 +1,75 @@
+"""A network as it is trained on an NVIDIA GPU is the network: its output and all of its gradients; where there is no GPU, Triton's interpreter runs it."""
+
+import pytest
+import torch
+from test_fused_norm import DEVICE
+
+from fastnst.fused_network import can_fuse, fused_layers, weights_aside
+from fastnst.model import NetworkConfig
+from fastnst.network import TransformNetwork
+
+
+def made(**options) -> TransformNetwork:
+    torch.manual_seed(0)
+    network = TransformNetwork(NetworkConfig(**{"width": 4, "residual_blocks": 1} | options))
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return network
+
+
+def distances(network, output, images, pull) -> list[float]:
+    """Of the gradients that ``network`` got from ``output`` to those of its layers in double precision, relatively."""
+    wanted = made(**network.config.model_dump()).double()
+    after = wanted.layers(images.double())
+    torch.testing.assert_close(output.detach().cpu().double(), after.detach(), atol=1e-4, rtol=1e-4)
+    after.backward(pull.double())
+    pairs = [(each.grad.cpu().double(), other.grad) for each, other in zip(network.parameters(), wanted.parameters())]
+    return [float((one - other).norm() / other.norm()) if other.norm() > 1e-6 else float(one.norm()) for one, other in pairs]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"padding": "zeros"}, {"padding": "start"}, {"upsampling": "subpixel"}, {"upsampling": "transposed"}, {"upsampling": "bilinear"}, {"stem": "half"}, {"residual_blocks": 0}],
+    ids=str,
+)
+def test_output_and_gradients_are_those_of_the_layers(options):
+    network = made(**options).to(DEVICE, memory_format=torch.channels_last)
+    images = torch.rand(1, 3, 16, 20)
+    output = fused_layers(network, images.to(DEVICE), torch.float32)
+    pull = torch.randn(output.shape)
+    output.backward(pull.to(DEVICE))
+    assert max(distances(network, output, images, pull)) < 1e-4
+
+
+def test_a_width_that_is_no_multiple_of_four_is_trained_on_too():
+    network = made().to(DEVICE)
+    images = torch.rand(1, 3, 18, 22)
+    output = fused_layers(network, images.to(DEVICE), torch.float32)
+    pull = torch.randn(output.shape)
+    output.backward(pull.to(DEVICE))
+    assert max(distances(network, output, images, pull)) < 1e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"upsampling": "subpixel"}], ids=str)
+def test_weights_gradients_computed_aside_are_the_same_and_add_up(options):
+    network = made(**options).to(DEVICE, memory_format=torch.channels_last)
+    images = torch.rand(1, 3, 16, 20)
+    pull = torch.randn(1, 3, 16, 20)
+    with weights_aside(network, torch.device(DEVICE)):
+        output = fused_layers(network, images.to(DEVICE), torch.float32)
+        output.backward(0.25 * pull.to(DEVICE), retain_graph=False)
+    with weights_aside(network, torch.device(DEVICE)):
+        fused_layers(network, images.to(DEVICE), torch.float32).backward(0.75 * pull.to(DEVICE))
+    assert network.aside is None
+    assert max(distances(network, output, images, pull)) < 1e-4
+
+
+def test_networks_without_kernels_are_known():
+    assert can_fuse(NetworkConfig()) and can_fuse(NetworkConfig(stem="half"))
+    assert not can_fuse(NetworkConfig(norm="batch")) and not can_fuse(NetworkConfig(padding="replicate"))
+
+
+def test_on_the_cpu_the_layers_are_taken(monkeypatch):
+    network = made()
+    monkeypatch.setattr(network, "_fused_layers", None)
+    assert network.train()(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)
