@@ -2,7 +2,7 @@
 of our own, there and back."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +13,19 @@ from torch import Tensor, nn
 from fastnst.runtime import is_out_of_memory
 from fastnst.wide import CHANNELS, PLACE, apart, together
 
-if TYPE_CHECKING:
-    from fastnst.loss_network import LossNetwork
-
 _NUMBERS = 4096  # that a program makes
 _LAST = torch.channels_last
 _WITHOUT: set[tuple] = set()  # kinds of convolutions that cuDNN has no kernel for with a ReLU
 
 
-def can_fuse(network: "LossNetwork") -> bool:
-    """Whether there are kernels for such a network: a frozen VGG of max pooling."""
+def can_fuse(network: nn.Module) -> bool:
+    """Whether there are kernels for such a ``LossNetwork``: a frozen VGG of max pooling."""
     frozen = not any(parameter.requires_grad for parameter in network.parameters())
     return frozen and all(isinstance(module, (nn.Conv2d, nn.ReLU, nn.MaxPool2d)) for module in network.features) and network.features[0].kernel_size == (3, 3)
 
 
-def fused_features(network: "LossNetwork", images: Tensor, wanted: dict[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
-    """What ``network`` gives for ``images`` at ``wanted``, layers with their places, in ``dtype``."""
+def fused_features(network: nn.Module, images: Tensor, wanted: dict[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a ``LossNetwork`` gives for ``images`` at ``wanted``, layers with their places, in ``dtype``."""
     asked, modules = set(wanted.values()), network.features
     x = ((images - network.mean) / network.std).to(dtype)
     found: dict[int, Tensor] = {}
@@ -50,7 +47,7 @@ def fused_features(network: "LossNetwork", images: Tensor, wanted: dict[str, int
     return {layer: _convolve(network, layer, heads[layer], found[index], True) if layer in heads else found[index] for layer, index in wanted.items()}
 
 
-def _convolve(network: "LossNetwork", name: str, module: nn.Conv2d, x: Tensor, relu: bool, pooled: bool = False) -> Tensor:
+def _convolve(network: nn.Module, name: str, module: nn.Conv2d, x: Tensor, relu: bool, pooled: bool = False) -> Tensor:
     kept, weight = network.__dict__.setdefault("_in_half", {}), module.weight
     which = (x.dtype, weight.device, weight.data_ptr(), weight._version)
     grouped = module.in_channels == 3

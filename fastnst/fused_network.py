@@ -4,7 +4,7 @@ in the kernels of ``fused_norm``."""
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,6 @@ from fastnst import wide
 from fastnst.fused_norm import FusedNorm
 from fastnst.fused_pixels import take
 from fastnst.model import NetworkConfig
-
-if TYPE_CHECKING:
-    from fastnst.network import TransformNetwork
 
 Kind = Literal["plain", "nearest", "bilinear", "transposed", "subpixel"]
 
@@ -60,8 +57,8 @@ def can_fuse(config: NetworkConfig) -> bool:
     return config.norm == "instance" and config.padding != "replicate"
 
 
-def fused_layers(network: "TransformNetwork", images: Tensor, dtype: torch.dtype) -> Tensor:
-    """What ``network.layers`` gives for ``(N, 3, H, W)`` in [0, 1], which need no gradient, with activations of ``dtype``: float32."""
+def fused_layers(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the ``layers`` of a ``TransformNetwork`` give for ``(N, 3, H, W)`` in [0, 1], which need no gradient, with activations of ``dtype``: float32."""
     steps, half, aside = list(_steps(network.layers)), network.config.stem == "half", network.aside
     padding, mode = steps[0].padding
     # Whole numbers, which bfloat16 holds exactly; what is subtracted from them a norm does not mind.

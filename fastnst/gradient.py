@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastnst.fused import triton_works
 from fastnst.objective import Cut, Objective
 from fastnst.ranks import Ranks
 from fastnst.recording import Recording, can_record
-from fastnst.runtime import is_out_of_memory, triton_works
+from fastnst.runtime import is_out_of_memory
 
 
 class Gradient:

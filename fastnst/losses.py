@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from fastnst.fused import triton_works
 from fastnst.loss_network import LossNetwork, LossNetworkConfig, layer_index
-from fastnst.runtime import triton_works
 
 LayerWeights = dict[str, Annotated[float, Field(ge=0)]]
 Distance = Literal["mse", "sse", "rmse"]

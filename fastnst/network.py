@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastnst.fused import triton_works
 from fastnst.model import NetworkConfig
-from fastnst.runtime import triton_works
 from fastnst.winograd import Conv3x3
 
 

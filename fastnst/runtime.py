@@ -12,7 +12,6 @@ import re
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,25 +59,6 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     else:
         fast = device.type == "cpu" and "avx512_bf16" in cpu_flags()
     return torch.bfloat16 if fast else torch.float32
-
-
-@functools.cache
-def triton_works(device: torch.device) -> bool:
-    """Whether our kernels run on ``device``, tried out once; a warning says why where they should."""
-    if device.type != "cuda":
-        return False
-    import torch
-
-    try:
-        from fastnst.fused_norm import fused_norm
-
-        ones = torch.ones(1, 8, 4, 4, device=device)
-        fused_norm(ones, ones[0, :, 0, 0], ones[0, :, 0, 0])
-        torch.accelerator.synchronize(device)
-    except Exception as error:  # compilers raise many kinds
-        warnings.warn(f"Triton failed, going on slower without ({' '.join(str(error).split())[:200]})", stacklevel=2)
-        return False
-    return True
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

@@ -7,6 +7,8 @@ from test_stages import staged
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastnst import gradient as gradients
+from fastnst import losses
+from fastnst import network as networks
 from fastnst.engine import TorchEngine
 from fastnst.gradient import Gradient
 from fastnst.loss_network import load_loss_network
@@ -128,8 +130,10 @@ def move_to_pretended_gpu(module: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"tv_power": 1, "gram": "hw"}, {"distance": "rmse", "gram": "none"}], ids=str)
-def test_the_objective_stays_on_the_gpu_and_does_not_wait_for_it(changes):
+def test_the_objective_stays_on_the_gpu_and_does_not_wait_for_it(changes, monkeypatch):
     """With tensors that have a device and no numbers: asking for one, or adding what lies elsewhere, is an error."""
+    for module in (networks, losses):
+        monkeypatch.setattr(module, "triton_works", lambda device: False)
     config = LOSS.model_copy(update=changes)
     loss_network, network = load_loss_network(config, config.layers), TransformNetwork(NetworkConfig(width=4, residual_blocks=1))
     with FakeTensorMode(allow_non_fake_inputs=True):
