@@ -211,6 +211,11 @@ def _where(pixel, rows, columns):
     return (line // rows)[:, None].to(tl.int64), (line % rows)[:, None], (pixel % columns)[:, None]
 
 
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
 @triton.jit(do_not_specialize=["count", "height", "width"])
 def _pool(x, out, count, height, width, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     pixel, channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)[None, :]
@@ -219,7 +224,7 @@ def _pool(x, out, count, height, width, CHANNELS: tl.constexpr, WIDTH: tl.conste
     place = x + ((image * height + 2 * row) * width + 2 * column) * CHANNELS + channel
     first, second = tl.load(place, mask=there, other=0), tl.load(place + CHANNELS, mask=there, other=0)
     third, fourth = tl.load(place + width * CHANNELS, mask=there, other=0), tl.load(place + (width + 1) * CHANNELS, mask=there, other=0)
-    tl.store(out + pixel[:, None].to(tl.int64) * CHANNELS + channel, tl.maximum(tl.maximum(first, second), tl.maximum(third, fourth)), mask=there)
+    tl.store(out + pixel[:, None].to(tl.int64) * CHANNELS + channel, _larger(_larger(first, second), _larger(third, fourth)), mask=there)
 
 
 @triton.jit(do_not_specialize=["count", "height", "width"])
@@ -232,7 +237,7 @@ def _pool_back(x, gradient, further, back, count, height, width, FURTHER: tl.con
     place = ((image * height + 2 * row) * width + 2 * column) * CHANNELS + channel
     first, second = tl.load(x + place, mask=there, other=0), tl.load(x + place + CHANNELS, mask=right, other=0)
     third, fourth = tl.load(x + place + width * CHANNELS, mask=below, other=0), tl.load(x + place + (width + 1) * CHANNELS, mask=both, other=0)
-    most = tl.maximum(tl.maximum(first, second), tl.maximum(third, fourth))
+    most = _larger(_larger(first, second), _larger(third, fourth))
     value = tl.load(gradient + ((image * (height // 2) + row) * (width // 2) + column) * CHANNELS + channel, mask=both, other=0).to(tl.float32)
     _give(back, further, place, first, value, both & (first == most), there, FURTHER)
     _give(back, further, place + CHANNELS, second, value, both & (second == most) & (first != most), right, FURTHER)

@@ -210,7 +210,7 @@ def _apply(
     gain = tl.load(moments + (image * 2 + 1) * CHANNELS + channel, mask=real, other=0) * tl.load(weight + channel, mask=real, other=0).to(tl.float32)
     value = (value - mean) * gain + tl.load(bias + channel, mask=real, other=0).to(tl.float32)
     if RELU:
-        value = tl.maximum(value, 0.0)
+        value = tl.where(value < 0, 0.0, value)  # what is no number stays so
     if SKIP:
         value += tl.load(skip + image * skip_image + y.to(tl.int64) * skip_row + across[:, None] * CHANNELS + channel, mask=there, other=0).to(tl.float32)
     if MODE == "constant":

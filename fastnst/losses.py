@@ -97,7 +97,7 @@ class _SelfProduct(torch.autograd.Function):
         ctx.save_for_backward(flat)
         if flat.dtype not in (torch.float16, torch.bfloat16):
             return flat @ flat.transpose(1, 2)
-        if not flat.is_cuda:
+        if not flat.is_cuda or torch.version.hip:
             precise = flat.float()
             return precise @ precise.transpose(1, 2)
         # Products of half precision are exact in float32, in which a GPU's matrix units add them up; in parts, as it has many.

@@ -48,8 +48,9 @@ class Watchdog:
         to be seen in a picture.
         """
         for at, row in enumerate(rows, step - len(rows) + 1):
-            if not all(map(math.isfinite, (row["loss/total"], row["train/gradient_norm"]))):
-                kind = "gradient" if math.isfinite(row["loss/total"]) else "loss"
+            watched = {"loss": row["loss/total"], "gradient": row["train/gradient_norm"], "output": row["output/contrast"]}
+            if not all(map(math.isfinite, watched.values())):
+                kind = next(name for name, value in watched.items() if not math.isfinite(value))
                 numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name.startswith("loss/") or kind in name)
                 return Trouble(f"the {kind} is not finite at step {at}: {numbers}", f"{_FINER}, or lower the weights of loss")
             self.first_loss = row["loss/total"] if math.isinf(self.first_loss) else self.first_loss

@@ -35,6 +35,10 @@ def test_a_gradient_that_is_not_finite_is_named():
     assert Watchdog().watch(1, rows([3.0], norm=math.inf)).what == "the gradient is not finite at step 1: loss/total 3, loss/style 3, train/gradient_norm inf"
 
 
+def test_an_output_that_is_no_number_is_named_though_the_loss_is_one():
+    assert Watchdog().watch(1, rows([3.0], contrast=math.nan)).what == "the output is not finite at step 1: loss/total 3, loss/style 3, output/contrast nan, output/brightness 0.5"
+
+
 def test_an_explosion_is_five_times_the_lowest_mean():
     watchdog = after([1.0] * 40)
     assert watchdog.watch(60, rows([4.9] * WINDOW)) is None
