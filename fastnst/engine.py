@@ -5,8 +5,8 @@ All engines take and give the same arrays, ``(N, H, W, 3)`` uint8 or ``(N, 3, H,
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -309,8 +309,7 @@ class TorchEngine:
         from fastnst.recording import Recording
 
         try:
-            with _plans_apart(self._dtype):
-                return Recording(lambda given: self.compute_fast(given, pixels), x)
+            return Recording(lambda given: self.compute_fast(given, pixels), x, tried_out=self.precision != "float32")
         except Exception as error:  # libraries raise many kinds; it goes without, and is not tried again
             if not is_out_of_memory(error):
                 warnings.warn(f"a CUDA graph failed, going on slower without ({' '.join(str(error).split())[:200]})", stacklevel=2)
@@ -318,18 +317,24 @@ class TorchEngine:
 
     def compute_fast(self, x: Any, pixels: Pixels) -> Any:
         """``compute`` on an NVIDIA GPU, where the first pass takes some seconds of Triton's compiling; where that fails it goes on without, saying so."""
+        from fastnst.fused import on_device
+
         if self._fast is None:
             try:
                 from fastnst.nvidia import NvidiaPass
 
                 self._fast = NvidiaPass(self.network, self._device, self._dtype)
-                return self._fast(x, pixels)
+                with on_device(self._device):
+                    return self._fast(x, pixels)
             except Exception as error:  # compilers raise many kinds
                 self._fast = None if is_out_of_memory(error) else False
                 if self._fast is None:
                     raise
                 warnings.warn(f"Triton failed, going on slower without ({' '.join(str(error).split())[:200]})", stacklevel=2)
-        return self._fast(x, pixels) if self._fast else self.compute(x, pixels)
+        if not self._fast:
+            return self.compute(x, pixels)
+        with on_device(self._device):
+            return self._fast(x, pixels)
 
     def compute(self, x: Any, pixels: Pixels) -> Any:
         """A pass in torch's own steps, neither counted nor recorded."""
@@ -397,22 +402,6 @@ class TorchEngine:
                 return (x.cpu().numpy(),)
             variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
             return x.cpu().numpy(), mean.cpu().numpy(), variance.cpu().numpy()
-
-
-@contextmanager
-def _plans_apart(dtype: Any) -> Iterator[None]:
-    """In here cuDNN does not use the kernels that it guessed for the same convolutions before, which it would rather than try them out.
-
-    It keeps what it has chosen by the settings of the moment, among them one that is for float32 alone.
-    """
-    import torch
-
-    allowed = torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cudnn.allow_tf32 = allowed and dtype == torch.float32
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def _norm(x: Any, weight: Any, bias: Any, relu: bool, skip: tuple[Any, int] | None, padding: int, mode: str) -> Any:

@@ -1,9 +1,17 @@
 """Whether the project's own kernels for NVIDIA GPUs run here: Triton comes with torch on Linux alone, and needs a GPU of 2018 or later."""
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
+
+from fastnst.runtime import is_out_of_memory
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """In here Triton starts kernels on ``device``: it takes the current one, whatever the tensors lie on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache
@@ -14,10 +22,13 @@ def triton_works(device: torch.device) -> bool:
     try:
         from fastnst.fused_norm import fused_norm
 
-        ones = torch.ones(1, 8, 4, 4, device=device)
-        fused_norm(ones, ones[0, :, 0, 0], ones[0, :, 0, 0])
-        torch.accelerator.synchronize(device)
+        with on_device(device):
+            ones = torch.ones(1, 8, 4, 4, device=device)
+            fused_norm(ones, ones[0, :, 0, 0], ones[0, :, 0, 0])
+            torch.accelerator.synchronize(device)
     except Exception as error:  # compilers raise many kinds
+        if is_out_of_memory(error):
+            raise
         warnings.warn(f"Triton failed, going on slower without ({' '.join(str(error).split())[:200]})", stacklevel=2)
         return False
     return True

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastnst.runtime import is_out_of_memory
 from fastnst.wide import CHANNELS, PLACE, apart, together
@@ -49,7 +50,7 @@ def fused_features(network: nn.Module, images: Tensor, wanted: dict[str, int], d
 
 def _convolve(network: nn.Module, name: str, module: nn.Conv2d, x: Tensor, relu: bool, pooled: bool = False) -> Tensor:
     kept, weight = network.__dict__.setdefault("_in_half", {}), module.weight
-    which = (x.dtype, weight.device, weight.data_ptr(), weight._version)
+    which = (x.dtype, *(about for each in (weight, module.bias) for about in (each.device, each.data_ptr(), None if each.is_inference() else each._version)))
     grouped = module.in_channels == 3
     if name not in kept or kept[name][0] != which:
         with torch.inference_mode(False), torch.no_grad():
@@ -100,6 +101,7 @@ class _Frozen(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor):
         gradient = gradient.contiguous(memory_format=_LAST)
         if ctx.saved_tensors:
@@ -142,6 +144,7 @@ class _MaxPool(torch.autograd.Function):
         return out, x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None, further: Tensor | None) -> Tensor:
         (x,) = ctx.saved_tensors
         images, channels, height, width = x.shape
@@ -168,6 +171,7 @@ class _Reflect(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         images, channels, height, width = ctx.shape
         gradient = gradient.contiguous(memory_format=_LAST)
@@ -191,6 +195,7 @@ class SquaredDistance(torch.autograd.Function):
         return sums.sum() / a.numel()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor):
         a, b = ctx.saved_tensors
         back = torch.empty_like(a)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastnst import wide
 from fastnst.fused_norm import FusedNorm
@@ -46,7 +47,7 @@ class _Step:
     def weight(self) -> Tensor:
         weight = self.conv.weight
         if self.kind == "transposed":
-            return wide.transposed_weight(F.pad(weight, (0, 1, 0, 1)))
+            return wide.upsampled_weight(F.pad(weight, (0, 1, 0, 1)), self.kind)
         if self.kind == "subpixel":
             return wide.by_place(weight)
         return weight if self.kind == "plain" else wide.upsampled_weight(weight, self.kind)
@@ -92,7 +93,7 @@ def fused_layers(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Tens
 class Aside:
     """The gradients of convolutions' weights, which a GPU computes beside the way back to the photos: small as they are, neither fills it.
 
-    Everything on the way of a weight happens on a stream of its own. What is read there stays until ``finish``.
+    Everything on the way of a weight happens on a stream of its own. What is read there is held until all of it is done.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -121,20 +122,21 @@ class Aside:
             found = _backward(gradient, x, weight.detach(), stride, (False, True, False))[1]
             torch.autograd.backward(weight, found)
 
-    def finish(self) -> None:
-        self.wait()
+    def let_go(self) -> None:
+        """Of what is held, once it is no longer read."""
         self._held.clear()
 
 
 @contextmanager
-def weights_aside(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """In here the gradients of ``network``'s weights, where it is fused, are computed aside; they are there when it is left."""
-    network.aside = Aside(device)
+def weights_aside(network: nn.Module, aside: Aside) -> Iterator[None]:
+    """In here the gradients of ``network``'s weights, where it is fused, are computed ``aside``; they are there when it is left."""
+    network.aside = aside
     try:
         yield
-        network.aside.finish()
+        aside.wait()
     finally:
         network.aside = None
+        aside.let_go()  # also where it failed: it would never be freed
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], aside: Aside | None, first: bool = False) -> Tensor:
@@ -161,6 +163,7 @@ class _ConvAside(torch.autograd.Function):
         return F.conv2d(x, weight, stride=stride)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor):
         x, weight = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastnst.stages import EPSILON
 
@@ -57,6 +58,7 @@ class FusedNorm(torch.autograd.Function):
         return out, out[:, :, padding : out.shape[2] - padding, padding : out.shape[3] - padding]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None, within: Tensor | None):
         x, moments, weight, bias = ctx.saved_tensors
         relu, padding, mode, shuffle = ctx.how
@@ -171,7 +173,8 @@ def _solve(sums, moments, pixels, parts, EPSILON: tl.constexpr, CHANNELS: tl.con
     count = tl.where(there, _count(part, parts, pixels, BLOCK), 0)
     whole = tl.sum(mean * count, 0) / pixels
     distance = mean - whole[None, :]
-    variance = tl.maximum(tl.sum(within + distance * distance * count, 0) / pixels, 0.0)
+    variance = tl.sum(within + distance * distance * count, 0) / pixels
+    variance = tl.where(variance < 0, 0.0, variance)
     moments += image * 2 * CHANNELS + channel
     tl.store(moments, whole, mask=channel < CHANNELS)
     tl.store(moments + CHANNELS, 1.0 / tl.sqrt(variance + EPSILON), mask=channel < CHANNELS)

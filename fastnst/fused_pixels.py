@@ -89,7 +89,7 @@ def _finish(
         value = 127.5 + 150 * (2 * tl.sigmoid(2 * value) - 1)
     elif OUTPUT == "sigmoid":
         value = 255 * tl.sigmoid(value)
-    value = tl.where(value > 0, tl.minimum(value, 255.0), value * 0)  # what is no number stays so
+    value = tl.where(value < 0, 0.0, tl.where(value > 255, 255.0, value))  # what is no number stays so
     place = out + image * image_stride + y.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride + channel * channel_stride
     if FLOAT:
         tl.store(place, value / 255, mask=there)

@@ -40,6 +40,7 @@ class Gradient:
         self._records &= not list(objective.network.buffers()) and objective.loss.config.statistics == "gram"
         self._recordings: dict[Any, Recording] = {}
         self._names: list[str] = []
+        self._apart: Any = None  # an `Aside`
 
     def __call__(self, photos: Tensor, cut: Cut | None = None) -> tuple[list[str], Tensor]:
         """This rank's uint8 ``(N, 3, S, S)``, on any device; leaves the gradient of the whole batch in the network.
@@ -78,9 +79,11 @@ class Gradient:
         """Only where a pass is recorded, as it holds more memory, and is no faster where kernels are launched one by one."""
         if not self._records or not getattr(self.objective.network, "fused", False) or not triton_works(self.objective.device):
             return contextlib.nullcontext()
-        from fastnst.fused_network import weights_aside
+        from fastnst.fused_network import Aside, weights_aside
 
-        return weights_aside(self.objective.network, self.objective.device)
+        if self._apart is None:  # one for all passes: libraries keep memory for each stream
+            self._apart = Aside(self.objective.device)
+        return weights_aside(self.objective.network, self._apart)
 
     def forget(self) -> None:
         """Give back the memory of what was recorded; it is recorded anew when it is next needed."""

@@ -9,7 +9,7 @@ import math
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastnst.config import Config
-from fastnst.fused import triton_works
+from fastnst.fused import on_device, triton_works
 from fastnst.winograd import Conv3x3
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -175,7 +175,7 @@ class LossNetwork(nn.Module):
             from fastnst.fused_features import fused_features
 
             dtype = torch.get_autocast_dtype("cuda")
-            with torch.autocast("cuda", enabled=False):
+            with torch.autocast("cuda", enabled=False), on_device(images.device):
                 return fused_features(self, images, wanted, dtype)
         found: dict[int, Tensor] = {}
         x = (images - self.mean) / self.std
@@ -193,6 +193,9 @@ class LossNetwork(nn.Module):
                 found[index] = x
         return {layer: torch.relu(self.heads[layer](found[index])) if layer in self.heads else found[index] for layer, index in wanted.items()}
 
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_in_half"}  # `fused_features` keeps weights there
 
     def _fuses(self, images: Tensor) -> bool:
         if not (self.fused and images.is_cuda and torch.is_autocast_enabled("cuda") and not torch.compiler.is_compiling() and triton_works(images.device)):

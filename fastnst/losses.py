@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from fastnst.fused import triton_works
+from fastnst.fused import on_device, triton_works
 from fastnst.loss_network import LossNetwork, LossNetworkConfig, layer_index
 
 LayerWeights = dict[str, Annotated[float, Field(ge=0)]]
@@ -191,10 +191,11 @@ def spectrum_distance(images: Tensor, target: Tensor) -> Tensor:
 
 def distance(a: Tensor, b: Tensor, kind: Distance = "mse") -> Tensor:
     """Distance of each ``a[i]`` to ``b[i]`` (or to a single ``b``), averaged over the batch; in float32 at least."""
-    if kind == "mse" and a.is_cuda and a.dtype == b.dtype != torch.float64 and triton_works(a.device):
+    if kind == "mse" and _fuses(a, b):
         from fastnst.fused_features import SquaredDistance
 
-        return SquaredDistance.apply(a, b.expand_as(a))
+        with on_device(a.device):
+            return SquaredDistance.apply(a, b.expand_as(a))
     difference = a.float() - b.float() if a.dtype in (torch.float16, torch.bfloat16) else a - b
     if kind == "mse":
         return difference.square().mean()
@@ -202,6 +203,11 @@ def distance(a: Tensor, b: Tensor, kind: Distance = "mse") -> Tensor:
         return difference.square().sum() / difference.shape[0]
     # The tiny constant keeps the gradient finite at distance 0, where an image starts from its own content.
     return (difference.square().flatten(1).mean(1) + 1e-12).sqrt().mean()
+
+
+def _fuses(a: Tensor, b: Tensor) -> bool:
+    alike = a.is_cuda and a.dtype == b.dtype != torch.float64 and not b.requires_grad
+    return alike and not torch.compiler.is_compiling() and triton_works(a.device)
 
 
 def calibrate(loss: "PerceptualLoss", photos: Tensor) -> LossConfig:

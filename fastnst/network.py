@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnst.fused import triton_works
+from fastnst.fused import on_device, triton_works
 from fastnst.model import NetworkConfig
 from fastnst.winograd import Conv3x3
 
@@ -77,7 +77,7 @@ class TransformNetwork(nn.Module):
         from fastnst.fused_network import fused_layers
 
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32
-        with torch.autocast("cuda", enabled=False):
+        with torch.autocast("cuda", enabled=False), on_device(images.device):
             return fused_layers(self, images.float(), dtype)
 
 

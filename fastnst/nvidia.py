@@ -40,7 +40,7 @@ class NvidiaPass:
                 raw, bias = raw.unflatten(0, (3, 4))[:, 0, :, :-1, :-1], bias[::4]
             weight, bias = wide.last_weight(raw, 3 - stage.stride), wide.last_bias(bias, 3 - stage.stride)
         elif stage.transposed:
-            weight = wide.transposed_weight(raw)
+            weight = wide.upsampled_weight(raw, "transposed")
             bias = None if bias is None else bias.repeat(4)
         elif stage.shuffle == 2:
             weight, bias = wide.by_place(raw), None if bias is None else wide.by_place(bias)

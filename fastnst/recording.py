@@ -20,18 +20,19 @@ class Recording:
     """``compute`` over tensors of the shapes and types of ``inputs``, which lie on a GPU, recorded; each call is the same work on other numbers.
 
     ``compute`` is called some times here. It may depend on nothing but its inputs and on what stays at its place, such as a network's weights,
-    and must not wait for the GPU. ``beside``: a recording whose memory for intermediate results this one may use, too. Raises what
-    libraries and compilers raise where that cannot be.
+    and must not wait for the GPU. ``beside``: a recording whose memory for intermediate results this one may use, too. ``tried_out``, for what has no
+    float32 in it: cuDNN tries out its kernels even for convolutions for which it has guessed one before; it keeps what it chose by the settings of the moment,
+    of which one is for float32 alone. Raises what libraries and compilers raise where that cannot be.
     """
 
-    def __init__(self, compute: Callable[..., Any], *inputs: Tensor, beside: "Recording | None" = None) -> None:
+    def __init__(self, compute: Callable[..., Any], *inputs: Tensor, beside: "Recording | None" = None, tried_out: bool = False) -> None:
         device = self._device = inputs[0].device
         cudnn, self._graph = torch.backends.cudnn, torch.cuda.CUDAGraph()
         self._aside = torch.cuda.Stream(device) if beside is None else beside._aside  # memory is shared within a stream alone
         with _one_at_a_time, torch.cuda.device(device):
-            chooses, current = cudnn.benchmark, torch.cuda.current_stream()
+            chooses, current, tf32 = cudnn.benchmark, torch.cuda.current_stream(), cudnn.allow_tf32
             try:
-                cudnn.benchmark = True
+                cudnn.benchmark, cudnn.allow_tf32 = True, tf32 and not tried_out
                 self._inputs = [given.clone() for given in inputs]
                 self._aside.wait_stream(current)
                 with torch.cuda.stream(self._aside):  # libraries choose their kernels and take their memory now: it may not happen while recording
@@ -42,7 +43,7 @@ class Recording:
                 with torch.cuda.graph(self._graph, pool=pool, stream=self._aside, capture_error_mode="thread_local"):
                     self._outputs = compute(*self._inputs)
             finally:
-                cudnn.benchmark = chooses
+                cudnn.benchmark, cudnn.allow_tf32 = chooses, tf32
                 torch.cuda.set_stream(current)  # which torch before 2.13 leaves where recording failed
 
     def __call__(self, *inputs: Tensor) -> Any:

@@ -14,10 +14,11 @@ from torch import Tensor
 PLACE = 4  # pixels of a side of what ``first`` takes, across, and ``last`` gives
 CHANNELS = 4  # of a photo: red, green, blue and one that is 0
 # How much of small row i - 1 + a there is, of what kernel row k of large row 2i + p sees: [p, a, k]. Bilinear: large row 2j is 1/4 of small row j - 1 and 3/4 of
-# j, row 2j + 1 is 3/4 of j and 1/4 of j + 1.
+# j, row 2j + 1 is 3/4 of j and 1/4 of j + 1. Transposed: small row s reaches large row r through kernel row r - 2s + 1.
 UPSAMPLINGS = {
     "nearest": np.array([[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]], float),
     "bilinear": np.array([[[3, 1, 0], [1, 3, 3], [0, 0, 1]], [[1, 0, 0], [3, 3, 1], [0, 1, 3]]], float) / 4,
+    "transposed": np.array([[[0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]]], float),
 }
 
 
@@ -51,24 +52,19 @@ def apart(x: Tensor, stride: int = 1) -> Tensor:
 
 
 def upsampled_weight(weight: Tensor, mode: str) -> Tensor:
-    """3x3 kernels on a grid upsampled by 2, ``nearest`` or ``bilinear``, ``(O, I, 3, 3)`` -> ``(2 2 O, I, 3, 3)`` on the small grid."""
-    split = weight.reshape(-1, 9) @ _upsampling(mode, weight.device, weight.dtype)  # (O I, 2 2 3 3)
+    """3x3 kernels on a grid upsampled by 2, ``nearest`` or ``bilinear``, ``(O, I, 3, 3)``, or those of a transposed convolution of stride 2 that crops 3 pixels,
+    ``(I, O, 4, 4)`` (``transposed``) -> ``(2 2 O, I, 3, 3)`` on the small grid."""
+    weight = weight.transpose(0, 1) if mode == "transposed" else weight
+    split = weight.reshape(-1, weight.shape[2] ** 2) @ _upsampling(mode, weight.device, weight.dtype)  # (O I, 2 2 3 3)
     return split.view(*weight.shape[:2], 4, 3, 3).permute(2, 0, 1, 3, 4).flatten(0, 1)
 
 
 @cache
 def _upsampling(mode: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What each tap of a kernel on the large grid, ``(9, ...)``, is to the taps of its four kernels on the small one, ``(..., 36)``."""
+    """What each tap of a kernel, ``(k k, ...)``, is to the taps of the four on the small grid, ``(..., 36)``."""
+    rows = UPSAMPLINGS[mode]
     with torch.inference_mode(False):
-        return torch.from_numpy(np.einsum("pak,qbl->klpqab", *[UPSAMPLINGS[mode]] * 2).reshape(9, 36)).to(device, dtype)
-
-
-def transposed_weight(weight: Tensor) -> Tensor:
-    """``(I, O, 4, 4)`` of a transposed convolution of stride 2 that crops 3 pixels -> the same; row 2i + p sees rows i - 1 + p and i + p through kernel
-    rows 3 - p and 1 - p."""
-    window = F.pad(weight, (0, 1, 0, 1))  # row 4 is 0
-    taps = torch.tensor([[3, 1, 4], [4, 2, 0]], device=weight.device)
-    return window[:, :, taps[:, None, :, None], taps[None, :, None, :]].permute(2, 3, 1, 0, 4, 5).flatten(0, 2)
+        return torch.from_numpy(np.einsum("pak,qbl->klpqab", rows, rows).reshape(-1, 36)).to(device, dtype)
 
 
 def by_place(weight: Tensor) -> Tensor:

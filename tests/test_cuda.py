@@ -65,9 +65,10 @@ def test_results_are_not_overwritten_by_the_next_pass(model):
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate": 3}, {"clip": 0.1}], ids=str)
-def test_recorded_gradients_are_the_eager_ones(options):
+@pytest.mark.parametrize("network", [{}, {"upsampling": "transposed"}, {"upsampling": "subpixel", "stem": "half"}, {"upsampling": "bilinear"}], ids=str)
+def test_recorded_gradients_are_the_eager_ones(network, options):
     said: list[str] = []
-    eager, recorded = (Gradient(objective("cuda"), 4, record=record, say=said.append, **options) for record in (False, True))
+    eager, recorded = (Gradient(objective("cuda", **network), 4, record=record, say=said.append, **options) for record in (False, True))
     for step in range(6):  # with a cut and without, at other places of other photos
         logged = [dict(zip(names, numbers.tolist())) for names, numbers in (each(photos(step), cut(step)) for each in (eager, recorded))]
         assert logged[1] == pytest.approx(logged[0], rel=0.01, abs=1e-4)

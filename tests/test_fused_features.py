@@ -1,5 +1,7 @@
 """The loss network as an NVIDIA GPU computes it is the loss network, there and back; where there is no GPU, Triton's interpreter runs it."""
 
+import copy
+
 import pytest
 import torch
 from test_fused_norm import DEVICE
@@ -47,6 +49,10 @@ def test_weights_written_to_are_laid_out_anew():
         network.features[0].weight.mul_(2)
         network.features[0].bias.mul_(2)
     torch.testing.assert_close(fused_features(network, images, wanted, torch.float32)["relu1_1"], 2 * before)
+    with torch.no_grad():
+        network.features[0].bias.add_(1)
+    assert (fused_features(network, images, wanted, torch.float32)["relu1_1"] > 2 * before).any()
+    assert "_in_half" in network.__dict__ and "_in_half" not in copy.deepcopy(network).__dict__
 
 
 def test_networks_without_kernels_are_known():

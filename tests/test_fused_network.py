@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_fused_norm import DEVICE
 
-from fastnst.fused_network import can_fuse, fused_layers, weights_aside
+from fastnst.fused_network import Aside, can_fuse, fused_layers, weights_aside
 from fastnst.model import NetworkConfig
 from fastnst.network import TransformNetwork
 
@@ -55,13 +55,23 @@ def test_weights_gradients_computed_aside_are_the_same_and_add_up(options):
     network = made(**options).to(DEVICE, memory_format=torch.channels_last)
     images = torch.rand(1, 3, 16, 20)
     pull = torch.randn(1, 3, 16, 20)
-    with weights_aside(network, torch.device(DEVICE)):
+    aside = Aside(torch.device(DEVICE))
+    with weights_aside(network, aside):
         output = fused_layers(network, images.to(DEVICE), torch.float32)
-        output.backward(0.25 * pull.to(DEVICE), retain_graph=False)
-    with weights_aside(network, torch.device(DEVICE)):
+        output.backward(0.25 * pull.to(DEVICE))
+    with weights_aside(network, aside):
         fused_layers(network, images.to(DEVICE), torch.float32).backward(0.75 * pull.to(DEVICE))
-    assert network.aside is None
+    assert network.aside is None and not aside._held
     assert max(distances(network, output, images, pull)) < 1e-4
+
+
+def test_what_is_held_for_weights_is_let_go_where_a_pass_fails(monkeypatch):
+    network, aside = made().to(DEVICE), Aside(torch.device(DEVICE))
+    monkeypatch.setattr(torch.autograd, "backward", lambda *given: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"), weights_aside(network, aside):
+        output = fused_layers(network, torch.rand(1, 3, 16, 16, device=DEVICE), torch.float32)
+        torch.autograd.grad(output.sum(), list(network.parameters()), allow_unused=True)
+    assert network.aside is None and not aside._held
 
 
 def test_networks_without_kernels_are_known():
