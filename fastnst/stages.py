@@ -24,6 +24,13 @@ from fastnst.model import ModelInfo
 EPSILON = 1e-5  # of torch's norms
 PIXEL_SHIFT = 128.0  # what is subtracted from pixels of 0..255
 ARRAYS = ("weight", "bias", "norm_weight", "norm_bias")
+# How much of small row i - 1 + a there is, of what kernel row k of large row 2i + p sees: [p, a, k]. Bilinear: large row 2j is 1/4 of small row j - 1 and 3/4 of
+# j, row 2j + 1 is 3/4 of j and 1/4 of j + 1. Transposed: small row s reaches large row r through kernel row r - 2s + 1.
+UPSAMPLINGS = {
+    "nearest": np.array([[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]], float),
+    "bilinear": np.array([[[3, 1, 0], [1, 3, 3], [0, 0, 1]], [[1, 0, 0], [3, 3, 1], [0, 1, 3]]], float) / 4,
+    "transposed": np.array([[[0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]]], float),
+}
 
 
 @dataclass(frozen=True)
@@ -158,16 +165,8 @@ def _summed_kernels(weight: np.ndarray) -> np.ndarray:
 
 
 def _interpolated_kernels(weight: np.ndarray) -> np.ndarray:
-    """3x3 kernels on a grid upsampled by bilinear interpolation, ``(O, I, 3, 3)``, as ``(4 O, I, 3, 3)`` on the small grid, to be shuffled by 2.
-
-    Large row 2j is 1/4 of small row j - 1 and 3/4 of j, row 2j + 1 is 3/4 of j and 1/4 of j + 1; kernel row k of large row 2i + p sees row 2i + p + k - 1.
-    """
-    rows = np.zeros((2, 3, 3), weight.dtype)  # p, small row (i - 1, i, i + 1), kernel row
-    for p in range(2):
-        for k in range(3):
-            j, odd = divmod(p + k - 1, 2)
-            rows[p, j + 1, k] += 0.75
-            rows[p, j + 2 if odd else j, k] += 0.25
+    """3x3 kernels on a grid upsampled by bilinear interpolation, ``(O, I, 3, 3)``, as ``(4 O, I, 3, 3)`` on the small grid, to be shuffled by 2."""
+    rows = UPSAMPLINGS["bilinear"].astype(weight.dtype)
     split = np.einsum("pak,qbl,oikl->opqiab", rows, rows, weight)
     return split.reshape(-1, *split.shape[3:])
 

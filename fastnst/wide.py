@@ -11,15 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnst.stages import UPSAMPLINGS
+
 PLACE = 4  # pixels of a side of what ``first`` takes, across, and ``last`` gives
 CHANNELS = 4  # of a photo: red, green, blue and one that is 0
-# How much of small row i - 1 + a there is, of what kernel row k of large row 2i + p sees: [p, a, k]. Bilinear: large row 2j is 1/4 of small row j - 1 and 3/4 of
-# j, row 2j + 1 is 3/4 of j and 1/4 of j + 1. Transposed: small row s reaches large row r through kernel row r - 2s + 1.
-UPSAMPLINGS = {
-    "nearest": np.array([[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]], float),
-    "bilinear": np.array([[[3, 1, 0], [1, 3, 3], [0, 0, 1]], [[1, 0, 0], [3, 3, 1], [0, 1, 3]]], float) / 4,
-    "transposed": np.array([[[0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]]], float),
-}
 
 
 def first_weight(weight: Tensor, stride: int) -> Tensor:

@@ -32,7 +32,7 @@ NOUNS = {
     "onnx_graph": {"eight_bits", "files", "model", "stages"},
     "fused_norm": {"stages"},
     "fused": {"fused_norm", "runtime"},
-    "wide": set(),
+    "wide": {"stages"},
     "fused_pixels": {"stages", "wide"},
     "nvidia": {"fused_norm", "fused_pixels", "stages", "wide"},
     "fused_network": {"fused_norm", "fused_pixels", "model", "wide"},
