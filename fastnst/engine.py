@@ -284,7 +284,7 @@ class TorchEngine:
             return self.run_tensor(x.to(self._device), pixels).cpu().numpy()
         stylized = self.run_tensor(x.pin_memory().to(self._device, non_blocking=True), pixels).to("cpu", non_blocking=True)  # pinned, too
         torch.cuda.current_stream(self._device).synchronize()
-        return stylized.numpy()
+        return stylized.numpy()  # pinned memory, which torch keeps for the next picture once this one is gone
 
     def run_tensor(self, x: Any, pixels: Pixels) -> Any:
         """``run`` for tensors on the device of the engine."""

@@ -193,7 +193,6 @@ class LossNetwork(nn.Module):
                 found[index] = x
         return {layer: torch.relu(self.heads[layer](found[index])) if layer in self.heads else found[index] for layer, index in wanted.items()}
 
-
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_in_half"}  # `fused_features` keeps weights there
 

@@ -81,8 +81,7 @@ class NvidiaPass:
         if arrays.norm_weight is not None:
             return fused_norm(x, arrays.norm_weight, arrays.norm_bias, stage.relu, skip, padding, mode, shuffle)
         if shuffle == 2:  # batch norm's, folded into convolutions
-            images, channels, height, width = x.shape
-            x = x.unflatten(1, (2, 2, channels // 4)).permute(0, 3, 4, 1, 5, 2).reshape(images, channels // 4, 2 * height, 2 * width)
+            x = wide.in_pixels(x, 2)
         x = x.relu() if stage.relu else x
         x = x + skip if skip is not None else x
         return (F.pad(x, [padding] * 4, mode=mode) if padding else x).contiguous(memory_format=torch.channels_last)

@@ -76,7 +76,6 @@ class Objective:
             change = network(_crop(content, rows, columns)).float() - _crop(stylized, rows, columns).float()
             return replace(terms, stability=weight * cut.share * change.square().mean()), stylized
 
-
     @contextmanager
     def _beside(self) -> Iterator[None]:
         """What a GPU does in here it does beside what follows, until that waits for it."""

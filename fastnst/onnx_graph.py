@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fastnst.eight_bits import EightBits
 from fastnst.files import atomic_write
 from fastnst.model import model_metadata, parse_metadata
-from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, describe, flat_values, restore_stages
+from fastnst.stages import EPSILON, PIXEL_SHIFT, ROUNDING, Stage, StagedNetwork, describe, flat_values, restore_stages
 
 _OPSET = 17  # the first with everything used here; ONNX Runtime from 1.12 on reads it
 _MODES = {"reflect": "reflect", "replicate": "edge", "constant": "constant"}
@@ -80,8 +80,7 @@ def network_graph(network: StagedNetwork, pixels: str = "uint8", metadata: dict[
     for stage, numbers in zip(stages, int8 or [None] * len(network.stages)):
         x = _convolution(g, stage, values[-1], numbers=numbers)
         if stage.norm_weight is not None:
-            norm = _norm_by_rows if norms_by_rows else _norm
-            x = norm(g, x, stage.norm_weight, stage.norm_bias)
+            x = _norm_by_rows(g, x, stage, len(values) == 1) if norms_by_rows else _norm(g, x, stage.norm_weight, stage.norm_bias)
         if stage.relu:
             x = g.add("Relu", x)
         if stage.skip:
@@ -147,10 +146,13 @@ def _norm(g: _Graph, x: str, weight: np.ndarray, bias: np.ndarray) -> str:
     return g.add("InstanceNormalization", x, g.constant(weight), g.constant(bias), epsilon=EPSILON)
 
 
-def _norm_by_rows(g: _Graph, x: str, weight: np.ndarray, bias: np.ndarray) -> str:
+def _norm_by_rows(g: _Graph, x: str, stage: Stage, first: bool) -> str:
+    weight, bias = stage.norm_weight, stage.norm_bias
     mean = _mean(g, x)
     variance = g.add("Max", g.add("Sub", _mean_square(g, x), g.add("Mul", mean, mean)), g.float(0))
     gain = g.add("Div", g.constant(weight[:, None, None]), g.add("Sqrt", g.add("Add", variance, g.float(EPSILON))))
+    if not first:
+        gain = g.add("Where", g.add("Less", variance, g.float(ROUNDING)), g.float(0), gain)
     return g.add("Add", g.add("Mul", x, gain), g.add("Sub", g.constant(bias[:, None, None]), g.add("Mul", mean, gain)))
 
 

@@ -22,6 +22,9 @@ import numpy as np
 from fastnst.model import ModelInfo
 
 EPSILON = 1e-5  # of torch's norms
+# A variance that is less is rounding alone, from the second norm on: it is 5e-6 or more where one pixel of 3 megapixels is a level off, and 2e-10 or less where all
+# are of one color (the shipped styles in float32). Norms would divide that rounding by the root of their epsilon, one after the other.
+ROUNDING = 1e-9
 PIXEL_SHIFT = 128.0  # what is subtracted from pixels of 0..255
 ARRAYS = ("weight", "bias", "norm_weight", "norm_bias")
 # How much of small row i - 1 + a there is, of what kernel row k of large row 2i + p sees: [p, a, k]. Bilinear: large row 2j is 1/4 of small row j - 1 and 3/4 of

@@ -15,7 +15,7 @@ import numpy as np
 from fastnst.engine import Engine
 from fastnst.moments import Moments
 from fastnst.runtime import is_out_of_memory
-from fastnst.stages import EPSILON, Stage, StagedNetwork, ground
+from fastnst.stages import EPSILON, ROUNDING, Stage, StagedNetwork, ground
 
 _STRIP_BYTES = 128 * 2**20
 _SMALLEST_STRIP = 16
@@ -123,6 +123,7 @@ class _Strips:
             gain, shift = np.ones(stage.channels, np.float32), np.zeros(stage.channels, np.float32)
         else:
             gain = stage.norm_weight / np.sqrt(moments.variance + EPSILON)
+            gain = gain if index == 0 else np.where(moments.variance < ROUNDING, 0, gain)
             shift = stage.norm_bias - moments.mean * gain
         self.pending[index] = (gain.astype(np.float32), shift.astype(np.float32))
         if keeps:

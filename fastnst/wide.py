@@ -86,8 +86,8 @@ def last(x: Tensor, wide: Tensor, shuffle: int = 1) -> Tensor:
     return F.conv2d(x, wide, stride=PLACE // shuffle)
 
 
-def in_pixels(x: Tensor) -> Tensor:
-    """What ``last`` gave, ``(N, 4 4 O, h, w)``, as ``(N, O, 4 h, 4 w)``."""
+def in_pixels(x: Tensor, side: int = PLACE) -> Tensor:
+    """Places of ``side x side`` pixels, such as ``last`` gives, ``(N, s s O, h, w)``, as ``(N, O, s h, s w)``."""
     images, channels, height, width = x.shape
-    x = x.unflatten(1, (PLACE, PLACE, channels // PLACE**2))
-    return x.permute(0, 3, 4, 1, 5, 2).reshape(images, -1, PLACE * height, PLACE * width)
+    x = x.unflatten(1, (side, side, channels // side**2))
+    return x.permute(0, 3, 4, 1, 5, 2).reshape(images, -1, side * height, side * width)

@@ -117,38 +117,25 @@ def dot(side: int, ground: int, value: int, radius: int) -> np.ndarray:
     return np.where(down**2 + across**2 <= radius**2, value, ground).astype(np.uint8)[None, ..., None].repeat(3, axis=3)
 
 
+@pytest.mark.parametrize("style", ["wave", "mosaic_sun"])
 @pytest.mark.parametrize(
     "picture",
-    [photo(200, 300) // 128 + 200, dot(256, 255, 0, 1), dot(256, 200, 190, 20), dot(256, 0, 255, 3)],
-    ids=["noise of a level", "dot", "gray on gray", "moon"],
+    [photo(200, 300) * 0 + 200, photo(200, 300) // 128 + 200, dot(256, 255, 0, 1), dot(256, 200, 190, 20), dot(256, 0, 255, 3)],
+    ids=["one color", "noise of a level", "dot", "gray on gray", "moon"],
 )
-def test_a_thing_on_a_plain_ground(picture):
+def test_a_thing_on_a_plain_ground(picture, style):
     """The norms' deviations are those of a few pixels then, all others lie together: float32 keeps the digits of both, bfloat16 (auto) those of what stands out."""
     from fastnst.checkpoint import load_model
     from fastnst.cli import shipped_styles
 
-    path = shipped_styles()["wave"]
+    path = shipped_styles()[style]
     expected = eager(load_model(path)[0], picture)
     for name in ("native", "openvino"):
         engine = load_engine(load_network(path), "cpu", name, "float32")
         assert np.abs(engine.run(picture) - expected).max() <= 1.5
         assert np.abs(stylize_tiled(engine, picture[0], 64, 10**12) - expected).max() <= 1.5
-    assert psnr(load_engine(load_network(path), "cpu", "openvino", "bfloat16").run(picture), expected) > 50
-
-
-@pytest.mark.parametrize("style", ["wave", "mosaic_sun"])
-def test_a_single_color(style):
-    """Norms then divide rounding alone by the root of their epsilon: our own engine counts from that color, so that all is 0; others add a faint texture."""
-    from fastnst.checkpoint import load_model
-    from fastnst.cli import shipped_styles
-
-    path, picture = shipped_styles()[style], photo(100, 120) * 0 + 200
-    expected = eager(load_model(path)[0], picture)
-    engine = load_engine(load_network(path), "cpu", "native")
-    assert np.abs(engine.run(picture) - expected).max() <= 1.5
-    assert np.abs(stylize_tiled(engine, picture[0], 64, 10**12) - expected).max() <= 1.5
-    for precision in ("float32", "bfloat16"):
-        assert psnr(load_engine(load_network(path), "cpu", "openvino", precision).run(picture), expected) > 28
+    if picture.std() > 1:
+        assert psnr(load_engine(load_network(path), "cpu", "openvino", "bfloat16").run(picture), expected) > 50
 
 
 @pytest.mark.parametrize("flags, expected", [(frozenset({"avx512_bf16"}), "bfloat16"), (frozenset({"amx_bf16"}), "bfloat16"), (frozenset({"avx2"}), "float32")])

@@ -125,7 +125,7 @@ def test_a_bias_that_a_norm_does_not_mind_gets_no_gradient_but_zeros():
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda options: "-".join(map(str, options.values())))
 def test_a_network_with_its_own_norms_is_the_network(architecture):
     network, stages = staged(**architecture)
-    pictures = photo(17, 20, 1)
+    pictures = photo(17, 20, 2)
     found = NvidiaPass(stages, torch.device(DEVICE), torch.float32)(torch.from_numpy(pictures).to(DEVICE), "uint8")
     assert np.abs(found.cpu().numpy() - eager(network, pictures)).max() <= 0.51  # rounding to whole levels
 
@@ -168,7 +168,7 @@ for kernel, constants, other in (
     kinds = halves | dict.fromkeys(("sums", "moments", "totals", "weight", "bias"), "*fp32") | other
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
-    for capability in (75, 90) if kernel in (fused_norm._apply, fused_norm._fold, fused_features._pool_back) else (90,):
+    for capability in (75, 90):
         assert f"sm_{capability}" in triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
 print("compiled")
 """
