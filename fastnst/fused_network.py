@@ -2,7 +2,7 @@
 in the kernels of ``fused_norm``."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from fastnst import wide
 from fastnst.fused_norm import FusedNorm
 from fastnst.fused_pixels import take
+from fastnst.fused_weights import LaidOut, WeightLayouts
 from fastnst.model import NetworkConfig
 
 Kind = Literal["plain", "nearest", "bilinear", "transposed", "subpixel"]
@@ -44,8 +45,8 @@ class _Step:
     def shuffle(self) -> int:
         return 1 if self.kind == "plain" else 2
 
-    def weight(self) -> Tensor:
-        weight = self.conv.weight
+    def laid_out(self, weight: Tensor) -> Tensor:
+        """The convolution's weight as it is taken here."""
         if self.kind == "transposed":
             return wide.upsampled_weight(F.pad(weight, (0, 1, 0, 1)), self.kind)
         if self.kind == "subpixel":
@@ -64,67 +65,74 @@ def fused_layers(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Tens
     padding, mode = steps[0].padding
     # Whole numbers, which bfloat16 holds exactly; what is subtracted from them a norm does not mind.
     x = take(images.detach(), "float", dtype, (0, 0), network.config.start_padding, padding, mode, -128.0)
-    with aside.stream() if aside else nullcontext():
-        first = steps[0].conv
-        weights = [_laid_out(wide.first_weight(first.weight / 255, first.stride[0]), dtype)]
-        weights += [_laid_out(step.weight(), dtype) for step in steps[1:-1]]
-        shuffle = 2 if half else 1
-        weights.append(_laid_out(wide.last_weight(steps[-1].conv.weight, shuffle), dtype))
-    if aside:
-        aside.wait()
+    shuffle = 2 if half else 1  # after the last convolution
+    layouts = _layouts(network, steps, shuffle, dtype)
+    weights = LaidOut.apply(layouts, *layouts.parameters)
+    first, last = steps[0].conv, steps[-1].conv
     earlier = within = None  # what the steps before gave, without padding
     for index, (step, after) in enumerate(zip(steps, steps[1:])):
-        if index == 0 and x.shape[3] % wide.PLACE:
-            x = F.conv2d(x, F.pad(first.weight / 255, (0, 0, 0, 0, 0, wide.CHANNELS - 3)).to(dtype), stride=first.stride)
-        elif index == 0:
-            x = wide.apart(_convolve(wide.together(x), weights[0], None, (first.stride[0], 1), aside, first=True), first.stride[0])
-        else:
-            bias = wide.by_place(step.conv.bias).to(dtype) if step.kind == "subpixel" else None  # each pixel of a place has its own
-            x = _convolve(x, weights[index], bias, (1, 1) if step.kind == "transposed" else step.conv.stride, aside)
+        bias = wide.by_place(step.conv.bias).to(dtype) if step.kind == "subpixel" else None  # each pixel of a place has its own
+        stride = step.conv.stride if index and step.kind == "plain" else (1, 1)
+        x = _convolve(x, weights[index], bias, stride, aside, first=index == 0)
+        side = step.shuffle
+        if index == 0:
+            sides = ((side + 2 * (network.config.start_padding + padding) - first.kernel_size[0]) // first.stride[0] + 1 for side in images.shape[2:])
+            x, side = wide.cropped(x, wide.PLACE // first.stride[0], *sides)
         skip, cut = earlier if step.skip else None, step.shave
         skip = skip[:, :, cut : skip.shape[2] - cut, cut : skip.shape[3] - cut] if cut else skip
-        unminded, earlier = None if step.kind == "subpixel" else step.conv.bias, within
-        x, within = FusedNorm.apply(x, step.norm.weight, step.norm.bias, unminded, skip, step.relu, *after.padding, step.shuffle)
-    stride = wide.PLACE // shuffle
-    x = _convolve(x, weights[-1], None, (stride, stride), aside)
-    return wide.in_pixels(x.float() + wide.last_bias(steps[-1].conv.bias, shuffle)[:, None, None])
+        earlier = within
+        places = wide.PLACE // shuffle if after is steps[-1] else 1
+        x, within = FusedNorm.apply(x, step.norm.weight, step.norm.bias, skip, step.relu, *after.padding, side, places)
+    x = _convolve(x, weights[-1], None, (1, 1), aside)
+    return wide.in_pixels(x.float() + wide.last_bias(last.bias, shuffle)[:, None, None])
+
+
+def _layouts(network: nn.Module, steps: list[_Step], shuffle: int, dtype: torch.dtype) -> WeightLayouts:
+    """Of all convolutions' weights, made anew where these have moved."""
+    kept: dict[Any, WeightLayouts] = network.__dict__.setdefault("_layouts", {})
+    kernels = [step.conv.weight for step in steps]
+    unminded = [step.conv.bias for step in steps[:-1] if step.kind != "subpixel"]  # a norm follows
+    if dtype not in kept or kept[dtype].which != [parameter.data_ptr() for parameter in (*kernels, *unminded)]:
+        stride = steps[0].conv.stride[0]
+        layouts = [step.laid_out for step in steps]
+        layouts[0] = lambda weight: wide.first_weight(weight / 255, stride)
+        layouts[-1] = lambda weight: wide.last_weight(weight, shuffle)
+        kept[dtype] = WeightLayouts(kernels, layouts, unminded, dtype)
+    return kept[dtype]
 
 
 class Aside:
     """The gradients of convolutions' weights, which a GPU computes beside the way back to the photos: small as they are, neither fills it.
 
-    Everything on the way of a weight happens on a stream of its own. What is read there is held until all of it is done.
+    They are found on a stream of their own. What is read there is held until all of it is done.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._held: list[Tensor] = []
+        self._found: list[tuple[Tensor, Tensor]] = []  # weights, as laid out, and their gradients
 
-    @contextmanager
-    def stream(self) -> Iterator[None]:
-        """What is done in here goes beside what follows, after all so far."""
+    def put(self, weight: Tensor, x: Tensor, gradient: Tensor, stride: tuple[int, int]) -> None:
+        """Find the gradient of ``weight``, by which ``x`` was convolved."""
+        self._held += [x, gradient]
         if self._stream is None:
-            yield
+            self._found.append((weight, _backward(gradient, x, weight.detach(), stride, (False, True, False))[1]))
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
-            yield
+            self._found.append((weight, _backward(gradient, x, weight.detach(), stride, (False, True, False))[1]))
 
-    def wait(self) -> None:
-        """What follows goes after all of this stream so far."""
+    def give(self) -> None:
+        """What was found to the parameters that the weights were made of."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-
-    def put(self, weight: Tensor, x: Tensor, gradient: Tensor, stride: tuple[int, int]) -> None:
-        """Add what a convolution of ``x`` with ``weight`` gives to the gradients of what ``weight`` was made of."""
-        self._held += [x, gradient]
-        with self.stream():
-            found = _backward(gradient, x, weight.detach(), stride, (False, True, False))[1]
-            torch.autograd.backward(weight, found)
+        if self._found:
+            torch.autograd.backward(*zip(*self._found))
 
     def let_go(self) -> None:
         """Of what is held, once it is no longer read."""
         self._held.clear()
+        self._found.clear()
 
 
 @contextmanager
@@ -133,7 +141,7 @@ def weights_aside(network: nn.Module, aside: Aside) -> Iterator[None]:
     network.aside = aside
     try:
         yield
-        aside.wait()
+        aside.give()
     finally:
         network.aside = None
         aside.let_go()  # also where it failed: it would never be freed
@@ -174,10 +182,6 @@ class _ConvAside(torch.autograd.Function):
 
 def _backward(gradient: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, int], wanted: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.aten.convolution_backward(gradient, x, weight, None, list(stride), [0, 0], [1, 1], False, [0, 0], 1, list(wanted))
-
-
-def _laid_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def _steps(layers: nn.Sequential) -> Iterator[_Step]:

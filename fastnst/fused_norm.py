@@ -30,40 +30,42 @@ def fused_norm(
     padding: int = 0,
     mode: str = "constant",
     shuffle: int = 1,
+    places: int = 1,
 ) -> Tensor:
     """``(N, C s s, h, w)`` -> its instance norm, ReLU, plus ``skip``, padded by ``padding`` on all sides: ``(N, C, h s + 2 p, w s + 2 p)``, the same type, channels-last.
 
     ``weight`` and ``bias``: ``(C,)``. ``skip``: ``(N, C, h s, w s)``, channels-last or an inner part of such. ``mode``: ``reflect``,
-    ``replicate`` or ``constant`` (0). ``shuffle``, 1 or 2: channels are those of ``s x s`` pixels, row by row. Moments and arithmetic are float32.
+    ``replicate`` or ``constant`` (0). ``shuffle`` s: what comes are places of ``s x s`` pixels, as ``wide`` has them; ``places`` n: what goes are
+    such of ``n x n``, which both sides are multiples of. Moments and arithmetic are float32.
     """
     x = x.contiguous(memory_format=_LAST)
-    return _forward(x, _moments(x, shuffle), weight, bias, relu, skip, padding, mode, shuffle)
+    return _forward(x, _moments(x, shuffle), weight, bias, relu, skip, padding, mode, shuffle, places)
 
 
 class FusedNorm(torch.autograd.Function):
     """``fused_norm`` with gradients. Gives the output and what of it lies within the padding, which a later ``skip`` takes: the gradients of both come back apart.
+    None for the second where the first are places.
 
-    ``conv_bias`` is that of the convolution before, or None: a norm does not mind it, and its gradient is 0. Not for ``skip`` with a ReLU or a shuffle, nor
-    for padding by replication of more than 1 pixel.
+    Not for ``skip`` with a ReLU or a shuffle, nor for padding by replication of more than 1 pixel.
     """
 
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, conv_bias, skip, relu, padding, mode, shuffle) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x, weight, bias, skip, relu, padding, mode, shuffle, places) -> tuple[Tensor, Tensor | None]:
         x = x.contiguous(memory_format=_LAST)
         moments = _moments(x, shuffle)
-        out = _forward(x, moments, weight, bias, relu, skip, padding, mode, shuffle)
+        out = _forward(x, moments, weight, bias, relu, skip, padding, mode, shuffle, places)
         ctx.save_for_backward(x, moments, weight, bias)
-        ctx.how, ctx.skips, ctx.conv_bias = (relu, padding, mode, shuffle), skip is not None, conv_bias
+        ctx.how, ctx.skips, ctx.shape = (relu, padding, mode, shuffle, places), skip is not None, out.shape
         ctx.set_materialize_grads(False)
-        return out, out[:, :, padding : out.shape[2] - padding, padding : out.shape[3] - padding]
+        return out, out[:, :, padding : out.shape[2] - padding, padding : out.shape[3] - padding] if places == 1 else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None, within: Tensor | None):
         x, moments, weight, bias = ctx.saved_tensors
-        relu, padding, mode, shuffle = ctx.how
+        relu, padding, mode, shuffle, places = ctx.how
         images, channels, height, width, sizes = _sizes(x, shuffle)
-        gradient = x.new_zeros(images, channels, height + 2 * padding, width + 2 * padding) if gradient is None else gradient
+        gradient = x.new_zeros(ctx.shape) if gradient is None else gradient
         gradient = gradient.contiguous(memory_format=_LAST)
         within = None if within is None else within.contiguous(memory_format=_LAST)
         folded = torch.empty_like(x)  # the gradient behind padding and ReLU
@@ -71,16 +73,15 @@ class FusedNorm(torch.autograd.Function):
         columns = triton.cdiv(width, fewer["BLOCK"])
         parts = max(1, min(height * columns, _PROGRAMS // 2 // images))
         sums = x.new_empty(images, parts, 2, channels, dtype=torch.float32)
-        choices = {"PADDING": padding, "MODE": mode, "RELU": relu, "WITHIN": within is not None, "SHUFFLE": shuffle}
+        choices = {"PADDING": padding, "MODE": mode, "RELU": relu, "WITHIN": within is not None, "SHUFFLE": shuffle, "PLACES": places}
         _fold[(parts, images)](x, moments, weight, bias, gradient, x if within is None else within, folded, sums, height, width, columns, **choices, **fewer)
         totals = x.new_empty(images, 2, channels, dtype=torch.float32)
         _total[(images, triton.cdiv(channels, _CHANNELS))](sums, totals, parts, CHANNELS=channels, WIDTH=_CHANNELS, PARTS=triton.next_power_of_2(parts), num_warps=4)
-        back = torch.empty_like(x)
+        back, whole = torch.empty_like(x), x.new_empty(2, channels, dtype=torch.float32)
         flat = (triton.cdiv(height * width, sizes["BLOCK"]), images)
-        _back[flat](x, moments, weight, folded, totals, back, height * width, **sizes)
-        bias_gradient, weight_gradient = totals.sum(0).to(weight.dtype)
-        no_gradient = None if ctx.conv_bias is None else torch.zeros_like(ctx.conv_bias)
-        return back, weight_gradient, bias_gradient, no_gradient, folded if ctx.skips else None, None, None, None, None
+        _back[flat](x, moments, weight, folded, totals, back, whole, height * width, **sizes)
+        bias_gradient, weight_gradient = whole.to(weight.dtype)
+        return back, weight_gradient, bias_gradient, folded if ctx.skips else None, None, None, None, None, None
 
 
 def _sizes(x: Tensor, shuffle: int) -> tuple[int, int, int, int, dict[str, Any]]:
@@ -110,14 +111,15 @@ def _summing_warps(channels: int) -> int:
     return 4 if channels > 64 else 8
 
 
-def _forward(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, relu: bool, skip: Tensor | None, padding: int, mode: str, shuffle: int) -> Tensor:
+def _forward(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, relu: bool, skip: Tensor | None, padding: int, mode: str, shuffle: int, places: int) -> Tensor:
     images, channels, height, width, sizes = _sizes(x, shuffle)
-    out = x.new_empty(images, height + 2 * padding, width + 2 * padding, channels).permute(0, 3, 1, 2)
+    out_height, out_width = height + 2 * padding, width + 2 * padding
+    out = x.new_empty(images, out_height // places, out_width // places, places**2 * channels).permute(0, 3, 1, 2)
     if skip is not None and skip.stride()[1::2] != (1, channels):
         skip = skip.contiguous(memory_format=_LAST)
     other = x if skip is None else skip
-    grid = (out.shape[2], triton.cdiv(out.shape[3], sizes["BLOCK"]), images)  # the first may be large
-    choices = {"PADDING": padding, "MODE": mode, "RELU": relu, "SKIP": skip is not None, "SHUFFLE": shuffle, "enable_fp_fusion": True}
+    grid = (out_height, triton.cdiv(out_width, sizes["BLOCK"]), images)  # the first may be large
+    choices = {"PADDING": padding, "MODE": mode, "RELU": relu, "SKIP": skip is not None, "SHUFFLE": shuffle, "PLACES": places, "enable_fp_fusion": True}
     _apply[grid](x, moments, weight, bias, other, out, height, width, other.stride(0), other.stride(2), **choices, **sizes)
     return out
 
@@ -181,17 +183,17 @@ def _solve(sums, moments, pixels, parts, EPSILON: tl.constexpr, CHANNELS: tl.con
 
 
 @triton.jit
-def _place(y, across, width, SHUFFLE: tl.constexpr):
-    """Where a pixel lies among those of its image, counted in pixels."""
-    if SHUFFLE == 1:
+def lies_at(y, across, width, SIDE: tl.constexpr):
+    """Where a pixel lies among those of its image, by places of ``SIDE x SIDE``, counted in pixels."""
+    if SIDE == 1:
         return y * width + across
-    return ((y // SHUFFLE) * (width // SHUFFLE) + across // SHUFFLE) * SHUFFLE * SHUFFLE + (y % SHUFFLE) * SHUFFLE + across % SHUFFLE
+    return ((y // SIDE) * (width // SIDE) + across // SIDE) * SIDE * SIDE + (y % SIDE) * SIDE + across % SIDE
 
 
 @triton.jit(do_not_specialize=["height", "width", "skip_image", "skip_row"])
 def _apply(
     x, moments, weight, bias, skip, out, height, width, skip_image, skip_row,
-    PADDING: tl.constexpr, MODE: tl.constexpr, RELU: tl.constexpr, SKIP: tl.constexpr, SHUFFLE: tl.constexpr,
+    PADDING: tl.constexpr, MODE: tl.constexpr, RELU: tl.constexpr, SKIP: tl.constexpr, SHUFFLE: tl.constexpr, PLACES: tl.constexpr,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A stretch of a row of the output, from the pixels that padding finds there."""
@@ -207,7 +209,7 @@ def _apply(
         across = width - 1 - tl.abs(width - 1 - tl.abs(across))
     y = tl.minimum(tl.maximum(y, 0), height - 1)
     across = tl.minimum(tl.maximum(across, 0), width - 1)
-    pixel = image * height * width + _place(y, across, width, SHUFFLE)[:, None]
+    pixel = image * height * width + lies_at(y, across, width, SHUFFLE)[:, None]
     value = tl.load(x + pixel * CHANNELS + channel, mask=there, other=0).to(tl.float32)
     mean = tl.load(moments + image * 2 * CHANNELS + channel, mask=real, other=0)
     gain = tl.load(moments + (image * 2 + 1) * CHANNELS + channel, mask=real, other=0) * tl.load(weight + channel, mask=real, other=0).to(tl.float32)
@@ -218,8 +220,9 @@ def _apply(
         value += tl.load(skip + image * skip_image + y.to(tl.int64) * skip_row + across[:, None] * CHANNELS + channel, mask=there, other=0).to(tl.float32)
     if MODE == "constant":
         value = tl.where(inside[:, None], value, 0.0)
-    line = image * (height + 2 * PADDING) + row
-    tl.store(out + (line * (width + 2 * PADDING) + column[:, None]) * CHANNELS + channel, value.to(out.dtype.element_ty), mask=there)
+    broad = width + 2 * PADDING
+    pixel = image * (height + 2 * PADDING) * broad + lies_at(row, column, broad, PLACES)[:, None]
+    tl.store(out + pixel * CHANNELS + channel, value.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -239,20 +242,20 @@ def _mirror(at, side, WHICH: tl.constexpr, PADDING: tl.constexpr, MODE: tl.const
 @triton.jit
 def _mirrored(
     gradient, image, y, column, height, width, VERTICAL: tl.constexpr, HORIZONTAL: tl.constexpr, there,
-    PADDING: tl.constexpr, MODE: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+    PADDING: tl.constexpr, MODE: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a place that padding has seen again, 0 where it has not."""
+    """The gradient of a pixel that padding has seen again, 0 where it has not."""
     row, is_row = _mirror(y, height, VERTICAL, PADDING, MODE)
     across, is_column = _mirror(column, width, HORIZONTAL, PADDING, MODE)
-    line = (image * (height + 2 * PADDING) + row) * (width + 2 * PADDING)
-    place = gradient + (line + across[:, None]) * CHANNELS + tl.arange(0, WIDTH)[None, :]
-    return tl.load(place, mask=there & (is_column & is_row)[:, None], other=0).to(tl.float32)
+    broad = width + 2 * PADDING
+    pixel = image * (height + 2 * PADDING) * broad + lies_at(row, across, broad, PLACES)[:, None]
+    return tl.load(gradient + pixel * CHANNELS + tl.arange(0, WIDTH)[None, :], mask=there & (is_column & is_row)[:, None], other=0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["height", "width", "columns"])
 def _fold(
     x, moments, weight, bias, gradient, within, folded, sums, height, width, columns,
-    PADDING: tl.constexpr, MODE: tl.constexpr, RELU: tl.constexpr, WITHIN: tl.constexpr, SHUFFLE: tl.constexpr,
+    PADDING: tl.constexpr, MODE: tl.constexpr, RELU: tl.constexpr, WITHIN: tl.constexpr, SHUFFLE: tl.constexpr, PLACES: tl.constexpr,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The way back through padding, sum and ReLU, for stretches of rows, of which there are ``columns`` in each, and what the norm needs of it: each channel's
@@ -270,15 +273,15 @@ def _fold(
         there = (column < width)[:, None] & real
         total = tl.zeros([BLOCK, WIDTH], tl.float32)
         for horizontal in tl.static_range(0, 3 if PADDING > 0 and MODE != "constant" else 1):
-            total += _mirrored(gradient, image, y, column, height, width, 0, horizontal, there, PADDING, MODE, CHANNELS, WIDTH)
+            total += _mirrored(gradient, image, y, column, height, width, 0, horizontal, there, PADDING, MODE, PLACES, CHANNELS, WIDTH)
         if PADDING > 0 and MODE != "constant":
             if (y <= PADDING) | (y >= height - 1 - PADDING):
                 for vertical in tl.static_range(1, 3):
                     for horizontal in tl.static_range(0, 3):
-                        total += _mirrored(gradient, image, y, column, height, width, vertical, horizontal, there, PADDING, MODE, CHANNELS, WIDTH)
+                        total += _mirrored(gradient, image, y, column, height, width, vertical, horizontal, there, PADDING, MODE, PLACES, CHANNELS, WIDTH)
         if WITHIN:
             total += tl.load(within + ((image * height + y) * width + column[:, None]) * CHANNELS + channel, mask=there, other=0).to(tl.float32)
-        pixel = image * height * width + _place(y, column, width, SHUFFLE)[:, None]
+        pixel = image * height * width + lies_at(y, column, width, SHUFFLE)[:, None]
         value = tl.load(x + pixel * CHANNELS + channel, mask=there, other=0).to(tl.float32) - mean
         if RELU:
             total = tl.where(value * gain + shift > 0, total, 0.0)
@@ -306,8 +309,8 @@ def _total(sums, totals, parts, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PAR
 
 
 @triton.jit(do_not_specialize=["pixels"])
-def _back(x, moments, weight, folded, totals, back, pixels, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The norm's input gradient: weight / deviation x (g - mean(g) - x^ mean(g x^)), x^ being the normalized values."""
+def _back(x, moments, weight, folded, totals, back, whole, pixels, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The norm's input gradient: weight / deviation x (g - mean(g) - x^ mean(g x^)), x^ being the normalized values. And ``whole``, the sum of the images' totals."""
     image, pixel = tl.program_id(1).to(tl.int64), (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
     channel = tl.arange(0, WIDTH)[None, :]
     real = channel < CHANNELS
@@ -321,3 +324,10 @@ def _back(x, moments, weight, folded, totals, back, pixels, CHANNELS: tl.constex
     normalized = (tl.load(x + place, mask=there, other=0).to(tl.float32) - mean) * inverse
     value = gain * (tl.load(folded + place, mask=there, other=0).to(tl.float32) - total - normalized * products)
     tl.store(back + place, value.to(back.dtype.element_ty), mask=there)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        both = tl.arange(0, 2 * WIDTH)  # of sums and products, one after the other
+        both_there = both < 2 * CHANNELS
+        total = tl.zeros([2 * WIDTH], tl.float32)
+        for each in range(tl.num_programs(1)):
+            total += tl.load(totals + each * 2 * CHANNELS + both, mask=both_there, other=0)
+        tl.store(whole + both, total, mask=both_there)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastnst.fused_norm import lies_at
 from fastnst.stages import PIXEL_SHIFT
 from fastnst.wide import CHANNELS, PLACE
 
@@ -12,24 +13,24 @@ _PIXELS = 1024  # that a program makes
 
 
 def take(x: Tensor, pixels: str, dtype: torch.dtype, missing: tuple[int, int], start: int, padding: int, mode: str, value: float) -> Tensor:
-    """Photos, ``(N, H, W, 3)`` uint8 or ``(N, 3, H, W)`` in [0, 1], as ``(N, 4, H', W')`` channels-last of 0..255 less ``PIXEL_SHIFT``.
+    """Photos, ``(N, H, W, 3)`` uint8 or ``(N, 3, H, W)`` in [0, 1], as places of 4x4 pixels, ``(N, 64, H', W')`` channels-last, of 0..255 less ``PIXEL_SHIFT``.
 
     They are padded by replication by ``missing`` rows below and columns on the right, then by ``start`` on all sides by reflection, then by ``padding``
-    by ``mode``, of which ``constant`` is ``value``.
+    by ``mode``, of which ``constant`` is ``value``; what then lacks of a place is of no account.
     """
     x = x if pixels == "uint8" else x.permute(0, 2, 3, 1)
     images, height, width, _ = x.shape
     whole = [side + less for side, less in zip((height, width), missing)]
-    out_height, out_width = (side + 2 * (start + padding) for side in whole)
-    out = x.new_empty(images, out_height, out_width, CHANNELS, dtype=dtype)
-    choices = {"FLOAT": pixels != "uint8", "MODE": mode, "CHANNELS": CHANNELS, "PIXELS": _PIXELS, "SHIFT": PIXEL_SHIFT, "num_warps": 8}
-    grid = (out_height, triton.cdiv(out_width, _PIXELS), images)
-    _take[grid](x, out, *x.stride(), height, width, *whole, start, padding, float(value), out_width, **choices)
+    rows, columns = (triton.cdiv(side + 2 * (start + padding), PLACE) for side in whole)
+    out = x.new_empty(images, rows, columns, PLACE**2 * CHANNELS, dtype=dtype)
+    choices = {"FLOAT": pixels != "uint8", "MODE": mode, "PLACE": PLACE, "CHANNELS": CHANNELS, "PIXELS": _PIXELS, "SHIFT": PIXEL_SHIFT, "num_warps": 8}
+    grid = (rows * PLACE, triton.cdiv(columns * PLACE, _PIXELS), images)
+    _take[grid](x, out, *x.stride(), height, width, *whole, start, padding, float(value), columns * PLACE, **choices)
     return out.permute(0, 3, 1, 2)
 
 
 def finish(x: Tensor, bias: Tensor, output: str, height: int, width: int, pixels: str) -> Tensor:
-    """What ``wide.last`` gave, ``(N, 48, h, w)`` channels-last, with ``bias`` ``(48,)`` float32, as pictures cropped to ``height`` and ``width``, of the kind that
+    """Places of 4x4 pixels, ``(N, 48, h, w)``, with ``bias`` ``(48,)`` float32, as pictures cropped to ``height`` and ``width``, of the kind that
     ``pixels`` says."""
     x = x.contiguous(memory_format=torch.channels_last)
     images, _, rows, columns = x.shape
@@ -50,7 +51,7 @@ def _reflected(at, side):
 @triton.jit(do_not_specialize=["height", "width", "whole_height", "whole_width", "start", "padding", "value", "out_width"])
 def _take(
     x, out, image_stride, row_stride, column_stride, channel_stride, height, width, whole_height, whole_width, start, padding, value, out_width,
-    FLOAT: tl.constexpr, MODE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, SHIFT: tl.constexpr,
+    FLOAT: tl.constexpr, MODE: tl.constexpr, PLACE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     row, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
     column = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
@@ -70,8 +71,8 @@ def _take(
     if MODE == "constant":
         pixel = tl.where(inside[:, None], pixel, value)
     pixel = tl.where(channel < 3, pixel, 0.0)
-    line = image * tl.num_programs(0) + row
-    tl.store(out + (line * out_width + column[:, None]) * CHANNELS + channel, pixel.to(out.dtype.element_ty), mask=there[:, None])
+    pixel_at = image * tl.num_programs(0) * out_width + lies_at(row, column, out_width, PLACE)[:, None]
+    tl.store(out + pixel_at * CHANNELS + channel, pixel.to(out.dtype.element_ty), mask=there[:, None])
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "width"])

@@ -16,7 +16,6 @@ from fastnst.stages import Stage, StagedNetwork
 @dataclass(frozen=True)
 class _Arrays:
     weight: Tensor  # as `wide` has it
-    plain: Tensor  # of the first stage, for widths that it does not take
     bias: Tensor | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None
@@ -35,6 +34,7 @@ class NvidiaPass:
         )
         if index == 0:
             weight = wide.first_weight(raw, stage.stride)
+            bias = None if bias is None else bias.repeat(weight.shape[0] // len(bias))
         elif index == len(self._network.stages) - 1:
             if stage.stride == 2:  # four pixels' kernels are one, moved, and their biases one
                 raw, bias = raw.unflatten(0, (3, 4))[:, 0, :, :-1, :-1], bias[::4]
@@ -46,9 +46,9 @@ class NvidiaPass:
             weight, bias = wide.by_place(raw), None if bias is None else wide.by_place(bias)
         else:
             weight = raw
-        weight, raw = (each.to(self._dtype).contiguous(memory_format=torch.channels_last) for each in (weight, raw))
+        weight = weight.to(self._dtype).contiguous(memory_format=torch.channels_last)
         bias = bias if bias is None or index == len(self._network.stages) - 1 else bias.to(self._dtype)
-        return _Arrays(weight, raw, bias, norm_weight, norm_bias)
+        return _Arrays(weight, bias, norm_weight, norm_bias)
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, pixels: str) -> Tensor:
@@ -60,30 +60,27 @@ class NvidiaPass:
         x = take(x, pixels, self._dtype, missing, config.start_padding, head.padding, head.padding_mode, head.value)
         before, inset = x, 0  # the input of the stage before, and by how much it is padded
         for index, (stage, arrays) in enumerate(zip(stages, self._arrays)):
-            if index == last:
-                x = wide.last(x, arrays.weight, 3 - stage.stride)
-                return finish(x, arrays.bias, config.output, height, width, pixels)
             cut = inset + stage.shave
             skip = before[:, :, cut : before.shape[2] - cut, cut : before.shape[3] - cut] if stage.skip else None
             before, inset = x, stage.padding
+            x = F.conv2d(x, arrays.weight, None if index == last else arrays.bias, stride=stage.stride if 0 < index < last else 1)
+            if index == last:
+                return finish(x, arrays.bias, config.output, height, width, pixels)
+            shuffle = 2 if stage.transposed else stage.shuffle
             if index == 0:
-                x = wide.first(x, arrays.plain, arrays.weight, stage.stride)
-                x = x if arrays.bias is None else x + arrays.bias[:, None, None]
-            else:
-                x = F.conv2d(x, arrays.weight, arrays.bias, stride=stage.stride)
+                shuffle = wide.PLACE // stage.stride
+                x, shuffle = wide.cropped(x, shuffle, *(stage.size(side + less + 2 * config.start_padding) for side, less in zip((height, width), missing)))
             after = stages[index + 1]
-            x = self._between(x, arrays, stage, skip, after.padding, after.padding_mode)
+            places = wide.PLACE // (3 - after.stride) if index + 1 == last else 1
+            x = self._between(x, arrays, stage, skip, after.padding, after.padding_mode, shuffle, places)
         raise AssertionError("a network has a last stage")
 
     @staticmethod
-    def _between(x: Tensor, arrays: _Arrays, stage: Stage, skip: Tensor | None, padding: int, mode: str) -> Tensor:
-        shuffle = 2 if stage.transposed else stage.shuffle
+    def _between(x: Tensor, arrays: _Arrays, stage: Stage, skip: Tensor | None, padding: int, mode: str, shuffle: int, places: int) -> Tensor:
         if arrays.norm_weight is not None:
-            return fused_norm(x, arrays.norm_weight, arrays.norm_bias, stage.relu, skip, padding, mode, shuffle)
-        if shuffle == 2:  # batch norm's, folded into convolutions
-            x = wide.in_pixels(x, 2)
+            return fused_norm(x, arrays.norm_weight, arrays.norm_bias, stage.relu, skip, padding, mode, shuffle, places)
+        x = wide.in_pixels(x, shuffle)  # batch norm's, folded into convolutions
         x = x.relu() if stage.relu else x
         x = x + skip if skip is not None else x
-        return (F.pad(x, [padding] * 4, mode=mode) if padding else x).contiguous(memory_format=torch.channels_last)
-
-
+        x = F.pad(x, [padding] * 4, mode=mode) if padding else x
+        return wide.in_places(x, places).contiguous(memory_format=torch.channels_last)

@@ -1,7 +1,8 @@
 """The network's convolutions in shapes that fill a GPU's matrix units: the same sums, of more channels at fewer places. Differentiable.
 
-Three channels of a photo, or of a picture, leave most of a matrix unit idle. So four neighbouring pixels are one place of four times the
-channels, in the same memory, and convolutions next to an upsampling give all pixels of a place at once, row by row: channel ``(py, px, c)``.
+Three channels of a photo, or of a picture, leave most of a matrix unit idle. So at both ends of a network the pixels of a square are one place, of as many
+times the channels, row by row: channel ``(py, px, c)``. A 9x9 convolution of pixels is one of 3x3 places of 4x4 pixels. Convolutions next to an
+upsampling give all pixels of a place at once.
 """
 
 from functools import cache
@@ -13,37 +14,55 @@ from torch import Tensor
 
 from fastnst.stages import UPSAMPLINGS
 
-PLACE = 4  # pixels of a side of what ``first`` takes, across, and ``last`` gives
+PLACE = 4  # pixels of a side of a place of full resolution
 CHANNELS = 4  # of a photo: red, green, blue and one that is 0
 
 
 def first_weight(weight: Tensor, stride: int) -> Tensor:
-    """``(O, 3, k, k)`` of ``stride`` 1 or 2, k up to 9 or 10 -> ``(O 4 / stride, 16, k, 3)``, for ``first``."""
-    size, count = weight.shape[-1], PLACE // stride
-    window = 3 * PLACE  # three places hold what the pixels of one need
-    moved = [F.pad(weight, (at * stride, window - size - at * stride, 0, 0, 0, CHANNELS - 3)) for at in range(count)]
-    wide = torch.stack(moved)  # (count, O, 4, k, 12)
-    return wide.unflatten(-1, (3, PLACE)).permute(0, 1, 5, 2, 3, 4).reshape(count * weight.shape[0], PLACE * CHANNELS, size, 3)
+    """``(O, 3, 9, 9)`` of stride 1, or ``(O, 3, 10, 10)`` of stride 2 -> ``(n n O, 64, 3, 3)``, n = 4 / ``stride``: from places of photos to places."""
+    return _of_places(F.pad(weight, (0, 0, 0, 0, 0, CHANNELS - 3)), PLACE, stride).flatten(0, 1)
 
 
-def first(x: Tensor, weight: Tensor, wide: Tensor, stride: int) -> Tensor:
-    """The convolution of padded photos, ``(N, 4, H, W)`` channels-last; by ``wide``, ``first_weight`` of ``weight``, where W is a multiple of 4."""
-    if x.shape[3] % PLACE:
-        return F.conv2d(x, F.pad(weight, (0, 0, 0, 0, 0, CHANNELS - 3)), stride=stride)
-    return apart(F.conv2d(together(x), wide, stride=(stride, 1)), stride)
+def last_weight(weight: Tensor, shuffle: int = 1) -> Tensor:
+    """``(O s s, I, k, k)``, k = 9 or 5, whose output pixel shuffle by ``shuffle`` s = 1 or 2 follows -> ``(4 4 O, n n I, 3, 3)``, n = 4 / s: from places of n x n."""
+    count = PLACE // shuffle
+    wide = _of_places(weight, count, 1).unflatten(0, (count, count)).unflatten(2, (-1, shuffle, shuffle))  # (n, n, O, s, s, n n I, 3, 3)
+    return wide.permute(0, 3, 1, 4, 2, 5, 6, 7).flatten(0, 4)
 
 
-def together(x: Tensor) -> Tensor:
-    """``(N, C, H, W)``, channels-last, -> ``(N, 4 C, H, W / 4)``, the same memory."""
+def _of_places(weight: Tensor, side: int, stride: int) -> Tensor:
+    """``(O, I, k, k)`` of ``stride`` -> ``(n n, O, side side I, 3, 3)``, n = side / stride: of each of a place's outputs, as they lie in the 3x3 places around."""
+    window, size = 3 * side, weight.shape[-1]
+    moves = range(0, side, stride)
+    moved = [F.pad(weight, (right, window - size - right, down, window - size - down)) for down in moves for right in moves]
+    wide = torch.stack(moved).unflatten(-1, (3, side)).unflatten(-3, (3, side))  # (n n, O, I, 3, side, 3, side)
+    return wide.permute(0, 1, 4, 6, 2, 3, 5).flatten(2, 4)
+
+
+def last_bias(bias: Tensor, shuffle: int = 1) -> Tensor:
+    """``(O s s,)`` -> ``(4 4 O,)``, of what ``last_weight`` gives."""
+    count = PLACE // shuffle
+    return bias.view(1, 1, -1, shuffle, shuffle).expand(count, count, -1, -1, -1).permute(0, 3, 1, 4, 2).flatten()
+
+
+def in_pixels(x: Tensor, side: int = PLACE) -> Tensor:
+    """Places of ``side x side`` pixels, ``(N, s s C, h, w)``, as ``(N, C, s h, s w)``."""
     images, channels, height, width = x.shape
-    return x.permute(0, 2, 3, 1).reshape(images, height, width // PLACE, PLACE * channels).permute(0, 3, 1, 2)
+    x = x.unflatten(1, (side, side, channels // side**2))
+    return x.permute(0, 3, 4, 1, 5, 2).reshape(images, -1, side * height, side * width)
 
 
-def apart(x: Tensor, stride: int = 1) -> Tensor:
-    """``(N, C 4 / stride, H, W)``, channels-last, -> ``(N, C, H, W 4 / stride)``, the same memory."""
-    images, channels, height, width = x.shape
-    count = PLACE // stride
-    return x.permute(0, 2, 3, 1).reshape(images, height, width * count, channels // count).permute(0, 3, 1, 2)
+def cropped(x: Tensor, side: int, height: int, width: int) -> tuple[Tensor, int]:
+    """Places of ``side x side`` pixels, of which ``height x width`` are wanted, and ``side``; pixels, and 1, where these are less than the places have."""
+    if (height, width) == (side * x.shape[2], side * x.shape[3]):
+        return x, side
+    return in_pixels(x, side)[:, :, :height, :width], 1
+
+
+def in_places(x: Tensor, side: int = PLACE) -> Tensor:
+    """``in_pixels`` the other way."""
+    x = x.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (N, C, h, s, w, s)
+    return x.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
 
 
 def upsampled_weight(weight: Tensor, mode: str) -> Tensor:
@@ -65,29 +84,3 @@ def _upsampling(mode: str, device: torch.device, dtype: torch.dtype) -> Tensor:
 def by_place(weight: Tensor) -> Tensor:
     """``(O 2 2, ...)``, as pixel shuffle takes them, -> ``(2 2 O, ...)``."""
     return weight.unflatten(0, (-1, 2, 2)).permute(1, 2, 0, *range(3, weight.ndim + 2)).flatten(0, 2)
-
-
-def last_weight(weight: Tensor, shuffle: int = 1) -> Tensor:
-    """``(O s s, I, k, k)``, whose output pixel shuffle by ``shuffle`` s follows, -> ``(4 4 O, I, k + n - 1, k + n - 1)`` of stride n = 4 / s, for ``last``."""
-    count = PLACE // shuffle
-    moved = [F.pad(weight, (right, count - 1 - right, down, count - 1 - down)) for down in range(count) for right in range(count)]
-    wide = torch.stack(moved).unflatten(0, (count, count)).unflatten(2, (-1, shuffle, shuffle))  # (n, n, O, s, s, I, k', k')
-    return wide.permute(0, 3, 1, 4, 2, 5, 6, 7).flatten(0, 4)
-
-
-def last_bias(bias: Tensor, shuffle: int = 1) -> Tensor:
-    """``(O s s,)`` -> ``(4 4 O,)``, to be added to what ``last`` gives."""
-    count = PLACE // shuffle
-    return bias.view(1, 1, -1, shuffle, shuffle).expand(count, count, -1, -1, -1).permute(0, 3, 1, 4, 2).flatten()
-
-
-def last(x: Tensor, wide: Tensor, shuffle: int = 1) -> Tensor:
-    """The last convolution of what is padded already, without its bias: ``(N, 4 4 O, H / 4, W / 4)``."""
-    return F.conv2d(x, wide, stride=PLACE // shuffle)
-
-
-def in_pixels(x: Tensor, side: int = PLACE) -> Tensor:
-    """Places of ``side x side`` pixels, such as ``last`` gives, ``(N, s s O, h, w)``, as ``(N, O, s h, s w)``."""
-    images, channels, height, width = x.shape
-    x = x.unflatten(1, (side, side, channels // side**2))
-    return x.permute(0, 3, 4, 1, 5, 2).reshape(images, -1, side * height, side * width)

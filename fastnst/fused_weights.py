@@ -1,0 +1,133 @@
+"""A network's weights as an NVIDIA GPU takes them, all in one kernel of Triton, and their gradients in another: by torch's own steps some 200 of them,
+each of which takes longer to start than to run."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_NUMBERS = 1024  # that a program makes
+_LAST = torch.channels_last
+
+Layout = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """A sparse matrix by rows: number ``i`` is the sum of ``coefficient[j] x`` the number at ``source[j]``, j from ``start[i]`` to ``start[i + 1]``."""
+
+    start: Tensor
+    source: Tensor
+    coefficient: Tensor
+
+    @classmethod
+    def of(cls, rows: int, row: Tensor, source: Tensor, coefficient: Tensor) -> "_Sums":
+        order = torch.argsort(row, stable=True)
+        start = torch.zeros(rows + 1, dtype=torch.int32, device=row.device)
+        start[1:] = torch.bincount(row, minlength=rows).cumsum(0)
+        return cls(start, source[order].contiguous(), coefficient[order].float().contiguous())
+
+    def __call__(self, numbers: Tensor, out: Tensor) -> Tensor:
+        count = out.numel()
+        _add_up[(triton.cdiv(count, _NUMBERS),)](numbers, self.start, self.source, self.coefficient, out, count, NUMBERS=_NUMBERS, num_warps=4)
+        return out
+
+
+class WeightLayouts:
+    """What ``layouts`` make of ``kernels``, ``(O, I, k, k)`` float32, each a sum of its numbers: half precision, channels-last. They are kept where they lie.
+
+    ``unminded`` are parameters that nothing depends on; their gradients are zeros.
+    """
+
+    def __init__(self, kernels: Sequence[Tensor], layouts: Sequence[Layout], unminded: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self.parameters, self.dtype = [*kernels, *unminded], dtype
+        self.which = [parameter.data_ptr() for parameter in self.parameters]
+        with torch.no_grad(), torch.inference_mode(False):
+            found = [_sources(kernel.detach(), layout) for kernel, layout in zip(kernels, layouts)]
+        self.shapes = [shape for shape, *_ in found]
+        self._count, self._in_all = sum(shape.numel() for shape in self.shapes), sum(parameter.numel() for parameter in self.parameters)
+        made = before = 0
+        rows, sources, addresses, coefficients = [], [], [], []
+        for kernel, (shape, row, source, coefficient) in zip(kernels, found):
+            away = (kernel.data_ptr() - self.which[0]) // kernel.element_size()  # from the first, wherever it lies
+            for numbers, value in ((rows, row + made), (sources, source + before), (addresses, source + away), (coefficients, coefficient)):
+                numbers.append(value)
+            made, before = made + shape.numel(), before + kernel.numel()
+        row, source, coefficient = torch.cat(rows), torch.cat(sources), torch.cat(coefficients)
+        self._forward = _Sums.of(self._count, row, torch.cat(addresses), coefficient)
+        self._back = _Sums.of(self._in_all, source, row.int(), coefficient)
+
+    def lay_out(self) -> list[Tensor]:
+        out = self._forward(self.parameters[0], torch.empty(self._count, dtype=self.dtype, device=self.parameters[0].device))
+        return [_in_memory(part, shape) for part, shape in zip(out.split([shape.numel() for shape in self.shapes]), self.shapes)]
+
+    def gradients(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """Of the parameters, from those of what was made of them."""
+        device = self.parameters[0].device
+        flat = [
+            torch.zeros(shape.numel(), dtype=self.dtype, device=device) if one is None else one.contiguous(memory_format=_LAST).permute(0, 2, 3, 1).reshape(-1)
+            for one, shape in zip(gradients, self.shapes)
+        ]
+        out = self._back(torch.cat(flat), torch.empty(self._in_all, dtype=torch.float32, device=device))
+        return [part.as_strided(each.shape, each.stride()) for part, each in zip(out.split([each.numel() for each in self.parameters]), self.parameters)]
+
+
+class LaidOut(torch.autograd.Function):
+    """``layouts.lay_out()``, with gradients of ``layouts.parameters``."""
+
+    @staticmethod
+    def forward(ctx: Any, layouts: WeightLayouts, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.layouts = layouts
+        ctx.set_materialize_grads(False)
+        return tuple(layouts.lay_out())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None):
+        return None, *ctx.layouts.gradients(gradients)
+
+
+def _in_memory(flat: Tensor, shape: torch.Size) -> Tensor:
+    """``flat`` as channels-last of ``shape``."""
+    outputs, inputs, height, width = shape
+    return flat.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
+
+
+def _sources(kernel: Tensor, layout: Layout) -> tuple[torch.Size, Tensor, Tensor, Tensor]:
+    """The shape of ``layout``'s result; the places in memory, as channels-last, of its numbers that are not 0, those in the memory of ``kernel`` of what they
+    are sums of, and by how much it counts. A layout adds up taps of one kernel; they are told apart by trying each alone."""
+    places = torch.empty_like(kernel, dtype=torch.float64)
+    in_order = torch.arange(1, kernel.numel() + 1, dtype=torch.float64, device=kernel.device)
+    places.copy_(torch.as_strided(in_order, kernel.shape, kernel.stride()))
+    rows, sources, coefficients = [], [], []
+    for y in range(kernel.shape[2]):
+        for x in range(kernel.shape[3]):
+            tap = torch.zeros_like(places)
+            tap[:, :, y, x] = 1
+            counts = layout(tap)
+            shape = counts.shape
+            counts, where = (each.permute(0, 2, 3, 1).reshape(-1) for each in (counts, layout(tap * places)))
+            there = counts.abs() > 1e-12
+            row = there.nonzero()[:, 0]
+            rows.append(row)
+            sources.append((where[row] / counts[row]).round().long() - 1)
+            coefficients.append(counts[row])
+    return shape, torch.cat(rows), torch.cat(sources), torch.cat(coefficients)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _add_up(numbers, start, source, coefficient, out, count, NUMBERS: tl.constexpr):
+    at = tl.program_id(0) * NUMBERS + tl.arange(0, NUMBERS)
+    there = at < count
+    first, end = tl.load(start + at, mask=there, other=0), tl.load(start + at + 1, mask=there, other=0)
+    total = tl.zeros([NUMBERS], tl.float32)
+    for turn in range(tl.max(end - first, 0)):
+        here = first + turn < end
+        value = tl.load(numbers + tl.load(source + first + turn, mask=here, other=0), mask=here, other=0).to(tl.float32)
+        total += value * tl.load(coefficient + first + turn, mask=here, other=0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
