@@ -1,6 +1,7 @@
 """The loss network on an NVIDIA GPU in half precision: frozen convolutions that keep their output alone, and bias, ReLU, pooling and padding in kernels
 of our own, there and back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,9 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastnst.fused_pixels import normalized, places_to_pixels
 from fastnst.runtime import is_out_of_memory
-from fastnst.wide import CHANNELS, PLACE, apart, together
+from fastnst.wide import CHANNELS, PLACE
 
 _NUMBERS = 4096  # that a program makes
 _LAST = torch.channels_last
@@ -28,13 +30,17 @@ def can_fuse(network: nn.Module) -> bool:
 def fused_features(network: nn.Module, images: Tensor, wanted: dict[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
     """What a ``LossNetwork`` gives for ``images`` at ``wanted``, layers with their places, in ``dtype``."""
     asked, modules = set(wanted.values()), network.features
-    x = ((images - network.mean) / network.std).to(dtype)
-    found: dict[int, Tensor] = {}
+    x, found = images.float(), {}
     for index, module in enumerate(modules[: max(asked, default=-1) + 1]):
         if isinstance(module, nn.Conv2d):
             relu = index not in asked and index < max(asked)
             pooled = relu and index + 2 <= max(asked) and isinstance(modules[index + 2], nn.MaxPool2d)
-            x = _convolve(network, str(index), module, x, relu, pooled)
+            if index > 0:
+                x = _convolve(network, str(index), module, x, relu, pooled)
+            elif x.shape[2] % PLACE or x.shape[3] % PLACE or module.padding_mode != "zeros":
+                x = _convolve(network, "0", module, ((x - network.mean) / network.std).to(dtype), relu, pooled)
+            else:
+                x = _First.apply(x, network.mean, network.std, _kernels(network, "first", module, dtype, _Kernels.of_first), relu, pooled)
         elif isinstance(module, nn.MaxPool2d):
             pooled, alias = _MaxPool.apply(x)
             if index - 1 in asked:
@@ -49,23 +55,20 @@ def fused_features(network: nn.Module, images: Tensor, wanted: dict[str, int], d
 
 
 def _convolve(network: nn.Module, name: str, module: nn.Conv2d, x: Tensor, relu: bool, pooled: bool = False) -> Tensor:
-    kept, weight = network.__dict__.setdefault("_in_half", {}), module.weight
-    which = (x.dtype, *(about for each in (weight, module.bias) for about in (each.device, each.data_ptr(), None if each.is_inference() else each._version)))
-    grouped = module.in_channels == 3
-    if name not in kept or kept[name][0] != which:
-        with torch.inference_mode(False), torch.no_grad():
-            kernels = [_Kernels.of(weight, module.bias, x.dtype)]
-            if grouped:
-                kernels.insert(0, _Kernels.of(_first_weight(weight), module.bias.repeat(PLACE), x.dtype))
-            kept[name] = (which, kernels)
-    _, kernels = kept[name]
-    padding = module.padding[0]
+    kernels, padding = _kernels(network, name, module, x.dtype, _Kernels.of), module.padding[0]
     if padding and module.padding_mode != "zeros":
         x, padding = _Reflect.apply(x), 0
-    if not grouped or x.shape[3] % PLACE or not padding:
-        return _Frozen.apply(x.contiguous(memory_format=_LAST), kernels[-1], padding, relu, pooled)
-    x = F.pad(x, (0, 0, 0, 0, 0, CHANNELS - 3)).contiguous(memory_format=_LAST)
-    return apart(_Frozen.apply(together(x), kernels[0], padding, relu, pooled))
+    return _Frozen.apply(x.contiguous(memory_format=_LAST), kernels, padding, relu, pooled)
+
+
+def _kernels(network: nn.Module, name: str, module: nn.Conv2d, dtype: torch.dtype, make: Callable[..., "_Kernels"]) -> "_Kernels":
+    """What ``make`` makes of a convolution's weights, anew where these were written to."""
+    kept, weight = network.__dict__.setdefault("_in_half", {}), module.weight
+    which = (dtype, *(about for each in (weight, module.bias) for about in (each.device, each.data_ptr(), None if each.is_inference() else each._version)))
+    if name not in kept or kept[name][0] != which:
+        with torch.inference_mode(False), torch.no_grad():
+            kept[name] = (which, make(weight, module.bias, dtype))
+    return kept[name][1]
 
 
 @dataclass(frozen=True)
@@ -78,15 +81,47 @@ class _Kernels:
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> "_Kernels":
-        weight, back = (kernels.to(dtype).contiguous(memory_format=_LAST) for kernels in (weight, weight.flip(2, 3).transpose(0, 1)))
+        return cls._laid_out(weight, bias, weight.flip(2, 3).transpose(0, 1), dtype)
+
+    @classmethod
+    def of_first(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> "_Kernels":
+        """``(O, 3, 3, 3)`` -> ``(4 O, 16, 3, 3)``, of four pixels across at once, each of four channels, and back ``(48, O, 6, 6)``, which gives 4x4 pixels."""
+        along = [F.pad(weight, (PLACE - 1 + at, 3 * PLACE - 3 - (PLACE - 1 + at), 0, 0, 0, CHANNELS - 3)) for at in range(PLACE)]
+        wide = torch.stack(along).unflatten(-1, (3, PLACE))  # (4, O, 4, 3, 3, 4)
+        wide = wide.permute(0, 1, 5, 2, 3, 4).reshape(PLACE * weight.shape[0], PLACE * CHANNELS, 3, 3)
+        back, moves = weight.flip(2, 3).transpose(0, 1), range(PLACE)
+        back = torch.cat([F.pad(back, (right, PLACE - 1 - right, down, PLACE - 1 - down)) for down in moves for right in moves])
+        return cls._laid_out(wide, bias.repeat(PLACE), back, dtype)
+
+    @classmethod
+    def _laid_out(cls, weight: Tensor, bias: Tensor, back: Tensor, dtype: torch.dtype) -> "_Kernels":
+        weight, back = (kernels.to(dtype).contiguous(memory_format=_LAST) for kernels in (weight, back))
         return cls(weight, bias.to(dtype), back)
 
 
-def _first_weight(weight: Tensor) -> Tensor:
-    """``(O, 3, 3, 3)`` -> ``(4 O, 16, 3, 3)``: of four pixels across at once, each of four channels, as ``wide.first`` has them."""
-    moved = [F.pad(weight, (PLACE - 1 + at, 3 * PLACE - 3 - (PLACE - 1 + at), 0, 0, 0, CHANNELS - 3)) for at in range(PLACE)]
-    wide = torch.stack(moved).unflatten(-1, (3, PLACE))  # (4, O, 4, 3, 3, 4)
-    return wide.permute(0, 1, 5, 2, 3, 4).reshape(PLACE * weight.shape[0], PLACE * CHANNELS, 3, 3)
+class _First(torch.autograd.Function):
+    """The first convolution of 3x3, padded by zeros, with its ReLU, of photos less ``mean``, by ``std``."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, mean: Tensor, std: Tensor, kernels: _Kernels, relu: bool, pooled: bool) -> Tensor:
+        x = normalized(images, mean.view(3), std.view(3), kernels.weight.dtype)
+        count, _, height, width = x.shape
+        x = x.permute(0, 2, 3, 1).reshape(count, height, width // PLACE, -1).permute(0, 3, 1, 2)  # the same memory
+        out = (_convolve_and_relu if relu else _convolve_alone)(x, kernels, 1).contiguous(memory_format=_LAST)
+        out = out.permute(0, 2, 3, 1).reshape(count, height, width, -1).permute(0, 3, 1, 2)
+        ctx.save_for_backward(std, *((out,) if relu and not pooled else ()))
+        ctx.back = kernels.back
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor):
+        std, *out = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=_LAST)
+        if out:
+            gradient = torch.ops.aten.threshold_backward(gradient, *out, 0)
+        places = F.conv2d(gradient, ctx.back, stride=PLACE, padding=1)
+        return places_to_pixels(places, std, std.view(3), scaled=True), None, None, None, None, None
 
 
 class _Frozen(torch.autograd.Function):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,11 @@ from torch.autograd.function import once_differentiable
 
 from fastnst import wide
 from fastnst.fused_norm import FusedNorm
-from fastnst.fused_pixels import take
+from fastnst.fused_pixels import AsPixels, take
 from fastnst.fused_weights import LaidOut, WeightLayouts
 from fastnst.model import NetworkConfig
+
+_kept: WeakKeyDictionary[nn.Module, dict[torch.dtype, WeightLayouts]] = WeakKeyDictionary()
 
 Kind = Literal["plain", "nearest", "bilinear", "transposed", "subpixel"]
 
@@ -84,12 +87,12 @@ def fused_layers(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Tens
         places = wide.PLACE // shuffle if after is steps[-1] else 1
         x, within = FusedNorm.apply(x, step.norm.weight, step.norm.bias, skip, step.relu, *after.padding, side, places)
     x = _convolve(x, weights[-1], None, (1, 1), aside)
-    return wide.in_pixels(x.float() + wide.last_bias(last.bias, shuffle)[:, None, None])
+    return AsPixels.apply(x, wide.last_bias(last.bias, shuffle))
 
 
 def _layouts(network: nn.Module, steps: list[_Step], shuffle: int, dtype: torch.dtype) -> WeightLayouts:
     """Of all convolutions' weights, made anew where these have moved."""
-    kept: dict[Any, WeightLayouts] = network.__dict__.setdefault("_layouts", {})
+    kept = _kept.setdefault(network, {})
     kernels = [step.conv.weight for step in steps]
     unminded = [step.conv.bias for step in steps[:-1] if step.kind != "subpixel"]  # a norm follows
     if dtype not in kept or kept[dtype].which != [parameter.data_ptr() for parameter in (*kernels, *unminded)]:

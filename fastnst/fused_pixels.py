@@ -1,15 +1,20 @@
-"""The two ends of a pass on an NVIDIA GPU, in Triton: photos as the first convolution takes them, and pictures of what the last one gives."""
+"""The ends of a pass on an NVIDIA GPU, in Triton: photos as the first convolution takes them, pictures of what the last one gives, and these as a loss
+network takes them."""
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastnst.fused_norm import lies_at
 from fastnst.stages import PIXEL_SHIFT
 from fastnst.wide import CHANNELS, PLACE
 
 _PIXELS = 1024  # that a program makes
+_ROWS = 32  # of numbers, a place's or 64, that a program moves
 
 
 def take(x: Tensor, pixels: str, dtype: torch.dtype, missing: tuple[int, int], start: int, padding: int, mode: str, value: float) -> Tensor:
@@ -41,6 +46,50 @@ def finish(x: Tensor, bias: Tensor, output: str, height: int, width: int, pixels
     grid = (height, triton.cdiv(width, _PIXELS), images)
     _finish[grid](x, bias, out, *out.stride(), rows, columns, width, OUTPUT=output, FLOAT=pixels != "uint8", PLACE=PLACE, PIXELS=_PIXELS, num_warps=8)
     return out if pixels == "uint8" else out.permute(0, 3, 1, 2)
+
+
+class AsPixels(torch.autograd.Function):
+    """Places of 4x4 pixels, ``(N, 48, h, w)``, with ``bias`` ``(48,)`` -> ``(N, 3, 4 h, 4 w)`` float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return places_to_pixels(x, bias, bias, scaled=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor):
+        out, sums = _from_pixels(gradient, gradient, gradient, ctx.dtype, PLACE, 3, scaled=False)
+        return out, sums.sum(0)
+
+
+def places_to_pixels(x: Tensor, bias: Tensor, std: Tensor, scaled: bool) -> Tensor:
+    """``AsPixels`` without gradient; where ``scaled``, divided by ``std``, ``(3,)`` float32, instead of plus ``bias``."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    images, _, rows, columns = x.shape
+    out = x.new_empty(images, 3, rows * PLACE, columns * PLACE, dtype=torch.float32)
+    lines = images * rows * columns
+    _to_pixels[(triton.cdiv(lines, _ROWS),)](x, bias, std, out, lines, rows * PLACE, columns * PLACE, SCALED=scaled, PLACE=PLACE, ROWS=_ROWS, num_warps=4)
+    return out
+
+
+def normalized(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(N, 3, H, W)`` float32, less ``mean``, by ``std``, both ``(3,)``: ``(N, 4, H, W)`` of ``dtype``, channels-last, the last channel 0."""
+    return _from_pixels(images, mean, std, dtype, 1, CHANNELS, scaled=True)[0]
+
+
+def _from_pixels(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype, side: int, channels: int, scaled: bool) -> tuple[Tensor, Tensor]:
+    """Places of ``side x side`` pixels of ``channels``, channels-last, and sums of their numbers, ``(M, side side channels)`` float32, to be added up."""
+    images = images.contiguous()
+    count, _, height, width = images.shape
+    out = images.new_empty(count, height // side, width // side, side**2 * channels, dtype=dtype)
+    numbers = 64 if side == 1 else side**2 * channels
+    lines = triton.cdiv(out.numel(), numbers)
+    programs = triton.cdiv(lines, _ROWS)
+    sums = images.new_empty(programs, numbers, dtype=torch.float32)
+    choices = {"SCALED": scaled, "SIDE": side, "CHANNELS": channels, "NUMBERS": numbers, "ROWS": _ROWS, "num_warps": 4}
+    _to_places[(programs,)](images, mean, std, out, sums, out.numel(), height, width, **choices)
+    return out.permute(0, 3, 1, 2), sums
 
 
 @triton.jit
@@ -96,3 +145,46 @@ def _finish(
         tl.store(place, value / 255, mask=there)
     else:
         tl.store(place, ((value + 12582912.0) - 12582912.0).to(tl.uint8), mask=there)  # 1.5 x 2^23, beside which halves are rounded to even
+
+
+@triton.jit
+def _pixel_at(place, height, width, SIDE: tl.constexpr):
+    """Image, row and column of a pixel that is the ``place``-th in memory, by places of ``SIDE x SIDE``: what ``lies_at`` gives, the other way."""
+    within, place = place % (SIDE * SIDE), place // (SIDE * SIDE)
+    row, rows = place // (width // SIDE), height // SIDE
+    return row // rows, row % rows * SIDE + within // SIDE, place % (width // SIDE) * SIDE + within % SIDE
+
+
+@triton.jit(do_not_specialize=["lines", "height", "width"])
+def _to_pixels(x, bias, std, out, lines, height, width, SCALED: tl.constexpr, PLACE: tl.constexpr, ROWS: tl.constexpr):
+    row, lane = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, 64)[None, :]
+    numbers: tl.constexpr = PLACE * PLACE * 3
+    there = (row < lines) & (lane < numbers)
+    at, channel = row * numbers + lane, lane % 3
+    value = tl.load(x + at.to(tl.int64), mask=there, other=0).to(tl.float32)
+    if SCALED:
+        value = value / tl.load(std + channel)
+    else:
+        value += tl.load(bias + lane, mask=lane < numbers, other=0).to(tl.float32)
+    image, y, across = _pixel_at(at // 3, height, width, PLACE)
+    tl.store(out + ((image * 3 + channel).to(tl.int64) * height + y) * width + across, value, mask=there)
+
+
+@triton.jit(do_not_specialize=["count", "height", "width"])
+def _to_places(
+    images, mean, std, out, sums, count, height, width,
+    SCALED: tl.constexpr, SIDE: tl.constexpr, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row, lane = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, 64)[None, :]
+    at = row * NUMBERS + lane
+    there, channel = (at < count) & (lane < NUMBERS), at % CHANNELS
+    image, y, across = _pixel_at(at // CHANNELS, height, width, SIDE)
+    color = there & (channel < 3)
+    value = tl.load(images + ((image * 3 + channel).to(tl.int64) * height + y) * width + across, mask=color, other=0)
+    if SCALED:
+        value = (value - tl.load(mean + channel, mask=color, other=0)) / tl.load(std + channel, mask=color, other=1)
+    value = tl.where(color, value, 0.0)
+    tl.store(out + at.to(tl.int64), value.to(out.dtype.element_ty), mask=there)
+    if not SCALED:
+        lane = tl.arange(0, 64)
+        tl.store(sums + tl.program_id(0) * NUMBERS + lane, tl.sum(value, 0), mask=lane < NUMBERS)
