@@ -1,7 +1,6 @@
 """The gradient of the objective over a batch of photos, which a training step follows; on a GPU recorded once and then replayed."""
 
 import contextlib
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -106,6 +105,8 @@ class Gradient:
             seen = stylized.detach().float().clamp(0, 1)
             numbers = terms.scalars() | {"output/contrast": seen.std(dim=(2, 3)).mean(), "output/brightness": seen.mean()}
             sums = sums + share * torch.stack(list(numbers.values()))
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._clip or math.inf)
+        norm = nn.utils.get_total_norm(parameter.grad for parameter in self._parameters if parameter.grad is not None)
+        if self._clip is not None:  # torch multiplies all of the gradient, whether it is too large or not
+            nn.utils.clip_grads_with_norm_(self._parameters, self._clip, norm)
         self._names = [*numbers, "train/gradient_norm"]
-        return [torch.cat([sums, norm.detach()[None] * (len(photos) / self._batch_size)]), *(parameter.grad for parameter in self._parameters)]
+        return [torch.cat([sums, norm[None] * (len(photos) / self._batch_size)]), *(parameter.grad for parameter in self._parameters)]

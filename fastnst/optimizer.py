@@ -5,6 +5,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastnst.fused import triton_works
+
 OptimizerName = Literal["adam", "muon"]
 
 _MOMENTUM = 0.95
@@ -18,7 +20,13 @@ def make_optimizer(name: OptimizerName, network: nn.Module) -> "torch.optim.Opti
 
 def adam(parameters: list[nn.Parameter]) -> torch.optim.Adam:
     """Adam over ``parameters``, all in one kernel where the device has it."""
-    optimizer = torch.optim.Adam(parameters, fused=parameters[0].device.type in ("cpu", "cuda"))
+    device = parameters[0].device
+    if triton_works(device):
+        from fastnst.fused_adam import FusedAdam
+
+        optimizer = FusedAdam(parameters)
+    else:
+        optimizer = torch.optim.Adam(parameters, fused=device.type in ("cpu", "cuda"))
     optimizer.register_load_state_dict_post_hook(_lay_out_moments)
     return optimizer
 

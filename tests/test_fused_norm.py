@@ -145,7 +145,7 @@ def test_kernels_compile_for_gpus_that_are_not_here():
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastnst import fused_features, fused_norm, fused_pixels
+from fastnst import fused_adam, fused_features, fused_norm, fused_pixels
 
 sizes, halves = {"CHANNELS": 48, "WIDTH": 64, "BLOCK": 64}, dict.fromkeys(("x", "skip", "out", "gradient", "within", "folded", "back", "further", "a", "b"), "*fp16")
 choices = sizes | {"PADDING": 1, "MODE": "reflect", "RELU": True, "SHUFFLE": 2}
@@ -163,6 +163,7 @@ for kernel, constants, other in (
     (fused_features._squares, {"NUMBERS": 1024, "ROUNDS": 4}, {}),
     (fused_features._difference, {"NUMBERS": 1024}, {"gradient": "*fp32"}),
     (fused_pixels._take, {"FLOAT": False, "MODE": "reflect", "CHANNELS": 4, "PIXELS": 256, "SHIFT": 128.0}, {"x": "*u8", "value": "fp32"}),
+    (fused_adam._step, {"NUMBERS": 2048}, {"table": "*i64"} | dict.fromkeys(fused_adam._FLOATS, "fp32")),
     (fused_pixels._finish, {"OUTPUT": "tanh", "FLOAT": False, "PLACE": 4, "PIXELS": 256}, {"bias": "*fp32", "out": "*u8"}),
 ):
     kinds = halves | dict.fromkeys(("sums", "moments", "totals", "weight", "bias"), "*fp32") | other

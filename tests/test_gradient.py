@@ -84,6 +84,17 @@ def test_recorded_steps_are_the_eager_ones(recorded, options, optimizer):
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
+def test_the_norm_is_of_the_gradient_before_it_is_clipped():
+    found = {}
+    for clip in (None, 0.1):
+        gradient = Gradient(objective(), 4, clip=clip)
+        names, numbers = gradient(photos(0))
+        found[clip] = float(numbers[names.index("train/gradient_norm")])
+        left = torch.cat([parameter.grad.flatten() for parameter in gradient.objective.network.parameters()]).norm()
+        assert float(left) == pytest.approx(clip or found[None], rel=1e-4)
+    assert found[0.1] == found[None] > 0.1
+
+
 def test_another_size_is_recorded_anew(recorded):
     gradient = Gradient(objective(), 4)
     for count in (4, 2, 4, 2):

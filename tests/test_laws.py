@@ -32,6 +32,7 @@ NOUNS = {
     "onnx_graph": {"eight_bits", "files", "model", "stages"},
     "fused_norm": {"stages"},
     "fused": {"fused_norm", "runtime"},
+    "fused_adam": {"fused"},
     "wide": {"stages"},
     "fused_pixels": {"stages", "wide"},
     "nvidia": {"fused_norm", "fused_pixels", "stages", "wide"},
@@ -53,7 +54,7 @@ NOUNS = {
     "data": {"config", "photo_cache", "picture", "runtime"},
     "objective": {"losses", "native_library", "runtime"},
     "gradient": {"fused", "fused_network", "objective", "ranks", "recording", "runtime"},
-    "optimizer": set(),
+    "optimizer": {"fused", "fused_adam"},
     "benchmark_inference": {"checkpoint", "engine", "network", "picture", "runtime", "stages"},
     "benchmark_training": {"data", "gradient", "losses", "loss_network", "model", "network", "objective", "optimizer", "runtime", "winograd"},
     "benchmark_recipes": {"image", "judges", "losses", "metrics", "report"},
@@ -70,7 +71,7 @@ NOUNS = {
     "training": {"checkpoint", "image", "model", "picture", "run", "runtime", "schedule", "task", "watchdog"},
     "task": {"config", "data", "gradient", "image", "loss_network", "losses", "metrics", "model", "network", "objective", "optimizer", "photo_cache", "picture", "ranks", "runtime", "schedule"},
 }
-TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "gradient", "optimizer", "benchmark_training", "benchmark_recipes", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task", "training"}
+TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "gradient", "optimizer", "fused_adam", "benchmark_training", "benchmark_recipes", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task", "training"}
 # Each verb; any noun is open to those that train.
 ALLOWED_TO_VERBS = {
     "train": set(NOUNS),
