@@ -18,6 +18,7 @@ from fastnst.stages import EPSILON
 _NUMBERS = 4096  # that a program holds at once
 _PROGRAMS = 512  # some four for each multiprocessor of a large GPU
 _CHANNELS = 16  # that a program adds up the parts of
+_LOADS = 4  # of 16 bytes, that a thread waits for at once; with more, fewer programs fit in a multiprocessor
 _LAST = torch.channels_last
 
 
@@ -69,9 +70,9 @@ class FusedNorm(torch.autograd.Function):
         gradient = gradient.contiguous(memory_format=_LAST)
         within = None if within is None else within.contiguous(memory_format=_LAST)
         folded = torch.empty_like(x)  # the gradient behind padding and ReLU
-        fewer = sizes | {"BLOCK": max(1, sizes["BLOCK"] // 2)}  # numbers at once, and half of the programs: it keeps several pixels for each
+        fewer = sizes | {"BLOCK": max(1, sizes["BLOCK"] // 2)}  # numbers at once, and fewer programs: it keeps several pixels for each
         columns = triton.cdiv(width, fewer["BLOCK"])
-        parts = max(1, min(height * columns, _PROGRAMS // 2 // images))
+        parts = max(1, min(height * columns, _PROGRAMS * 3 // 4 // images))
         sums = x.new_empty(images, parts, 2, channels, dtype=torch.float32)
         choices = {"PADDING": padding, "MODE": mode, "RELU": relu, "WITHIN": within is not None, "SHUFFLE": shuffle, "PLACES": places}
         _fold[(parts, images)](x, moments, weight, bias, gradient, x if within is None else within, folded, sums, height, width, columns, **choices, **fewer)
@@ -95,20 +96,16 @@ def _sizes(x: Tensor, shuffle: int) -> tuple[int, int, int, int, dict[str, Any]]
 def _moments(x: Tensor, shuffle: int) -> Tensor:
     """Mean and the deviation's inverse, ``(N, 2, C)`` float32, of channels-last ``x``; where its pixels lie does not matter."""
     images, channels, height, width, sizes = _sizes(x, shuffle)
-    at_once = 4 if height * width * images > 4 * sizes["BLOCK"] * _PROGRAMS else 1
+    sizes |= {"BLOCK": max(1, sizes["BLOCK"] // 2)}  # 16 bytes for each thread
+    at_once = min(_LOADS, triton.next_power_of_2(triton.cdiv(height * width * images, sizes["BLOCK"] * _PROGRAMS)))
     block = at_once * sizes["BLOCK"]
     parts = max(1, min(triton.cdiv(height * width, block), _PROGRAMS // images))
     sums = x.new_empty(images, parts, 2, channels, dtype=torch.float32)
-    _sum_up[(parts, images)](x, sums, height * width, AT_ONCE=at_once, **sizes | {"num_warps": _summing_warps(channels)})
+    _sum_up[(parts, images)](x, sums, height * width, AT_ONCE=at_once, **sizes)
     moments = x.new_empty(images, 2, channels, dtype=torch.float32)
     groups = {"CHANNELS": channels, "WIDTH": _CHANNELS, "BLOCK": block, "PARTS": triton.next_power_of_2(parts)}
     _solve[(images, triton.cdiv(channels, _CHANNELS))](sums, moments, height * width, parts, EPSILON=EPSILON, num_warps=4, **groups)
     return moments
-
-
-def _summing_warps(channels: int) -> int:
-    """That add up fastest on an H100: 11 us instead of 16 for 128 channels at 270x480 with four, 28 instead of 36 for 64 at 540x960 with eight."""
-    return 4 if channels > 64 else 8
 
 
 def _forward(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, relu: bool, skip: Tensor | None, padding: int, mode: str, shuffle: int, places: int) -> Tensor:
@@ -137,17 +134,23 @@ def _sum_up(x, sums, pixels, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK:
     total = tl.zeros([BLOCK, WIDTH], tl.float32)
     squares = tl.zeros([BLOCK, WIDTH], tl.float32)
     for start in range(part * BLOCK * AT_ONCE, pixels, parts * BLOCK * AT_ONCE):
-        for block in tl.static_range(AT_ONCE):
-            pixel = (start + block * BLOCK + tl.arange(0, BLOCK))[:, None]
-            value = tl.load(x + pixel.to(tl.int64) * CHANNELS + channel, mask=(pixel < pixels) & (channel < CHANNELS), other=0).to(tl.float32)
-            value = tl.where(pixel < pixels, value - pivot, 0.0)
-            total += value
-            squares += value * value
-    moved, count = tl.sum(total, 0), _count(part, parts, pixels, BLOCK * AT_ONCE)
+        pixel = start + tl.arange(0, AT_ONCE)[:, None, None] * BLOCK + tl.arange(0, BLOCK)[None, :, None]
+        value = tl.load(x + pixel.to(tl.int64) * CHANNELS + channel[None], mask=(pixel < pixels) & (channel < CHANNELS)[None], other=0).to(tl.float32)
+        value = tl.where(pixel < pixels, value - pivot[None], 0.0)
+        total += tl.sum(value, 0)  # of what each thread has
+        squares += tl.sum(value * value, 0)
+    moved, squares = tl.reduce((total, squares), 0, _both)
+    count = _count(part, parts, pixels, BLOCK * AT_ONCE)
     channel = tl.arange(0, WIDTH)
     sums += (image * parts + part) * 2 * CHANNELS + channel
     tl.store(sums, tl.sum(pivot, 0) + moved / count, mask=channel < CHANNELS)
-    tl.store(sums + CHANNELS, tl.sum(squares, 0) - moved * (moved / count), mask=channel < CHANNELS)
+    tl.store(sums + CHANNELS, squares - moved * (moved / count), mask=channel < CHANNELS)
+
+
+@triton.jit
+def _both(one, other, more, further):
+    """Sums of two kinds of numbers, in one go through the warps."""
+    return one + more, other + further
 
 
 @triton.jit
@@ -169,11 +172,13 @@ def _solve(sums, moments, pixels, parts, EPSILON: tl.constexpr, CHANNELS: tl.con
     image, channel = tl.program_id(0), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     part = tl.arange(0, PARTS)[:, None]
     there = (part < parts) & (channel < CHANNELS)[None, :]
-    sums += image * parts * 2 * CHANNELS + part * 2 * CHANNELS + channel[None, :]
+    sums += image * parts * 2 * CHANNELS
+    near = tl.load(sums + channel, mask=channel < CHANNELS, other=0)  # the first part's mean, from which the others are not far
+    sums += part * 2 * CHANNELS + channel[None, :]
     mean = tl.load(sums, mask=there, other=0)
     within = tl.load(sums + CHANNELS, mask=there, other=0)
     count = tl.where(there, _count(part, parts, pixels, BLOCK), 0)
-    whole = tl.sum(mean * count, 0) / pixels
+    whole = near + tl.sum(tl.where(there, mean - near[None, :], 0.0) * count, 0) / pixels
     distance = mean - whole[None, :]
     variance = tl.sum(within + distance * distance * count, 0) / pixels
     variance = tl.where(variance < 0, 0.0, variance)
@@ -226,30 +231,15 @@ def _apply(
 
 
 @triton.jit
-def _mirror(at, side, WHICH: tl.constexpr, PADDING: tl.constexpr, MODE: tl.constexpr):
-    """Which place of a padded side holds ``at`` again (``WHICH`` 0: at first; 1: ahead of the side; 2: behind it), and whether there is such."""
-    if WHICH == 0:
-        return at + PADDING, (at >= 0) & (at < side)
+def _mirror(at, side, which, PADDING: tl.constexpr, MODE: tl.constexpr):
+    """Which place of a padded side holds ``at`` again (``which`` 0: at first; 1: ahead of the side; 2: behind it), and whether there is such."""
     if MODE == "replicate":  # by 1
-        if WHICH == 1:
-            return at * 0, at == 0
-        return at + 2, at == side - 1
-    if WHICH == 1:
-        return PADDING - at, (at >= 1) & (at <= PADDING)
-    return PADDING + 2 * (side - 1) - at, (at >= side - 1 - PADDING) & (at <= side - 2)
-
-
-@triton.jit
-def _mirrored(
-    gradient, image, y, column, height, width, VERTICAL: tl.constexpr, HORIZONTAL: tl.constexpr, there,
-    PADDING: tl.constexpr, MODE: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """The gradient of a pixel that padding has seen again, 0 where it has not."""
-    row, is_row = _mirror(y, height, VERTICAL, PADDING, MODE)
-    across, is_column = _mirror(column, width, HORIZONTAL, PADDING, MODE)
-    broad = width + 2 * PADDING
-    pixel = image * (height + 2 * PADDING) * broad + lies_at(row, across, broad, PLACES)[:, None]
-    return tl.load(gradient + pixel * CHANNELS + tl.arange(0, WIDTH)[None, :], mask=there & (is_column & is_row)[:, None], other=0).to(tl.float32)
+        ahead, is_ahead, behind, is_behind = at * 0, at == 0, at + 2, at == side - 1
+    else:
+        ahead, is_ahead = PADDING - at, (at >= 1) & (at <= PADDING)
+        behind, is_behind = PADDING + 2 * (side - 1) - at, (at >= side - 1 - PADDING) & (at <= side - 2)
+    place = tl.where(which == 0, at + PADDING, tl.where(which == 1, ahead, behind))
+    return place, tl.where(which == 0, (at >= 0) & (at < side), tl.where(which == 1, is_ahead, is_behind))
 
 
 @triton.jit(do_not_specialize=["height", "width", "columns"])
@@ -264,21 +254,25 @@ def _fold(
     channel = tl.arange(0, WIDTH)[None, :]
     real = channel < CHANNELS
     mean = tl.load(moments + image * 2 * CHANNELS + channel, mask=real, other=0)
-    inverse = tl.load(moments + (image * 2 + 1) * CHANNELS + channel, mask=real, other=0)
-    gain, shift = inverse * tl.load(weight + channel, mask=real, other=0).to(tl.float32), tl.load(bias + channel, mask=real, other=0).to(tl.float32)
+    gain = tl.load(moments + (image * 2 + 1) * CHANNELS + channel, mask=real, other=0) * tl.load(weight + channel, mask=real, other=0).to(tl.float32)
+    shift = tl.load(bias + channel, mask=real, other=0).to(tl.float32)
+    broad = width + 2 * PADDING
     whole = tl.zeros([BLOCK, WIDTH], tl.float32)
     products = tl.zeros([BLOCK, WIDTH], tl.float32)
     for stretch in range(part, height * columns, parts):
         y, column = stretch // columns, stretch % columns * BLOCK + tl.arange(0, BLOCK)
         there = (column < width)[:, None] & real
         total = tl.zeros([BLOCK, WIDTH], tl.float32)
-        for horizontal in tl.static_range(0, 3 if PADDING > 0 and MODE != "constant" else 1):
-            total += _mirrored(gradient, image, y, column, height, width, 0, horizontal, there, PADDING, MODE, PLACES, CHANNELS, WIDTH)
+        vertical, horizontal = 1, 1  # how often padding may have seen these pixels
         if PADDING > 0 and MODE != "constant":
-            if (y <= PADDING) | (y >= height - 1 - PADDING):
-                for vertical in tl.static_range(1, 3):
-                    for horizontal in tl.static_range(0, 3):
-                        total += _mirrored(gradient, image, y, column, height, width, vertical, horizontal, there, PADDING, MODE, PLACES, CHANNELS, WIDTH)
+            vertical = tl.where((y <= PADDING) | (y >= height - 1 - PADDING), 3, 1)
+            left = stretch % columns * BLOCK
+            horizontal = tl.where((left <= PADDING) | (left + BLOCK > width - 1 - PADDING), 3, 1)
+        for turn in range(vertical * horizontal):
+            row, is_row = _mirror(y, height, turn // horizontal, PADDING, MODE)
+            across, is_column = _mirror(column, width, turn % horizontal, PADDING, MODE)
+            seen = image * (height + 2 * PADDING) * broad + lies_at(row, across, broad, PLACES)[:, None]
+            total += tl.load(gradient + seen * CHANNELS + channel, mask=there & (is_column & is_row)[:, None], other=0).to(tl.float32)
         if WITHIN:
             total += tl.load(within + ((image * height + y) * width + column[:, None]) * CHANNELS + channel, mask=there, other=0).to(tl.float32)
         pixel = image * height * width + lies_at(y, column, width, SHUFFLE)[:, None]
@@ -288,11 +282,13 @@ def _fold(
         total = tl.where(there, total, 0.0)
         tl.store(folded + pixel * CHANNELS + channel, total.to(folded.dtype.element_ty), mask=there)
         whole += total
-        products += total * value * inverse
+        products += total * value
     channel = tl.arange(0, WIDTH)
     sums += (image * parts + part) * 2 * CHANNELS + channel
-    tl.store(sums, tl.sum(whole, 0), mask=channel < CHANNELS)
-    tl.store(sums + CHANNELS, tl.sum(products, 0), mask=channel < CHANNELS)
+    whole, products = tl.reduce((whole, products), 0, _both)
+    tl.store(sums, whole, mask=channel < CHANNELS)
+    inverse = tl.load(moments + (image * 2 + 1) * CHANNELS + channel, mask=channel < CHANNELS, other=0)
+    tl.store(sums + CHANNELS, products * inverse, mask=channel < CHANNELS)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -327,7 +323,7 @@ def _back(x, moments, weight, folded, totals, back, whole, pixels, CHANNELS: tl.
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         both = tl.arange(0, 2 * WIDTH)  # of sums and products, one after the other
         both_there = both < 2 * CHANNELS
-        total = tl.zeros([2 * WIDTH], tl.float32)
+        sums = tl.zeros([2 * WIDTH], tl.float32)
         for each in range(tl.num_programs(1)):
-            total += tl.load(totals + each * 2 * CHANNELS + both, mask=both_there, other=0)
-        tl.store(whole + both, total, mask=both_there)
+            sums += tl.load(totals + each * 2 * CHANNELS + both, mask=both_there, other=0)
+        tl.store(whole + both, sums, mask=both_there)
