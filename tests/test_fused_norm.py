@@ -145,9 +145,10 @@ def test_kernels_compile_for_gpus_that_are_not_here():
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastnst import fused_features, fused_norm, fused_pixels
+from fastnst import fused_distances, fused_features, fused_norm, fused_pixels
 
 sizes, halves = {"CHANNELS": 48, "WIDTH": 64, "BLOCK": 64}, dict.fromkeys(("x", "skip", "out", "gradient", "within", "folded", "back", "further", "a", "b"), "*fp16")
+single = {"gradient": "*fp32"}
 choices = sizes | {"PADDING": 1, "MODE": "reflect", "RELU": True, "SHUFFLE": 2}
 for kernel, constants, other in (
     (fused_norm._sum_up, sizes | {"AT_ONCE": 4}, {}),
@@ -160,12 +161,14 @@ for kernel, constants, other in (
     (fused_features._pool_back, sizes | {"FURTHER": True}, {}),
     (fused_features._reflect, sizes, {}),
     (fused_features._reflect_back, sizes, {}),
-    (fused_features._squares, {"NUMBERS": 1024, "ROUNDS": 4}, {}),
-    (fused_features._difference, {"NUMBERS": 1024}, {"gradient": "*fp32"}),
+    (fused_distances._squares, {"NUMBERS": 1024}, {}),
+    (fused_distances._difference, {"NUMBERS": 1024, "FURTHER": True}, single),
+    (fused_distances._grams, {"PARTS": 16, "NUMBERS": 128}, single | dict.fromkeys(("parts", "target", "difference"), "*fp32") | {"inverse": "fp32"}),
+    (fused_distances._scale, {"NUMBERS": 1024}, single | {"x": "*fp32"}),
     (fused_pixels._take, {"FLOAT": False, "MODE": "reflect", "CHANNELS": 4, "PIXELS": 256, "SHIFT": 128.0}, {"x": "*u8", "value": "fp32"}),
     (fused_pixels._finish, {"OUTPUT": "tanh", "FLOAT": False, "PLACE": 4, "PIXELS": 256}, {"bias": "*fp32", "out": "*u8"}),
 ):
-    kinds = halves | dict.fromkeys(("sums", "moments", "totals", "weight", "bias"), "*fp32") | other
+    kinds = halves | dict.fromkeys(("sums", "moments", "totals", "weight", "bias"), "*fp32") | {"factor": "fp32"} | other
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
     for capability in (75, 90):
