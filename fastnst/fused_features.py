@@ -216,28 +216,6 @@ class _Reflect(torch.autograd.Function):
         return back
 
 
-class SquaredDistance(torch.autograd.Function):
-    """Mean square of ``a - b``, which have one shape, in float32; the gradient is of ``a`` alone."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        b = b.contiguous(memory_format=_LAST) if a.is_contiguous(memory_format=_LAST) else b.contiguous()
-        a = a if a.is_contiguous(memory_format=_LAST) else a.contiguous()
-        parts = triton.cdiv(a.numel(), 4 * _NUMBERS)
-        sums = a.new_empty(parts, dtype=torch.float32)
-        _squares[(parts,)](a, b, sums, a.numel(), NUMBERS=_NUMBERS, ROUNDS=4, num_warps=8)
-        ctx.save_for_backward(a, b)
-        return sums.sum() / a.numel()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor):
-        a, b = ctx.saved_tensors
-        back = torch.empty_like(a)
-        _difference[(triton.cdiv(a.numel(), _NUMBERS),)](a, b, gradient.float().contiguous(), back, a.numel(), NUMBERS=_NUMBERS, num_warps=8)
-        return back, None
-
-
 def _sizes(x: Tensor) -> dict[str, Any]:
     """What kernels over the pixels of ``x`` are compiled for."""
     wide = triton.next_power_of_2(x.shape[1])
@@ -319,21 +297,3 @@ def _reflect_back(gradient, back, count, height, width, CHANNELS: tl.constexpr, 
             source = gradient + ((image * (height + 2) + y) * (width + 2) + across) * CHANNELS + channel
             total += tl.load(source, mask=mask, other=0).to(tl.float32)
     tl.store(back + pixel[:, None].to(tl.int64) * CHANNELS + channel, total.to(back.dtype.element_ty), mask=there)
-
-
-@triton.jit(do_not_specialize=["count"])
-def _squares(a, b, sums, count, NUMBERS: tl.constexpr, ROUNDS: tl.constexpr):
-    total = tl.zeros([NUMBERS], tl.float32)
-    for turn in range(ROUNDS):
-        at = (tl.program_id(0).to(tl.int64) * ROUNDS + turn) * NUMBERS + tl.arange(0, NUMBERS)
-        difference = tl.load(a + at, mask=at < count, other=0).to(tl.float32) - tl.load(b + at, mask=at < count, other=0).to(tl.float32)
-        total += difference * difference
-    tl.store(sums + tl.program_id(0), tl.sum(total, 0))
-
-
-@triton.jit(do_not_specialize=["count"])
-def _difference(a, b, gradient, back, count, NUMBERS: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
-    there = at < count
-    difference = tl.load(a + at, mask=there, other=0).to(tl.float32) - tl.load(b + at, mask=there, other=0).to(tl.float32)
-    tl.store(back + at, (difference * (2.0 / count) * tl.load(gradient)).to(back.dtype.element_ty), mask=there)

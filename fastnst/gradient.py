@@ -101,7 +101,7 @@ class Gradient:
             share = len(part) / self._batch_size
             with self._ranks.averaging(network, now=index == len(parts) - 1), self._aside():
                 terms, stylized = self.objective(part, cut)
-                (terms.total * (share * self._ranks.size)).backward()  # averaged over the ranks, each photo then weighs the same
+                terms.total.backward(torch.full_like(terms.total, share * self._ranks.size))  # averaged over the ranks, each photo then weighs the same
             seen = stylized.detach().float().clamp(0, 1)
             numbers = terms.scalars() | {"output/contrast": seen.std(dim=(2, 3)).mean(), "output/brightness": seen.mean()}
             sums = sums + share * torch.stack(list(numbers.values()))

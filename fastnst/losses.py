@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from fastnst.fused import on_device, triton_works
 from fastnst.loss_network import LossNetwork, LossNetworkConfig, layer_index
+from fastnst.self_product import SelfProduct
 
 LayerWeights = dict[str, Annotated[float, Field(ge=0)]]
 Distance = Literal["mse", "sse", "rmse"]
 Gram = Literal["chw", "hw", "sqrt_chw", "none"]
-_FEWEST = 1024  # positions of which a GPU's part of a Gram is made
 _WINDOW, _LEVEL = 32, 1e-3  # of spectra: px; the power of noise of 0.7 of 255 levels, less than which does not count
 
 
@@ -76,47 +76,25 @@ class LossConfig(LossNetworkConfig):
         """Every layer whose features are needed."""
         return list(dict.fromkeys([*self.content_layers, *self.style_layers]))
 
+    @property
+    def bare(self) -> "LossConfig":
+        """The same terms without weights."""
+        ones = {name: 1.0 if getattr(self, name) else 0.0 for name in ("tv_weight", "grid_weight", "spectrum_weight")}
+        layers = {name: dict.fromkeys(getattr(self, name), 1.0) for name in ("content_layers", "style_layers")}
+        return self.model_copy(update={"content_weight": 1.0, "style_weight": 1.0, **layers, **ones})
+
 
 def gram_matrix(features: Tensor, divisor: Gram = "chw") -> Tensor:
     """``(N, C, H, W)`` -> ``(N, C, C)``, F F^T / divisor, in float32 at least: half precision overflows.
 
     Gatys et al. 2016, eq. 3; divided by C H W as Johnson et al. 2016, eq. 3.
     """
-    n, c, h, w = features.shape
-    with torch.autocast(features.device.type, enabled=False):
-        scale = {"chw": c * h * w, "hw": h * w, "sqrt_chw": (c * h * w) ** 0.5, "none": 1}[divisor]
-        return _SelfProduct.apply(features.reshape(n, c, h * w)) / scale
+    return SelfProduct.apply(features.flatten(2)) / _divisor(features, divisor)
 
 
-class _SelfProduct(torch.autograd.Function):
-    """F F^T in float32 at least. Autograd knows no symmetry and multiplies twice on the way back: here once, (G + G^T) F, in the
-    precision of F."""
-
-    @staticmethod
-    def forward(ctx, flat: Tensor) -> Tensor:
-        ctx.save_for_backward(flat)
-        if flat.dtype not in (torch.float16, torch.bfloat16):
-            return flat @ flat.transpose(1, 2)
-        if not flat.is_cuda or torch.version.hip:
-            precise = flat.float()
-            return precise @ precise.transpose(1, 2)
-        # Products of half precision are exact in float32, in which a GPU's matrix units add them up; in parts, as it has many.
-        images, channels, positions = flat.shape
-        parts = max(part for part in (1, 2, 4, 8, 16, 32, 64) if part == 1 or (positions % part == 0 and positions // part >= _FEWEST))
-        pieces = flat.transpose(1, 2).reshape(images * parts, positions // parts, channels)
-        return torch.ops.aten.bmm.dtype(pieces.transpose(1, 2), pieces, torch.float32).view(images, parts, channels, channels).sum(1)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        (flat,) = ctx.saved_tensors
-        with torch.autocast(flat.device.type, enabled=False):
-            symmetric = gradient + gradient.transpose(1, 2)
-            if flat.dtype == torch.float16:  # whose range a small gradient leaves
-                return (symmetric @ flat.float()).half()
-            symmetric = symmetric.to(flat.dtype)
-            if flat.is_contiguous():
-                return symmetric @ flat
-            return (flat.transpose(1, 2) @ symmetric).transpose(1, 2)  # channels-last as the features are
+def _divisor(features: Tensor, kind: Gram) -> float:
+    _, c, h, w = features.shape
+    return {"chw": c * h * w, "hw": h * w, "sqrt_chw": (c * h * w) ** 0.5, "none": 1}[kind]
 
 
 def mean_covariance(features: Tensor, epsilon: float = 1e-4) -> tuple[Tensor, Tensor]:
@@ -192,10 +170,10 @@ def spectrum_distance(images: Tensor, target: Tensor) -> Tensor:
 def distance(a: Tensor, b: Tensor, kind: Distance = "mse") -> Tensor:
     """Distance of each ``a[i]`` to ``b[i]`` (or to a single ``b``), averaged over the batch; in float32 at least."""
     if kind == "mse" and _fuses(a, b):
-        from fastnst.fused_features import SquaredDistance
+        from fastnst.fused_distances import Compared, mean_squares
 
         with on_device(a.device):
-            return SquaredDistance.apply(a, b.expand_as(a))
+            return mean_squares([Compared(a, b.expand_as(a))])[0][0]
     difference = a.float() - b.float() if a.dtype in (torch.float16, torch.bfloat16) else a - b
     if kind == "mse":
         return difference.square().mean()
@@ -205,9 +183,10 @@ def distance(a: Tensor, b: Tensor, kind: Distance = "mse") -> Tensor:
     return (difference.square().flatten(1).mean(1) + 1e-12).sqrt().mean()
 
 
-def _fuses(a: Tensor, b: Tensor) -> bool:
-    alike = a.is_cuda and a.dtype == b.dtype != torch.float64 and not b.requires_grad
-    return alike and not torch.compiler.is_compiling() and triton_works(a.device)
+def _fuses(features: Tensor, *targets: Tensor) -> bool:
+    """Whether there are kernels of our own that compare features with such targets."""
+    alike = features.is_cuda and features.dtype != torch.float64 and all(target.dtype == features.dtype and not target.requires_grad for target in targets)
+    return alike and not torch.compiler.is_compiling() and triton_works(features.device)
 
 
 def calibrate(loss: "PerceptualLoss", photos: Tensor) -> LossConfig:
@@ -249,17 +228,22 @@ class LossTerms:
 
     @cached_property
     def total(self) -> Tensor:
-        return sum(self.content.values()) + sum(self.style.values()) + self.tv + self.grid + self.spectrum + self.stability
+        others = (self.tv, self.grid, self.spectrum, self.stability)
+        return _sum([*self.content.values(), *self.style.values(), *(term for term in others if isinstance(term, Tensor))])
 
     def scalars(self) -> dict[str, Tensor]:
         """Detached, by the names under which TensorBoard shows them."""
-        zero = torch.zeros_like(self.tv)
-        content, style = (sum(terms.values(), zero) for terms in (self.content, self.style))
+        content, style = (_sum([*terms.values()]) if terms else torch.zeros_like(self.tv) for terms in (self.content, self.style))
         named = {"loss/total": self.total, "loss/content": content, "loss/style": style, "loss/tv": self.tv}
         named |= {f"loss/{name}": term for name, term in (("grid", self.grid), ("spectrum", self.spectrum), ("stability", self.stability)) if isinstance(term, Tensor)}
         named |= {f"loss_content/{layer}": term for layer, term in self.content.items()}
         named |= {f"loss_style/{layer}": term for layer, term in self.style.items()}
         return {name: term.detach() for name, term in named.items()}
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    """Of scalars, in two kernels however many they are."""
+    return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
 
 
 class PerceptualLoss(nn.Module):
@@ -276,6 +260,7 @@ class PerceptualLoss(nn.Module):
             features = loss_network(style, config.style_layers)
             self._spectrum = log_spectrum(_large_enough(style)) if config.spectrum_weight else None
             self._style_targets = {layer: self._style_target(feature) for layer, feature in features.items()}
+            self.zero = style.new_zeros(())  # stands for terms that are not asked for; made once, as it takes a GPU a kernel
 
     @torch.no_grad()
     def content_targets(self, content: Tensor) -> dict[str, Tensor]:
@@ -287,26 +272,39 @@ class PerceptualLoss(nn.Module):
         c = self.config
         if c.strength is not None:
             raise ValueError("loss.strength stands for weights that are not measured yet: calibrate first")
-        bare = self.measure(images, content_targets)
-        return LossTerms(
-            {layer: c.content_weight * weight * bare.content[layer] for layer, weight in c.content_layers.items()},
-            {layer: c.style_weight * weight * bare.style[layer] for layer, weight in c.style_layers.items()},
-            c.tv_weight * bare.tv,
-            c.grid_weight * bare.grid,
-            c.spectrum_weight * bare.spectrum,
-        )
+        return self._terms(images, content_targets, c)
 
     def measure(self, images: Tensor, content_targets: dict[str, Tensor]) -> LossTerms:
         """The terms before any weight."""
-        c = self.config
-        features = self.loss_network(images, c.layers)
-        content = {layer: distance(features[layer], content_targets[layer], c.distance) for layer in c.content_layers}
-        style = {layer: self._style_distance(layer, features[layer]) for layer in c.style_layers}
-        tv = images.new_zeros(())
+        return self._terms(images, content_targets, self.config.bare)
+
+    def _terms(self, images: Tensor, content_targets: dict[str, Tensor], c: LossConfig) -> LossTerms:
+        content, style = self._distances(self.loss_network(images, c.layers), content_targets, c)
+        tv = self.zero
         if c.tv_weight:
             units = (images - self.loss_network.mean) / self.loss_network.std if c.tv_units == "network" else images
-            tv = total_variation(units, c.tv_power, c.tv_reduction)
-        return LossTerms(content, style, tv, regular_grid(images) if c.grid_weight else 0.0, spectrum_distance(images, self._spectrum) if c.spectrum_weight else 0.0)
+            tv = c.tv_weight * total_variation(units, c.tv_power, c.tv_reduction)
+        grid = c.grid_weight * regular_grid(images) if c.grid_weight else 0.0
+        return LossTerms(content, style, tv, grid, c.spectrum_weight * spectrum_distance(images, self._spectrum) if c.spectrum_weight else 0.0)
+
+    def _distances(self, features: dict[str, Tensor], content_targets: dict[str, Tensor], c: LossConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weighted, of content and of style."""
+        contents = {layer: c.content_weight * weight for layer, weight in c.content_layers.items()}
+        styles = {layer: c.style_weight * weight for layer, weight in c.style_layers.items()}
+        targets = {layer: content_targets[layer] for layer in contents}
+        squares = c.distance == "mse" and c.statistics == "gram"
+        if not (squares and all(_fuses(feature, *([targets[layer]] if layer in targets else [])) for layer, feature in features.items())):
+            content = {layer: weight * distance(features[layer], targets[layer], c.distance) for layer, weight in contents.items()}
+            return content, {layer: weight * self._style_distance(layer, features[layer]) for layer, weight in styles.items()}
+        from fastnst.fused_distances import Compared, mean_squares
+
+        compared = []
+        for layer, feature in features.items():
+            target, gram = targets[layer].expand_as(feature) if layer in targets else None, self._style_targets[layer][0] if layer in styles else None
+            compared.append(Compared(feature, target, gram, _divisor(feature, c.gram), contents.get(layer, 0.0), styles.get(layer, 0.0)))
+        with on_device(compared[0].features.device):
+            found = dict(zip(features, mean_squares(compared)))
+        return {layer: found[layer][0] for layer in contents}, {layer: found[layer][1] for layer in styles}
 
     def _style_target(self, features: Tensor) -> tuple[Tensor, ...]:
         if self.config.statistics == "gram":

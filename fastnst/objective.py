@@ -70,7 +70,7 @@ class Objective:
             terms = self.loss(stylized, targets)
             weight = self.loss.config.stability_weight
             if cut is None:
-                return (replace(terms, stability=torch.zeros_like(terms.tv)) if weight else terms), stylized
+                return (replace(terms, stability=self.loss.zero) if weight else terms), stylized
             rows, columns = (corner + torch.arange(cut.side, device=self.device) for corner in (cut.top, cut.left))
             network = getattr(self.network, "module", self.network)  # averaging over ranks counts on one pass a step
             change = network(_crop(content, rows, columns)).float() - _crop(stylized, rows, columns).float()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_fused_norm import DEVICE
 
-from fastnst.fused_features import SquaredDistance, can_fuse, fused_features
+from fastnst.fused_features import can_fuse, fused_features
 from fastnst.loss_network import LossNetwork
 
 
@@ -60,15 +60,3 @@ def test_networks_without_kernels_are_known():
     trained = made("vgg16", ["relu1_1"])
     trained.requires_grad_(True)
     assert not can_fuse(trained)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_squared_distance_is_the_mean_square(dtype):
-    torch.manual_seed(0)
-    a, b = (torch.randn(2, 8, 5, 6).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(2))
-    one = a.clone().to(DEVICE).requires_grad_()
-    found = SquaredDistance.apply(one, b.to(DEVICE))
-    (3 * found).backward()
-    difference = a.double() - b.double()
-    assert found.item() == pytest.approx(float(difference.square().mean()), rel=1e-6)
-    torch.testing.assert_close(one.grad.cpu().double(), 3 * 2 * difference / a.numel(), atol=1e-9, rtol=1e-6 if dtype == torch.float32 else 2**-7)

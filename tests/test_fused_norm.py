@@ -145,10 +145,11 @@ def test_kernels_compile_for_gpus_that_are_not_here():
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastnst import fused_adam, fused_features, fused_norm, fused_pixels
+from fastnst import fused_adam, fused_distances, fused_features, fused_norm, fused_pixels, fused_weights
 
 sizes, halves = {"CHANNELS": 48, "WIDTH": 64, "BLOCK": 64}, dict.fromkeys(("x", "skip", "out", "gradient", "within", "folded", "back", "further", "a", "b"), "*fp16")
-choices = sizes | {"PADDING": 1, "MODE": "reflect", "RELU": True, "SHUFFLE": 2}
+single = {"gradient": "*fp32"}
+choices = sizes | {"PADDING": 1, "MODE": "reflect", "RELU": True, "SHUFFLE": 2, "PLACES": 4}
 for kernel, constants, other in (
     (fused_norm._sum_up, sizes | {"AT_ONCE": 4}, {}),
     (fused_norm._solve, sizes | {"EPSILON": 1e-5, "PARTS": 64}, {}),
@@ -160,13 +161,18 @@ for kernel, constants, other in (
     (fused_features._pool_back, sizes | {"FURTHER": True}, {}),
     (fused_features._reflect, sizes, {}),
     (fused_features._reflect_back, sizes, {}),
-    (fused_features._squares, {"NUMBERS": 1024, "ROUNDS": 4}, {}),
-    (fused_features._difference, {"NUMBERS": 1024}, {"gradient": "*fp32"}),
-    (fused_pixels._take, {"FLOAT": False, "MODE": "reflect", "CHANNELS": 4, "PIXELS": 256, "SHIFT": 128.0}, {"x": "*u8", "value": "fp32"}),
+    (fused_distances._squares, {"NUMBERS": 1024}, {}),
+    (fused_distances._difference, {"NUMBERS": 1024, "FURTHER": True}, single),
+    (fused_distances._grams, {"PARTS": 16, "NUMBERS": 128}, single | dict.fromkeys(("parts", "target", "difference"), "*fp32") | {"inverse": "fp32"}),
+    (fused_distances._scale, {"NUMBERS": 1024}, single | {"x": "*fp32"}),
+    (fused_pixels._take, {"FLOAT": False, "MODE": "reflect", "PLACE": 4, "CHANNELS": 4, "PIXELS": 256, "SHIFT": 128.0}, {"x": "*u8", "value": "fp32"}),
+    (fused_pixels._to_pixels, {"SCALED": True, "PLACE": 4, "ROWS": 32}, {"std": "*fp32", "out": "*fp32"}),
+    (fused_pixels._to_places, {"SCALED": False, "SIDE": 4, "CHANNELS": 3, "NUMBERS": 48, "ROWS": 32}, dict.fromkeys(("images", "mean", "std"), "*fp32")),
+    (fused_weights._add_up, {"NUMBERS": 1024}, {"numbers": "*fp32", "start": "*i32", "source": "*i64", "coefficient": "*fp32"}),
     (fused_adam._step, {"NUMBERS": 2048}, {"table": "*i64"} | dict.fromkeys(fused_adam._FLOATS, "fp32")),
     (fused_pixels._finish, {"OUTPUT": "tanh", "FLOAT": False, "PLACE": 4, "PIXELS": 256}, {"bias": "*fp32", "out": "*u8"}),
 ):
-    kinds = halves | dict.fromkeys(("sums", "moments", "totals", "weight", "bias"), "*fp32") | other
+    kinds = halves | dict.fromkeys(("sums", "moments", "totals", "weight", "bias", "whole"), "*fp32") | {"factor": "fp32"} | other
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
     for capability in (75, 90):

@@ -1,0 +1,48 @@
+"""F F^T of features and the way back: in float32 at least, and as GPUs like to multiply."""
+
+import torch
+from torch import Tensor
+
+_FEWEST = 1024  # positions of which a GPU's part of a product is made
+
+
+class SelfProduct(torch.autograd.Function):
+    """``(N, C, P)`` -> F F^T, ``(N, C, C)``. Autograd knows no symmetry and multiplies twice on the way back: here once, (G + G^T) F."""
+
+    @staticmethod
+    def forward(ctx, flat: Tensor) -> Tensor:
+        ctx.save_for_backward(flat)
+        parts = product_in_parts(flat)
+        return parts.sum(1) if parts.shape[1] > 1 else parts[:, 0]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (flat,) = ctx.saved_tensors
+        return product_back((gradient + gradient.transpose(1, 2)).to(precision_back(flat.dtype)), flat)
+
+
+def product_in_parts(flat: Tensor) -> Tensor:
+    """``(N, C, P)`` -> ``(N, parts, C, C)``, a power of 2 of parts whose sum is F F^T."""
+    with torch.autocast(flat.device.type, enabled=False):
+        if flat.dtype not in (torch.float16, torch.bfloat16):
+            return (flat @ flat.transpose(1, 2))[:, None]
+        if not flat.is_cuda or torch.version.hip:
+            return product_in_parts(flat.float())
+        # Products of half precision are exact in float32, in which a GPU's matrix units add them up; in parts, as it has many.
+        images, channels, positions = flat.shape
+        parts = max(part for part in (1, 2, 4, 8, 16, 32, 64) if part == 1 or (positions % part == 0 and positions // part >= _FEWEST))
+        pieces = flat.transpose(1, 2).reshape(images * parts, positions // parts, channels)
+        return torch.ops.aten.bmm.dtype(pieces.transpose(1, 2), pieces, torch.float32).view(images, parts, channels, channels)
+
+
+def precision_back(dtype: torch.dtype) -> torch.dtype:
+    """Of the matrix that ``product_back`` takes: that of the features, but for float16, whose range a small gradient leaves."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def product_back(symmetric: Tensor, flat: Tensor) -> Tensor:
+    """S F, ``(N, C, P)``, of a symmetric ``(N, C, C)`` in ``precision_back``; laid out and as precise as F is."""
+    with torch.autocast(flat.device.type, enabled=False):
+        exact = flat.to(symmetric.dtype)
+        product = symmetric @ exact if flat.is_contiguous() else (exact.transpose(1, 2) @ symmetric).transpose(1, 2)  # channels-last as the features are
+        return product.to(flat.dtype)
