@@ -16,7 +16,7 @@ from fastnst.fused_pixels import normalized, places_to_pixels
 from fastnst.runtime import is_out_of_memory
 from fastnst.wide import CHANNELS, PLACE
 
-_NUMBERS = 4096  # that a program makes
+_NUMBERS = 2048  # that a program makes: 16 bytes by each thread
 _LAST = torch.channels_last
 _WITHOUT: set[tuple] = set()  # kinds of convolutions that cuDNN has no kernel for with a ReLU
 

@@ -43,8 +43,8 @@ def finish(x: Tensor, bias: Tensor, output: str, height: int, width: int, pixels
         out = x.new_empty(images, height, width, 3, dtype=torch.uint8)
     else:
         out = x.new_empty(images, 3, height, width, dtype=torch.float32).permute(0, 2, 3, 1)
-    grid = (height, triton.cdiv(width, _PIXELS), images)
-    _finish[grid](x, bias, out, *out.stride(), rows, columns, width, OUTPUT=output, FLOAT=pixels != "uint8", PLACE=PLACE, PIXELS=_PIXELS, num_warps=8)
+    grid = (height, triton.cdiv(3 * width, _PIXELS), images)
+    _finish[grid](x, bias, out, *out.stride(), rows, columns, width, 3 * width, OUTPUT=output, FLOAT=pixels != "uint8", PLACE=PLACE, PIXELS=_PIXELS, num_warps=8)
     return out if pixels == "uint8" else out.permute(0, 3, 1, 2)
 
 
@@ -124,15 +124,16 @@ def _take(
     tl.store(out + pixel_at * CHANNELS + channel, pixel.to(out.dtype.element_ty), mask=there[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "width"])
+@triton.jit(do_not_specialize=["rows", "columns", "width"])  # for `numbers` see `_to_places`
 def _finish(
-    x, bias, out, image_stride, row_stride, column_stride, channel_stride, rows, columns, width,
+    x, bias, out, image_stride, row_stride, column_stride, channel_stride, rows, columns, width, numbers,
     OUTPUT: tl.constexpr, FLOAT: tl.constexpr, PLACE: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
+    """Numbers of a row, in the order in which the result has them."""
     y, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    column = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)[:, None]
-    channel = tl.arange(0, 4)[None, :]
-    there = (column < width) & (channel < 3)
+    number = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    there = number < numbers
+    column, channel = (number % width, number // width) if FLOAT else (number // 3, number % 3)
     place, within = (image * rows + y // PLACE) * columns + column // PLACE, (y % PLACE * PLACE + column % PLACE) * 3 + channel
     value = tl.load(x + place * PLACE * PLACE * 3 + within, mask=there, other=0).to(tl.float32) + tl.load(bias + within, mask=there, other=0)
     if OUTPUT == "tanh":
@@ -140,11 +141,11 @@ def _finish(
     elif OUTPUT == "sigmoid":
         value = 255 * tl.sigmoid(value)
     value = tl.where(value < 0, 0.0, tl.where(value > 255, 255.0, value))  # what is no number stays so
-    place = out + image * image_stride + y.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride + channel * channel_stride
+    out += image * image_stride + y.to(tl.int64) * row_stride
     if FLOAT:
-        tl.store(place, value / 255, mask=there)
+        tl.store(out + column.to(tl.int64) * column_stride + channel * channel_stride, value / 255, mask=there)
     else:
-        tl.store(place, ((value + 12582912.0) - 12582912.0).to(tl.uint8), mask=there)  # 1.5 x 2^23, beside which halves are rounded to even
+        tl.store(out + number, ((value + 12582912.0) - 12582912.0).to(tl.uint8), mask=there)  # 1.5 x 2^23, beside which halves are rounded to even
 
 
 @triton.jit
@@ -170,7 +171,7 @@ def _to_pixels(x, bias, std, out, lines, height, width, SCALED: tl.constexpr, PL
     tl.store(out + ((image * 3 + channel).to(tl.int64) * height + y) * width + across, value, mask=there)
 
 
-@triton.jit(do_not_specialize=["count", "height", "width"])
+@triton.jit(do_not_specialize=["height", "width"])  # a count that is a multiple of 16 lets masked numbers be stored 16 bytes at once
 def _to_places(
     images, mean, std, out, sums, count, height, width,
     SCALED: tl.constexpr, SIDE: tl.constexpr, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr, ROWS: tl.constexpr,

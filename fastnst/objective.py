@@ -62,11 +62,10 @@ class Objective:
     def _measure(self, photos: Tensor, cut: Cut | None) -> tuple[LossTerms, Tensor]:
         content = photos.float().div_(255).contiguous(memory_format=memory_format(self.device))
         with autocast(self.device, self.precision):
-            with self._beside():  # neither fills a GPU by itself
+            with self.beside():  # neither fills a GPU by itself
                 targets = self.loss.content_targets(content)
             stylized = self.network(content)
-            if self._aside is not None:
-                torch.cuda.current_stream(self.device).wait_stream(self._aside)
+            self.wait()
             terms = self.loss(stylized, targets)
             weight = self.loss.config.stability_weight
             if cut is None:
@@ -77,14 +76,19 @@ class Objective:
             return replace(terms, stability=weight * cut.share * change.square().mean()), stylized
 
     @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """What a GPU does in here it does beside what follows, until that waits for it."""
+    def beside(self) -> Iterator[None]:
+        """What a GPU does in here it does beside what follows, until that has to ``wait``."""
         if self._aside is None:
             yield
             return
         self._aside.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._aside):
             yield
+
+    def wait(self) -> None:
+        """Let what follows come after all that was done ``beside``."""
+        if self._aside is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._aside)
 
 
 def _crop(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
