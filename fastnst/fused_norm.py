@@ -139,7 +139,7 @@ def _sum_up(x, sums, pixels, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK:
         value = tl.where(pixel < pixels, value - pivot[None], 0.0)
         total += tl.sum(value, 0)  # of what each thread has
         squares += tl.sum(value * value, 0)
-    moved, squares = tl.reduce((total, squares), 0, _both)
+    moved, squares = _sums(total, squares)
     count = _count(part, parts, pixels, BLOCK * AT_ONCE)
     channel = tl.arange(0, WIDTH)
     sums += (image * parts + part) * 2 * CHANNELS + channel
@@ -148,9 +148,9 @@ def _sum_up(x, sums, pixels, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def _both(one, other, more, further):
-    """Sums of two kinds of numbers, in one go through the warps."""
-    return one + more, other + further
+def _sums(one, other):
+    """Of both over their pixels, in one go through the warps."""
+    return tl.split(tl.sum(tl.join(one, other), 0))
 
 
 @triton.jit
@@ -285,7 +285,7 @@ def _fold(
         products += total * value
     channel = tl.arange(0, WIDTH)
     sums += (image * parts + part) * 2 * CHANNELS + channel
-    whole, products = tl.reduce((whole, products), 0, _both)
+    whole, products = _sums(whole, products)
     tl.store(sums, whole, mask=channel < CHANNELS)
     inverse = tl.load(moments + (image * 2 + 1) * CHANNELS + channel, mask=channel < CHANNELS, other=0)
     tl.store(sums + CHANNELS, products * inverse, mask=channel < CHANNELS)
