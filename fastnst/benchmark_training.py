@@ -208,7 +208,7 @@ def batches_of(task: Task, way: Way, folder: Path) -> Iterator[Iterator[Tensor]]
         yield forever()
         return
     stream = PhotoStream(photos, config, 0, keep_photos(photos, config, passes=math.inf))
-    with training_batches(stream, 0, task.batch, 10**9) as batches:
+    with training_batches(stream, 0, task.batch, 10**9, torch.device(task.device)) as batches:
         yield (images for images, _ in batches)
 
 

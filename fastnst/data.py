@@ -199,9 +199,9 @@ class PhotoStream(Dataset):
 
 @contextmanager
 def training_batches(
-    stream: PhotoStream, start: int, batch_size: int, steps: int, pin_memory: bool = False, rank: int = 0, ranks: int = 1
+    stream: PhotoStream, start: int, batch_size: int, steps: int, device: torch.device = torch.device("cpu"), rank: int = 0, ranks: int = 1
 ) -> Iterator[Iterator[tuple[Tensor, list[str]]]]:
-    """``steps`` batches ``(uint8 (N, 3, S, S), complaints)`` from position ``start`` on, loaded ahead by workers.
+    """``steps`` batches ``(uint8 (N, 3, S, S), complaints)`` from position ``start`` on, loaded ahead by workers; on ``device``, where it is a GPU's.
 
     Of ``ranks`` processes each gets its part of every batch, of equal size or one photo more.
     Leaving the context ends the workers, whatever happened inside. Raises ``OSError`` where no photo can be read.
@@ -213,7 +213,7 @@ def training_batches(
             batch_sampler=_Positions(start, batch_size, steps, rank, ranks),
             num_workers=min(workers, steps),
             collate_fn=_collate,
-            pin_memory=pin_memory,
+            pin_memory=device.type == "cuda",
             worker_init_fn=leave_signals_to_parent,
         )
     )
@@ -225,10 +225,26 @@ def training_batches(
             yield images, complaints
 
     try:
-        yield batches()
+        yield _copied_ahead(batches(), device) if device.type == "cuda" else batches()
     finally:
         if hasattr(loader, "_shutdown_workers"):  # else an exception that holds the loader leaves them waiting forever
             loader._shutdown_workers()
+
+
+def _copied_ahead(batches: Iterator[tuple[Tensor, list[str]]], device: torch.device) -> Iterator[tuple[Tensor, list[str]]]:
+    """``batches`` on a GPU, each copied there while the one before is worked on."""
+    aside, ready = torch.cuda.Stream(device), None
+    for images, complaints in batches:
+        with torch.cuda.stream(aside):
+            copied = images.to(device, non_blocking=True)
+            done = aside.record_event()
+        if ready is not None:
+            yield ready
+        torch.cuda.current_stream(device).wait_event(done)
+        copied.record_stream(torch.cuda.current_stream(device))  # its memory is not for the next before what follows here has read it
+        ready = copied, complaints
+    if ready is not None:
+        yield ready
 
 
 @dataclass(frozen=True)

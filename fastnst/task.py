@@ -130,7 +130,7 @@ def batches_from(step: int, task: Task) -> AbstractContextManager:
     """This rank's part of each batch from ``step`` on, as ``training_batches`` gives them."""
     loop, ranks = task.config.train, task.ranks
     stream = PhotoStream(task.photos.train, task.config.data, loop.seed, task.cache)
-    return training_batches(stream, step * loop.batch_size, loop.batch_size, max(0, loop.steps - step), task.device.type == "cuda", ranks.rank, ranks.size)
+    return training_batches(stream, step * loop.batch_size, loop.batch_size, max(0, loop.steps - step), task.device, ranks.rank, ranks.size)
 
 
 def learn(task: Task, content: Tensor, step: int = 0) -> tuple[list[str], Tensor]:
