@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from fastnst.fused_pixels import normalized, places_to_pixels
 from fastnst.runtime import is_out_of_memory
-from fastnst.wide import CHANNELS, PLACE
+from fastnst.wide import CHANNELS, NUMBERS, PLACE
 
 _NUMBERS = 2048  # that a program makes: 16 bytes by each thread
 _LAST = torch.channels_last
@@ -85,12 +85,13 @@ class _Kernels:
 
     @classmethod
     def of_first(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> "_Kernels":
-        """``(O, 3, 3, 3)`` -> ``(4 O, 16, 3, 3)``, of four pixels across at once, each of four channels, and back ``(48, O, 6, 6)``, which gives 4x4 pixels."""
+        """``(O, 3, 3, 3)`` -> ``(4 O, 16, 3, 3)``, of four pixels across at once, each of four channels, and back ``(64, O, 6, 6)``, which gives places of pictures."""
         along = [F.pad(weight, (PLACE - 1 + at, 3 * PLACE - 3 - (PLACE - 1 + at), 0, 0, 0, CHANNELS - 3)) for at in range(PLACE)]
         wide = torch.stack(along).unflatten(-1, (3, PLACE))  # (4, O, 4, 3, 3, 4)
         wide = wide.permute(0, 1, 5, 2, 3, 4).reshape(PLACE * weight.shape[0], PLACE * CHANNELS, 3, 3)
         back, moves = weight.flip(2, 3).transpose(0, 1), range(PLACE)
         back = torch.cat([F.pad(back, (right, PLACE - 1 - right, down, PLACE - 1 - down)) for down in moves for right in moves])
+        back = F.pad(back, (0, 0) * 3 + (0, NUMBERS - len(back)))
         return cls._laid_out(wide, bias.repeat(PLACE), back, dtype)
 
     @classmethod

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from fastnst.stages import EPSILON
 
 _NUMBERS = 4096  # that a program holds at once
-_PROGRAMS = 512  # some four for each multiprocessor of a large GPU
+_SUM_NUMBERS, _SUM_PROGRAMS, _SUM_STAGES, _SUM_WARPS = 4096, 396, 4, 8  # of moments
+_FOLD_NUMBERS, _FOLD_PROGRAMS, _FOLD_WARPS = 2048, 384, 8  # of the way back
 _CHANNELS = 16  # that a program adds up the parts of
-_LOADS = 4  # of 16 bytes, that a thread waits for at once; with more, fewer programs fit in a multiprocessor
 _LAST = torch.channels_last
 
 
@@ -70,9 +70,9 @@ class FusedNorm(torch.autograd.Function):
         gradient = gradient.contiguous(memory_format=_LAST)
         within = None if within is None else within.contiguous(memory_format=_LAST)
         folded = torch.empty_like(x)  # the gradient behind padding and ReLU
-        fewer = sizes | {"BLOCK": max(1, sizes["BLOCK"] // 2)}  # numbers at once, and fewer programs: it keeps several pixels for each
+        fewer = sizes | {"BLOCK": max(1, _FOLD_NUMBERS // sizes["WIDTH"]), "num_warps": _FOLD_WARPS}
         columns = triton.cdiv(width, fewer["BLOCK"])
-        parts = max(1, min(height * columns, _PROGRAMS * 3 // 4 // images))
+        parts = max(1, min(height * columns, _FOLD_PROGRAMS // images))
         sums = x.new_empty(images, parts, 2, channels, dtype=torch.float32)
         choices = {"PADDING": padding, "MODE": mode, "RELU": relu, "WITHIN": within is not None, "SHUFFLE": shuffle, "PLACES": places}
         _fold[(parts, images)](x, moments, weight, bias, gradient, x if within is None else within, folded, sums, height, width, columns, **choices, **fewer)
@@ -96,12 +96,10 @@ def _sizes(x: Tensor, shuffle: int) -> tuple[int, int, int, int, dict[str, Any]]
 def _moments(x: Tensor, shuffle: int) -> Tensor:
     """Mean and the deviation's inverse, ``(N, 2, C)`` float32, of channels-last ``x``; where its pixels lie does not matter."""
     images, channels, height, width, sizes = _sizes(x, shuffle)
-    sizes |= {"BLOCK": max(1, sizes["BLOCK"] // 2)}  # 16 bytes for each thread
-    at_once = min(_LOADS, triton.next_power_of_2(triton.cdiv(height * width * images, sizes["BLOCK"] * _PROGRAMS)))
-    block = at_once * sizes["BLOCK"]
-    parts = max(1, min(triton.cdiv(height * width, block), _PROGRAMS // images))
+    block = max(1, _SUM_NUMBERS // sizes["WIDTH"])
+    parts = max(1, min(triton.cdiv(height * width, block), _SUM_PROGRAMS // images))
     sums = x.new_empty(images, parts, 2, channels, dtype=torch.float32)
-    _sum_up[(parts, images)](x, sums, height * width, AT_ONCE=at_once, **sizes)
+    _sum_up[(parts, images)](x, sums, height * width, STAGES=_SUM_STAGES, **sizes | {"BLOCK": block, "num_warps": _SUM_WARPS})
     moments = x.new_empty(images, 2, channels, dtype=torch.float32)
     groups = {"CHANNELS": channels, "WIDTH": _CHANNELS, "BLOCK": block, "PARTS": triton.next_power_of_2(parts)}
     _solve[(images, triton.cdiv(channels, _CHANNELS))](sums, moments, height * width, parts, EPSILON=EPSILON, num_warps=4, **groups)
@@ -122,25 +120,25 @@ def _forward(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, relu: boo
 
 
 @triton.jit(do_not_specialize=["pixels"])
-def _sum_up(x, sums, pixels, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
+def _sum_up(x, sums, pixels, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """A part's mean of each channel, and the squares of the distances from it, in one pass: counted from the median of three pixels, so that no large number
-    is subtracted from another. Each round asks for ``AT_ONCE`` blocks."""
+    is subtracted from another. Blocks are asked for ``STAGES`` - 1 ahead, else a program waits for each."""
     part, parts, image = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     channel = tl.arange(0, WIDTH)[None, :]
     x += image.to(tl.int64) * pixels * CHANNELS
-    first, count = part * BLOCK * AT_ONCE, tl.minimum(pixels - part * BLOCK * AT_ONCE, BLOCK * AT_ONCE)
+    first, count = part * BLOCK, tl.minimum(pixels - part * BLOCK, BLOCK)
     one, two, three = _pixel(x, first, CHANNELS, channel), _pixel(x, first + count // 2, CHANNELS, channel), _pixel(x, first + count - 1, CHANNELS, channel)
     pivot = tl.maximum(tl.minimum(one, two), tl.minimum(tl.maximum(one, two), three))
     total = tl.zeros([BLOCK, WIDTH], tl.float32)
     squares = tl.zeros([BLOCK, WIDTH], tl.float32)
-    for start in range(part * BLOCK * AT_ONCE, pixels, parts * BLOCK * AT_ONCE):
-        pixel = start + tl.arange(0, AT_ONCE)[:, None, None] * BLOCK + tl.arange(0, BLOCK)[None, :, None]
-        value = tl.load(x + pixel.to(tl.int64) * CHANNELS + channel[None], mask=(pixel < pixels) & (channel < CHANNELS)[None], other=0).to(tl.float32)
-        value = tl.where(pixel < pixels, value - pivot[None], 0.0)
-        total += tl.sum(value, 0)  # of what each thread has
-        squares += tl.sum(value * value, 0)
+    for start in tl.range(part * BLOCK, pixels, parts * BLOCK, num_stages=STAGES):
+        pixel = (start + tl.arange(0, BLOCK))[:, None]
+        value = tl.load(x + pixel.to(tl.int64) * CHANNELS + channel, mask=(pixel < pixels) & (channel < CHANNELS), other=0).to(tl.float32)
+        value = tl.where(pixel < pixels, value - pivot, 0.0)
+        total += value
+        squares += value * value
     moved, squares = _sums(total, squares)
-    count = _count(part, parts, pixels, BLOCK * AT_ONCE)
+    count = _count(part, parts, pixels, BLOCK)
     channel = tl.arange(0, WIDTH)
     sums += (image * parts + part) * 2 * CHANNELS + channel
     tl.store(sums, tl.sum(pivot, 0) + moved / count, mask=channel < CHANNELS)
@@ -262,21 +260,21 @@ def _fold(
     for stretch in range(part, height * columns, parts):
         y, column = stretch // columns, stretch % columns * BLOCK + tl.arange(0, BLOCK)
         there = (column < width)[:, None] & real
-        total = tl.zeros([BLOCK, WIDTH], tl.float32)
-        vertical, horizontal = 1, 1  # how often padding may have seen these pixels
-        if PADDING > 0 and MODE != "constant":
+        pixel = image * height * width + lies_at(y, column, width, SHUFFLE)[:, None]
+        value = tl.load(x + pixel * CHANNELS + channel, mask=there, other=0).to(tl.float32) - mean
+        seen = image * (height + 2 * PADDING) * broad + lies_at(y + PADDING, column + PADDING, broad, PLACES)[:, None]
+        total = tl.load(gradient + seen * CHANNELS + channel, mask=there, other=0).to(tl.float32)
+        if WITHIN:
+            total += tl.load(within + ((image * height + y) * width + column[:, None]) * CHANNELS + channel, mask=there, other=0).to(tl.float32)
+        if PADDING > 0 and MODE != "constant":  # which may have seen these pixels up to eight times more
             vertical = tl.where((y <= PADDING) | (y >= height - 1 - PADDING), 3, 1)
             left = stretch % columns * BLOCK
             horizontal = tl.where((left <= PADDING) | (left + BLOCK > width - 1 - PADDING), 3, 1)
-        for turn in range(vertical * horizontal):
-            row, is_row = _mirror(y, height, turn // horizontal, PADDING, MODE)
-            across, is_column = _mirror(column, width, turn % horizontal, PADDING, MODE)
-            seen = image * (height + 2 * PADDING) * broad + lies_at(row, across, broad, PLACES)[:, None]
-            total += tl.load(gradient + seen * CHANNELS + channel, mask=there & (is_column & is_row)[:, None], other=0).to(tl.float32)
-        if WITHIN:
-            total += tl.load(within + ((image * height + y) * width + column[:, None]) * CHANNELS + channel, mask=there, other=0).to(tl.float32)
-        pixel = image * height * width + lies_at(y, column, width, SHUFFLE)[:, None]
-        value = tl.load(x + pixel * CHANNELS + channel, mask=there, other=0).to(tl.float32) - mean
+            for turn in range(1, vertical * horizontal):
+                row, is_row = _mirror(y, height, turn // horizontal, PADDING, MODE)
+                across, is_column = _mirror(column, width, turn % horizontal, PADDING, MODE)
+                seen = image * (height + 2 * PADDING) * broad + lies_at(row, across, broad, PLACES)[:, None]
+                total += tl.load(gradient + seen * CHANNELS + channel, mask=there & (is_column & is_row)[:, None], other=0).to(tl.float32)
         if RELU:
             total = tl.where(value * gain + shift > 0, total, 0.0)
         total = tl.where(there, total, 0.0)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastnst.fused_norm import lies_at
 from fastnst.stages import PIXEL_SHIFT
-from fastnst.wide import CHANNELS, PLACE
+from fastnst.wide import CHANNELS, NUMBERS, PLACE
 
 _PIXELS = 1024  # that a program makes
 _ROWS = 32  # of numbers, a place's or 64, that a program moves
@@ -35,7 +35,7 @@ def take(x: Tensor, pixels: str, dtype: torch.dtype, missing: tuple[int, int], s
 
 
 def finish(x: Tensor, bias: Tensor, output: str, height: int, width: int, pixels: str) -> Tensor:
-    """Places of 4x4 pixels, ``(N, 48, h, w)``, with ``bias`` ``(48,)`` float32, as pictures cropped to ``height`` and ``width``, of the kind that
+    """Places of pictures, ``(N, 64, h, w)``, with ``bias`` ``(48,)`` float32, as pictures cropped to ``height`` and ``width``, of the kind that
     ``pixels`` says."""
     x = x.contiguous(memory_format=torch.channels_last)
     images, _, rows, columns = x.shape
@@ -44,12 +44,12 @@ def finish(x: Tensor, bias: Tensor, output: str, height: int, width: int, pixels
     else:
         out = x.new_empty(images, 3, height, width, dtype=torch.float32).permute(0, 2, 3, 1)
     grid = (height, triton.cdiv(3 * width, _PIXELS), images)
-    _finish[grid](x, bias, out, *out.stride(), rows, columns, width, 3 * width, OUTPUT=output, FLOAT=pixels != "uint8", PLACE=PLACE, PIXELS=_PIXELS, num_warps=8)
+    _finish[grid](x, bias, out, *out.stride(), rows, columns, width, 3 * width, OUTPUT=output, FLOAT=pixels != "uint8", PLACE=PLACE, NUMBERS=NUMBERS, PIXELS=_PIXELS, num_warps=8)
     return out if pixels == "uint8" else out.permute(0, 3, 1, 2)
 
 
 class AsPixels(torch.autograd.Function):
-    """Places of 4x4 pixels, ``(N, 48, h, w)``, with ``bias`` ``(48,)`` -> ``(N, 3, 4 h, 4 w)`` float32."""
+    """Places of pictures, ``(N, 64, h, w)``, with ``bias`` ``(48,)`` -> ``(N, 3, 4 h, 4 w)`` float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class AsPixels(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor):
         out, sums = _from_pixels(gradient, gradient, gradient, ctx.dtype, PLACE, 3, scaled=False)
-        return out, sums.sum(0)
+        return out, sums.sum(0)[: PLACE**2 * 3]
 
 
 def places_to_pixels(x: Tensor, bias: Tensor, std: Tensor, scaled: bool) -> Tensor:
@@ -69,7 +69,7 @@ def places_to_pixels(x: Tensor, bias: Tensor, std: Tensor, scaled: bool) -> Tens
     images, _, rows, columns = x.shape
     out = x.new_empty(images, 3, rows * PLACE, columns * PLACE, dtype=torch.float32)
     lines = images * rows * columns
-    _to_pixels[(triton.cdiv(lines, _ROWS),)](x, bias, std, out, lines, rows * PLACE, columns * PLACE, SCALED=scaled, PLACE=PLACE, ROWS=_ROWS, num_warps=4)
+    _to_pixels[(triton.cdiv(lines, _ROWS),)](x, bias, std, out, lines, rows * PLACE, columns * PLACE, SCALED=scaled, PLACE=PLACE, NUMBERS=NUMBERS, ROWS=_ROWS, num_warps=4)
     return out
 
 
@@ -79,16 +79,15 @@ def normalized(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) ->
 
 
 def _from_pixels(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype, side: int, channels: int, scaled: bool) -> tuple[Tensor, Tensor]:
-    """Places of ``side x side`` pixels of ``channels``, channels-last, and sums of their numbers, ``(M, side side channels)`` float32, to be added up."""
-    images = images.contiguous()
+    """Places of ``side x side`` pixels of ``channels``, channels-last, filled up to 64 with zeros if they are larger than a pixel, and sums of their numbers,
+    ``(M, 64)`` float32, to be added up."""
     count, _, height, width = images.shape
-    out = images.new_empty(count, height // side, width // side, side**2 * channels, dtype=dtype)
-    numbers = 64 if side == 1 else side**2 * channels
-    lines = triton.cdiv(out.numel(), numbers)
+    out = images.new_empty(count, height // side, width // side, channels if side == 1 else NUMBERS, dtype=dtype)
+    lines = triton.cdiv(out.numel(), NUMBERS)
     programs = triton.cdiv(lines, _ROWS)
-    sums = images.new_empty(programs, numbers, dtype=torch.float32)
-    choices = {"SCALED": scaled, "SIDE": side, "CHANNELS": channels, "NUMBERS": numbers, "ROWS": _ROWS, "num_warps": 4}
-    _to_places[(programs,)](images, mean, std, out, sums, out.numel(), height, width, **choices)
+    sums = images.new_empty(programs, NUMBERS, dtype=torch.float32)
+    choices = {"SCALED": scaled, "SIDE": side, "CHANNELS": channels, "NUMBERS": NUMBERS, "ROWS": _ROWS, "num_warps": 4}
+    _to_places[(programs,)](images, mean, std, out, sums, *images.stride(), out.numel(), height, width, **choices)
     return out.permute(0, 3, 1, 2), sums
 
 
@@ -127,7 +126,7 @@ def _take(
 @triton.jit(do_not_specialize=["rows", "columns", "width"])  # for `numbers` see `_to_places`
 def _finish(
     x, bias, out, image_stride, row_stride, column_stride, channel_stride, rows, columns, width, numbers,
-    OUTPUT: tl.constexpr, FLOAT: tl.constexpr, PLACE: tl.constexpr, PIXELS: tl.constexpr,
+    OUTPUT: tl.constexpr, FLOAT: tl.constexpr, PLACE: tl.constexpr, NUMBERS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """Numbers of a row, in the order in which the result has them."""
     y, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -135,7 +134,7 @@ def _finish(
     there = number < numbers
     column, channel = (number % width, number // width) if FLOAT else (number // 3, number % 3)
     place, within = (image * rows + y // PLACE) * columns + column // PLACE, (y % PLACE * PLACE + column % PLACE) * 3 + channel
-    value = tl.load(x + place * PLACE * PLACE * 3 + within, mask=there, other=0).to(tl.float32) + tl.load(bias + within, mask=there, other=0)
+    value = tl.load(x + place * NUMBERS + within, mask=there, other=0).to(tl.float32) + tl.load(bias + within, mask=there, other=0)
     if OUTPUT == "tanh":
         value = 127.5 + 150 * (2 * tl.sigmoid(2 * value) - 1)
     elif OUTPUT == "sigmoid":
@@ -157,35 +156,38 @@ def _pixel_at(place, height, width, SIDE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["lines", "height", "width"])
-def _to_pixels(x, bias, std, out, lines, height, width, SCALED: tl.constexpr, PLACE: tl.constexpr, ROWS: tl.constexpr):
-    row, lane = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, 64)[None, :]
+def _to_pixels(x, bias, std, out, lines, height, width, SCALED: tl.constexpr, PLACE: tl.constexpr, NUMBERS: tl.constexpr, ROWS: tl.constexpr):
+    row, lane = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, NUMBERS)[None, :]
     numbers: tl.constexpr = PLACE * PLACE * 3
-    there = (row < lines) & (lane < numbers)
-    at, channel = row * numbers + lane, lane % 3
-    value = tl.load(x + at.to(tl.int64), mask=there, other=0).to(tl.float32)
+    there, channel = (row < lines) & (lane < numbers), lane % 3
+    value = tl.load(x + row.to(tl.int64) * NUMBERS + lane, mask=there, other=0).to(tl.float32)
     if SCALED:
         value = value / tl.load(std + channel)
     else:
         value += tl.load(bias + lane, mask=lane < numbers, other=0).to(tl.float32)
-    image, y, across = _pixel_at(at // 3, height, width, PLACE)
+    image, y, across = _pixel_at(row * PLACE * PLACE + lane // 3, height, width, PLACE)
     tl.store(out + ((image * 3 + channel).to(tl.int64) * height + y) * width + across, value, mask=there)
 
 
 @triton.jit(do_not_specialize=["height", "width"])  # a count that is a multiple of 16 lets masked numbers be stored 16 bytes at once
 def _to_places(
-    images, mean, std, out, sums, count, height, width,
+    images, mean, std, out, sums, image_stride, channel_stride, row_stride, column_stride, count, height, width,
     SCALED: tl.constexpr, SIDE: tl.constexpr, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row, lane = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, 64)[None, :]
-    at = row * NUMBERS + lane
-    there, channel = (at < count) & (lane < NUMBERS), at % CHANNELS
-    image, y, across = _pixel_at(at // CHANNELS, height, width, SIDE)
+    row, lane = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, NUMBERS)[None, :]
+    there = row * NUMBERS + lane < count
+    if SIDE == 1:
+        pixel, channel = row * (NUMBERS // CHANNELS) + lane // CHANNELS, lane % CHANNELS
+    else:
+        pixel, channel = row * SIDE * SIDE + lane // 3, tl.where(lane < SIDE * SIDE * 3, lane % 3, 3)
+    image, y, across = _pixel_at(pixel, height, width, SIDE)
     color = there & (channel < 3)
-    value = tl.load(images + ((image * 3 + channel).to(tl.int64) * height + y) * width + across, mask=color, other=0)
+    place = images + image.to(tl.int64) * image_stride + channel * channel_stride + y * row_stride + across * column_stride
+    value = tl.load(place, mask=color, other=0)
     if SCALED:
-        value = (value - tl.load(mean + channel, mask=color, other=0)) / tl.load(std + channel, mask=color, other=1)
+        value = (value - tl.load(mean + channel, mask=channel < 3, other=0)) / tl.load(std + channel, mask=channel < 3, other=1)
     value = tl.where(color, value, 0.0)
-    tl.store(out + at.to(tl.int64), value.to(out.dtype.element_ty), mask=there)
+    tl.store(out + row.to(tl.int64) * NUMBERS + lane, value.to(out.dtype.element_ty), mask=there)
     if not SCALED:
-        lane = tl.arange(0, 64)
-        tl.store(sums + tl.program_id(0) * NUMBERS + lane, tl.sum(value, 0), mask=lane < NUMBERS)
+        lane = tl.arange(0, NUMBERS)
+        tl.store(sums + tl.program_id(0) * NUMBERS + lane, tl.sum(value, 0))

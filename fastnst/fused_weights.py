@@ -2,7 +2,6 @@
 each of which takes longer to start than to run."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,30 +10,38 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_NUMBERS = 1024  # that a program makes
+_ROWS, _TURNS = 256, 4  # a program adds up so many numbers, of so many each at a time; or it copies as many as both
 _LAST = torch.channels_last
 
 Layout = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
 class _Sums:
-    """A sparse matrix by rows: number ``i`` is the sum of ``coefficient[j] x`` the number at ``source[j]``, j from ``start[i]`` to ``start[i + 1]``."""
+    """A sparse matrix by rows: number ``i`` is the sum of ``coefficient[j] x`` the number at ``source[j]``, j from ``start[i]`` to ``start[i + 1]``.
 
-    start: Tensor
-    source: Tensor
-    coefficient: Tensor
+    ``lengths``: stretches of rows. Where one of them is a plain copy of numbers in their order, nothing is looked up for it.
+    """
 
-    @classmethod
-    def of(cls, rows: int, row: Tensor, source: Tensor, coefficient: Tensor) -> "_Sums":
-        order = torch.argsort(row, stable=True)
-        start = torch.zeros(rows + 1, dtype=torch.int32, device=row.device)
-        start[1:] = torch.bincount(row, minlength=rows).cumsum(0)
-        return cls(start, source[order].contiguous(), coefficient[order].float().contiguous())
+    def __init__(self, lengths: Sequence[int], row: Tensor, source: Tensor, coefficient: Tensor) -> None:
+        rows, order = sum(lengths), torch.argsort(row, stable=True)
+        row, self._source, coefficient = row[order], source[order].contiguous(), coefficient[order]
+        self._coefficient = coefficient.float().contiguous()
+        self._start = torch.zeros(rows + 1, dtype=torch.int32, device=row.device)
+        self._start[1:] = torch.bincount(row, minlength=rows).cumsum(0)
+        programs, begin = [], 0
+        for length in lengths:
+            first, end = (int(self._start[at]) for at in (begin, begin + length))
+            copied = end - first == length and bool((coefficient[first:end] == 1).all())
+            copied = copied and bool((self._source[first:end] - self._source[first] == row[first:end] - begin).all())
+            step = _ROWS * _TURNS if copied else _ROWS
+            from_where = int(self._source[first]) if copied else 0
+            programs += [(begin + at, min(step, length - at), copied, from_where + at) for at in range(0, length, step)]
+            begin += length
+        self._programs = torch.tensor(programs, dtype=torch.int64, device=row.device)
 
     def __call__(self, numbers: Tensor, out: Tensor) -> Tensor:
-        count = out.numel()
-        _add_up[(triton.cdiv(count, _NUMBERS),)](numbers, self.start, self.source, self.coefficient, out, count, NUMBERS=_NUMBERS, num_warps=4)
+        tables = self._programs, self._start, self._source, self._coefficient
+        _add_up[(len(self._programs),)](numbers, *tables, out, ROWS=_ROWS, TURNS=_TURNS, num_warps=4)
         return out
 
 
@@ -59,8 +66,8 @@ class WeightLayouts:
                 numbers.append(value)
             made, before = made + shape.numel(), before + kernel.numel()
         row, source, coefficient = torch.cat(rows), torch.cat(sources), torch.cat(coefficients)
-        self._forward = _Sums.of(self._count, row, torch.cat(addresses), coefficient)
-        self._back = _Sums.of(self._in_all, source, row.int(), coefficient)
+        self._forward = _Sums([shape.numel() for shape in self.shapes], row, torch.cat(addresses), coefficient)
+        self._back = _Sums([each.numel() for each in self.parameters], source, row, coefficient)
 
     def lay_out(self) -> list[Tensor]:
         out = self._forward(self.parameters[0], torch.empty(self._count, dtype=self.dtype, device=self.parameters[0].device))
@@ -120,14 +127,21 @@ def _sources(kernel: Tensor, layout: Layout) -> tuple[torch.Size, Tensor, Tensor
     return shape, torch.cat(rows), torch.cat(sources), torch.cat(coefficients)
 
 
-@triton.jit(do_not_specialize=["count"])
-def _add_up(numbers, start, source, coefficient, out, count, NUMBERS: tl.constexpr):
-    at = tl.program_id(0) * NUMBERS + tl.arange(0, NUMBERS)
-    there = at < count
-    first, end = tl.load(start + at, mask=there, other=0), tl.load(start + at + 1, mask=there, other=0)
-    total = tl.zeros([NUMBERS], tl.float32)
-    for turn in range(tl.max(end - first, 0)):
-        here = first + turn < end
-        value = tl.load(numbers + tl.load(source + first + turn, mask=here, other=0), mask=here, other=0).to(tl.float32)
-        total += value * tl.load(coefficient + first + turn, mask=here, other=0)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
+@triton.jit
+def _add_up(numbers, programs, start, source, coefficient, out, ROWS: tl.constexpr, TURNS: tl.constexpr):
+    program = programs + tl.program_id(0) * 4
+    begin, count, copied, place = tl.load(program), tl.load(program + 1), tl.load(program + 2), tl.load(program + 3)
+    if copied:
+        at = tl.arange(0, ROWS * TURNS)
+        value = tl.load(numbers + place + at, mask=at < count, other=0)
+        tl.store(out + begin + at, value.to(out.dtype.element_ty), mask=at < count)
+    else:
+        row, turn = tl.arange(0, ROWS), tl.arange(0, TURNS)[None, :]
+        first, end = tl.load(start + begin + row, mask=row < count, other=0), tl.load(start + begin + row + 1, mask=row < count, other=0)
+        total = tl.zeros([ROWS], tl.float32)
+        for behind in range(0, tl.max(end - first, 0), TURNS):
+            at = first[:, None] + behind + turn
+            here = at < end[:, None]
+            value = tl.load(numbers + tl.load(source + at, mask=here, other=0), mask=here, other=0).to(tl.float32)
+            total += tl.sum(value * tl.load(coefficient + at, mask=here, other=0), 1)
+        tl.store(out + begin + row, total.to(out.dtype.element_ty), mask=row < count)

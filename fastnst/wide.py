@@ -16,6 +16,7 @@ from fastnst.stages import UPSAMPLINGS
 
 PLACE = 4  # pixels of a side of a place of full resolution
 CHANNELS = 4  # of a photo: red, green, blue and one that is 0
+NUMBERS = 64  # of a place of a picture: 4x4 pixels of three, and 16 that are 0
 
 
 def first_weight(weight: Tensor, stride: int) -> Tensor:
@@ -24,10 +25,12 @@ def first_weight(weight: Tensor, stride: int) -> Tensor:
 
 
 def last_weight(weight: Tensor, shuffle: int = 1) -> Tensor:
-    """``(O s s, I, k, k)``, k = 9 or 5, whose output pixel shuffle by ``shuffle`` s = 1 or 2 follows -> ``(4 4 O, n n I, 3, 3)``, n = 4 / s: from places of n x n."""
+    """``(3 s s, I, k, k)``, k = 9 or 5, whose output pixel shuffle by ``shuffle`` s = 1 or 2 follows -> ``(64, n n I, 3, 3)``, n = 4 / s: from places of n x n to
+    such of pictures."""
     count = PLACE // shuffle
     wide = _of_places(weight, count, 1).unflatten(0, (count, count)).unflatten(2, (-1, shuffle, shuffle))  # (n, n, O, s, s, n n I, 3, 3)
-    return wide.permute(0, 3, 1, 4, 2, 5, 6, 7).flatten(0, 4)
+    wide = wide.permute(0, 3, 1, 4, 2, 5, 6, 7).flatten(0, 4)
+    return F.pad(wide, (0, 0) * 3 + (0, NUMBERS - len(wide)))
 
 
 def _of_places(weight: Tensor, side: int, stride: int) -> Tensor:
@@ -40,7 +43,7 @@ def _of_places(weight: Tensor, side: int, stride: int) -> Tensor:
 
 
 def last_bias(bias: Tensor, shuffle: int = 1) -> Tensor:
-    """``(O s s,)`` -> ``(4 4 O,)``, of what ``last_weight`` gives."""
+    """``(3 s s,)`` -> ``(48,)``, of what ``last_weight`` gives."""
     count = PLACE // shuffle
     return bias.view(1, 1, -1, shuffle, shuffle).expand(count, count, -1, -1, -1).permute(0, 3, 1, 4, 2).flatten()
 

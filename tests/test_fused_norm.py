@@ -154,7 +154,7 @@ sizes, halves = {"CHANNELS": 48, "WIDTH": 64, "BLOCK": 64}, dict.fromkeys(("x", 
 single = {"gradient": "*fp32"}
 choices = sizes | {"PADDING": 1, "MODE": "reflect", "RELU": True, "SHUFFLE": 2, "PLACES": 4}
 for kernel, constants, other in (
-    (fused_norm._sum_up, sizes | {"AT_ONCE": 4}, {}),
+    (fused_norm._sum_up, sizes | {"STAGES": 4}, {}),
     (fused_norm._solve, sizes | {"EPSILON": 1e-5, "PARTS": 64}, {}),
     (fused_norm._apply, choices | {"SKIP": True}, {}),
     (fused_norm._fold, choices | {"WITHIN": True}, {}),
@@ -169,11 +169,11 @@ for kernel, constants, other in (
     (fused_distances._grams, {"PARTS": 16, "NUMBERS": 128}, single | dict.fromkeys(("parts", "target", "difference"), "*fp32") | {"inverse": "fp32"}),
     (fused_distances._scale, {"NUMBERS": 1024}, single | {"x": "*fp32"}),
     (fused_pixels._take, {"FLOAT": False, "MODE": "reflect", "PLACE": 4, "CHANNELS": 4, "PIXELS": 256, "SHIFT": 128.0}, {"x": "*u8", "value": "fp32"}),
-    (fused_pixels._to_pixels, {"SCALED": True, "PLACE": 4, "ROWS": 32}, {"std": "*fp32", "out": "*fp32"}),
-    (fused_pixels._to_places, {"SCALED": False, "SIDE": 4, "CHANNELS": 3, "NUMBERS": 48, "ROWS": 32}, dict.fromkeys(("images", "mean", "std"), "*fp32")),
-    (fused_weights._add_up, {"NUMBERS": 1024}, {"numbers": "*fp32", "start": "*i32", "source": "*i64", "coefficient": "*fp32"}),
+    (fused_pixels._to_pixels, {"SCALED": True, "PLACE": 4, "NUMBERS": 64, "ROWS": 32}, {"std": "*fp32", "out": "*fp32"}),
+    (fused_pixels._to_places, {"SCALED": False, "SIDE": 4, "CHANNELS": 3, "NUMBERS": 64, "ROWS": 32}, dict.fromkeys(("images", "mean", "std"), "*fp32")),
+    (fused_weights._add_up, {"ROWS": 256, "TURNS": 4}, {"numbers": "*fp32", "programs": "*i64", "start": "*i32", "source": "*i64", "coefficient": "*fp32"}),
     (fused_adam._step, {"NUMBERS": 2048}, {"table": "*i64"} | dict.fromkeys(fused_adam._FLOATS, "fp32")),
-    (fused_pixels._finish, {"OUTPUT": "tanh", "FLOAT": False, "PLACE": 4, "PIXELS": 256}, {"bias": "*fp32", "out": "*u8"}),
+    (fused_pixels._finish, {"OUTPUT": "tanh", "FLOAT": False, "PLACE": 4, "NUMBERS": 64, "PIXELS": 256}, {"bias": "*fp32", "out": "*u8"}),
 ):
     kinds = halves | dict.fromkeys(("sums", "moments", "totals", "weight", "bias", "whole"), "*fp32") | {"factor": "fp32"} | other
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
