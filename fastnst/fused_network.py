@@ -178,8 +178,9 @@ class _ConvAside(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor):
         x, weight = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        ctx.owner.aside.put(ctx.owner.weight, x, gradient, ctx.stride)
         back = None if ctx.first else _backward(gradient, x, weight, ctx.stride, (True, False, False))[0]
+        # After that, which fills a GPU: what comes then, until the next convolution, waits for memory.
+        ctx.owner.aside.put(ctx.owner.weight, x, gradient, ctx.stride)
         return back, None, None, None, None
 
 

@@ -28,11 +28,12 @@ class Recording:
     def __init__(self, compute: Callable[..., Any], *inputs: Tensor, beside: "Recording | None" = None, tried_out: bool = False) -> None:
         device = self._device = inputs[0].device
         cudnn, self._graph = torch.backends.cudnn, torch.cuda.CUDAGraph()
-        self._aside = torch.cuda.Stream(device) if beside is None else beside._aside  # memory is shared within a stream alone
+        # Memory is shared within a stream alone. What `compute` does beside, on other streams, makes way for what it does on this one.
+        self._aside = torch.cuda.Stream(device, priority=-1) if beside is None else beside._aside
         with _one_at_a_time, torch.cuda.device(device):
-            chooses, current, tf32 = cudnn.benchmark, torch.cuda.current_stream(), cudnn.allow_tf32
+            chooses, limit, current, tf32 = cudnn.benchmark, cudnn.benchmark_limit, torch.cuda.current_stream(), cudnn.allow_tf32
             try:
-                cudnn.benchmark, cudnn.allow_tf32 = True, tf32 and not tried_out
+                cudnn.benchmark, cudnn.benchmark_limit, cudnn.allow_tf32 = True, 0, tf32 and not tried_out  # 0: of all kernels that there are
                 self._inputs = [given.clone() for given in inputs]
                 self._aside.wait_stream(current)
                 with torch.cuda.stream(self._aside):  # libraries choose their kernels and take their memory now: it may not happen while recording
@@ -43,7 +44,7 @@ class Recording:
                 with torch.cuda.graph(self._graph, pool=pool, stream=self._aside, capture_error_mode="thread_local"):
                     self._outputs = compute(*self._inputs)
             finally:
-                cudnn.benchmark, cudnn.allow_tf32 = chooses, tf32
+                cudnn.benchmark, cudnn.benchmark_limit, cudnn.allow_tf32 = chooses, limit, tf32
                 torch.cuda.set_stream(current)  # which torch before 2.13 leaves where recording failed
 
     def __call__(self, *inputs: Tensor) -> Any:
