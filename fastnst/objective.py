@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastnst.losses import LossTerms, PerceptualLoss
 from fastnst.native_library import native_library
-from fastnst.runtime import autocast
+from fastnst.runtime import autocast, memory_format
 
 Compile = Literal["auto", "off", "on"]
 
@@ -60,7 +60,7 @@ class Objective:
         return self._compute(photos, cut)
 
     def _measure(self, photos: Tensor, cut: Cut | None) -> tuple[LossTerms, Tensor]:
-        content = photos / 255
+        content = (photos / 255).contiguous(memory_format=memory_format(self.device))
         with autocast(self.device, self.precision):
             with self.beside():  # neither fills a GPU by itself
                 targets = self.loss.content_targets(content)

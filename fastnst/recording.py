@@ -31,9 +31,9 @@ class Recording:
         # Memory is shared within a stream alone. What `compute` does beside, on other streams, makes way for what it does on this one.
         self._aside = torch.cuda.Stream(device, priority=-1) if beside is None else beside._aside
         with _one_at_a_time, torch.cuda.device(device):
-            chooses, limit, current, tf32 = cudnn.benchmark, cudnn.benchmark_limit, torch.cuda.current_stream(), cudnn.allow_tf32
+            chooses, current, tf32 = cudnn.benchmark, torch.cuda.current_stream(), cudnn.allow_tf32
             try:
-                cudnn.benchmark, cudnn.benchmark_limit, cudnn.allow_tf32 = True, 0, tf32 and not tried_out  # 0: of all kernels that there are
+                cudnn.benchmark, cudnn.allow_tf32 = True, tf32 and not tried_out
                 self._inputs = [given.clone() for given in inputs]
                 self._aside.wait_stream(current)
                 with torch.cuda.stream(self._aside):  # libraries choose their kernels and take their memory now: it may not happen while recording
@@ -44,7 +44,7 @@ class Recording:
                 with torch.cuda.graph(self._graph, pool=pool, stream=self._aside, capture_error_mode="thread_local"):
                     self._outputs = compute(*self._inputs)
             finally:
-                cudnn.benchmark, cudnn.benchmark_limit, cudnn.allow_tf32 = chooses, limit, tf32
+                cudnn.benchmark, cudnn.allow_tf32 = chooses, tf32
                 torch.cuda.set_stream(current)  # which torch before 2.13 leaves where recording failed
 
     def __call__(self, *inputs: Tensor) -> Any:
