@@ -8,6 +8,7 @@ from test_gradient import cut, objective, photos
 from fastnst.benchmark_inference import psnr
 from fastnst.checkpoint import save_model
 from fastnst.config import validate_config
+from fastnst.data import DataConfig, PhotoStream, list_photos, training_batches
 from fastnst.engine import load_engine, load_network
 from fastnst.gradient import Gradient
 from fastnst.model import NetworkConfig
@@ -84,6 +85,16 @@ def test_two_recordings_share_their_memory():
         torch.cuda.empty_cache()
         reserved.append(torch.cuda.memory_reserved())
     assert reserved[1] < 1.3 * reserved[0]
+
+
+def test_photos_are_copied_to_the_gpu_ahead_and_whole(photos):
+    config = DataConfig(content=photos, crop_size=32, workers=0)
+    source = PhotoStream(list_photos(config).train, config, seed=7)
+    with training_batches(source, 0, 3, 12) as batches:
+        wanted = [images for images, _ in batches]
+    with training_batches(source, 0, 3, 12, torch.device("cuda")) as batches:
+        found = [images * 1 for images, _ in batches]
+    assert len(found) == 12 and all(one.is_cuda and torch.equal(one.cpu(), other) for one, other in zip(found, wanted))
 
 
 @pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "learning_rate": {"initial": 4e-3}}, {"precision": "bfloat16"}, {"compile": "on"}], ids=str)

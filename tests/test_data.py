@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -345,6 +346,32 @@ def test_workers_read_the_cache_and_need_no_photos(photos):
     for photo in source.photos:
         photo.unlink()
     assert torch.equal(crops(cached, 0, 4, 4), wanted)
+
+
+def reading() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "reading photos"]
+
+
+def test_kept_squares_are_read_ahead_by_a_thread_and_are_the_same(photos):
+    settings = {"crop": "center", "crop_size": 24}
+    wanted = crops(stream(photos, **settings), 3, 4, 9)
+    cached = kept(stream(photos, workers=None, **settings))
+    with training_batches(cached, 3, 4, 9) as batches:
+        found = [next(batches)[0]]
+        assert len(reading()) == 1
+        found += [images for images, _ in batches]
+    assert torch.equal(torch.cat(found), wanted) and not reading()
+
+
+def test_what_the_thread_meets_is_raised_and_it_ends_with_the_batches(photos, monkeypatch):
+    cached = kept(stream(photos, workers=None, crop="center"))
+    with training_batches(cached, 0, 2, 100) as batches:
+        next(batches)
+    assert not reading()  # it was not done
+    monkeypatch.setattr(PhotoStream, "__getitem__", lambda *given: (None, ["gone.jpg: no such file"]))
+    with pytest.raises(OSError, match="gone.jpg"), training_batches(cached, 0, 2, 3) as batches:
+        next(batches)
+    assert not reading()
 
 
 def test_deleting_the_cache_changes_no_crop(photos):
