@@ -321,7 +321,7 @@ def load_validation(photos: list[Path], config: DataConfig) -> tuple[Tensor, lis
             unreadable.append(str(error))
     if not crops:
         raise OSError(f"none of the {len(photos)} validation photos can be read; the first: {unreadable[0]}")
-    return torch.stack(crops), unreadable
+    return torch.stack(crops).contiguous(), unreadable
 
 
 def _collate(items: list[tuple[Tensor | None, list[str]]]) -> tuple[Tensor | None, list[str]]:

@@ -189,7 +189,7 @@ def distill(
             if stopping:
                 return run_dir / SLIM_NAME
 
-            photo = next(batches)[0].to(device).float().div_(255)
+            photo = next(batches)[0].to(device).contiguous().float().div_(255)
             # A step works on every other layer: half the cost of the loss, and Adam averages over two.
             now = layers[step % 2 :: 2]
             terms = {}
