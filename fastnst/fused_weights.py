@@ -107,24 +107,29 @@ def _in_memory(flat: Tensor, shape: torch.Size) -> Tensor:
 
 def _sources(kernel: Tensor, layout: Layout) -> tuple[torch.Size, Tensor, Tensor, Tensor]:
     """The shape of ``layout``'s result; the places in memory, as channels-last, of its numbers that are not 0, those in the memory of ``kernel`` of what they
-    are sums of, and by how much it counts. A layout adds up taps of one kernel; they are told apart by trying each alone."""
+    are sums of, and by how much it counts. A layout adds up taps of one kernel at most; these are told apart by trying each alone."""
     places = torch.empty_like(kernel, dtype=torch.float64)
-    in_order = torch.arange(1, kernel.numel() + 1, dtype=torch.float64, device=kernel.device)
-    places.copy_(torch.as_strided(in_order, kernel.shape, kernel.stride()))
+    places.copy_(torch.as_strided(torch.arange(1, kernel.numel() + 1, dtype=torch.float64, device=kernel.device), kernel.shape, kernel.stride()))
+    taps = torch.ones_like(places)[None]
+    if _adds_up(places, layout):
+        taps = torch.eye(places[0, 0].numel(), dtype=places.dtype, device=places.device).view(-1, 1, 1, *places.shape[2:]).expand(-1, *places.shape)
     rows, sources, coefficients = [], [], []
-    for y in range(kernel.shape[2]):
-        for x in range(kernel.shape[3]):
-            tap = torch.zeros_like(places)
-            tap[:, :, y, x] = 1
-            counts = layout(tap)
-            shape = counts.shape
-            counts, where = (each.permute(0, 2, 3, 1).reshape(-1) for each in (counts, layout(tap * places)))
-            there = counts.abs() > 1e-12
-            row = there.nonzero()[:, 0]
-            rows.append(row)
-            sources.append((where[row] / counts[row]).round().long() - 1)
-            coefficients.append(counts[row])
+    for tap in taps:
+        counts = layout(tap)
+        shape = counts.shape
+        counts, where = (each.permute(0, 2, 3, 1).reshape(-1) for each in (counts, layout(tap * places)))
+        row = (counts.abs() > 1e-12).nonzero()[:, 0]
+        rows.append(row)
+        sources.append((where[row] / counts[row]).round().long() - 1)
+        coefficients.append(counts[row])
     return shape, torch.cat(rows), torch.cat(sources), torch.cat(coefficients)
+
+
+def _adds_up(places: Tensor, layout: Layout) -> bool:
+    """Whether a number of what ``layout`` gives is of more than one: then the mean of squares is not the square of the mean."""
+    unlike = (places * 0.6180339887) % 1 + 1
+    counts, mean, square = layout(torch.ones_like(places)), layout(unlike), layout(unlike.square())
+    return not torch.allclose(mean.square(), counts * square, rtol=1e-9, atol=0)
 
 
 @triton.jit

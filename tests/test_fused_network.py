@@ -4,9 +4,17 @@ import pytest
 import torch
 from test_fused_norm import DEVICE
 
+from fastnst import fused_weights
 from fastnst.fused_network import Aside, can_fuse, fused_layers, weights_aside
 from fastnst.model import NetworkConfig
 from fastnst.network import TransformNetwork
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """Triton's interpreter takes as long for a small program as for a large one."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(fused_weights, "_ROWS", 8192)
 
 
 def made(**options) -> TransformNetwork:
