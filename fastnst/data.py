@@ -7,15 +7,13 @@ loads it and whenever, so resuming is starting at a position and needs no saved 
 import json
 import math
 import os
-import queue
 import random
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastnst.config import Config
 from fastnst.photo_cache import PhotoCache, build_cache, cache_path, default_root, read_cache
 from fastnst.picture import READABLE, count_kinds, find_images, open_rgb
-from fastnst.runtime import leave_signals_to_parent
+from fastnst.runtime import leave_signals_to_parent, read_ahead
 
 _WORTH_SHRINKING = 0.75  # scaling by less spares few bytes, and costs time and sharpness
 
@@ -50,7 +48,7 @@ class DataConfig(Config):
     min_scale: float = Field(0.5, gt=0, le=1)
     flip: bool = True
     shuffle: bool = True
-    workers: int | None = Field(None, ge=0, le=1024, description="decoding processes; none: one fewer than the cores, 1 to 8")
+    workers: int | None = Field(None, ge=0, le=1024, description="decoding processes; none: one fewer than the cores, 1 to 8, but a thread where all crops are kept whole (cache, crop other than random)")
     cache: Literal["auto", "off"] | Path = "auto"
     cache_gb: float | None = Field(None, gt=0, description="what all caches of a folder may take together; none: a quarter of what is free")
 
@@ -203,7 +201,7 @@ class PhotoStream(Dataset):
 def training_batches(
     stream: PhotoStream, start: int, batch_size: int, steps: int, device: torch.device = torch.device("cpu"), rank: int = 0, ranks: int = 1
 ) -> Iterator[Iterator[tuple[Tensor, list[str]]]]:
-    """``steps`` batches ``(uint8 (N, 3, S, S), complaints)`` from position ``start`` on, loaded ahead by workers; on ``device``, where it is a GPU's.
+    """``steps`` batches ``(uint8 (N, 3, S, S), complaints)`` from position ``start`` on, loaded ahead by workers, processes or a thread; on ``device``, where it is a GPU's.
 
     Of ``ranks`` processes each gets its part of every batch, of equal size or one photo more.
     Leaving the context ends the workers, whatever happened inside. Raises ``OSError`` where no photo can be read.
@@ -228,7 +226,7 @@ def training_batches(
                 raise OSError(f"none of the {len(stream.photos)} photos can be read; the first: {complaints[0]}")
             yield images, complaints
 
-    made = _read_ahead(batches()) if by_thread else batches()
+    made = read_ahead(batches(), "reading photos", ahead=4) if by_thread else batches()
     try:
         yield _copied_ahead(made, device) if device.type == "cuda" else made
     finally:
@@ -237,52 +235,26 @@ def training_batches(
             loader._shutdown_workers()
 
 
-def _read_ahead(batches: Iterator[tuple[Tensor, list[str]]]) -> Iterator[tuple[Tensor, list[str]]]:
-    """``batches``, by a thread of its own, some of them ahead."""
-    ready: queue.Queue = queue.Queue(maxsize=4)
-    ended = threading.Event()
-
-    def put(found: Any) -> None:
-        while not ended.is_set():
-            with suppress(queue.Full):
-                return ready.put(found, timeout=0.1)
-
-    def read() -> None:
-        try:
-            for batch in batches:
-                put(batch)
-                if ended.is_set():
-                    return
-            put(None)
-        except Exception as error:
-            put(error)
-
-    thread = threading.Thread(target=read, name="reading photos", daemon=True)
-    thread.start()
-    try:
-        while (found := ready.get()) is not None:
-            if isinstance(found, Exception):
-                raise found
-            yield found
-    finally:
-        ended.set()
-        thread.join()
-
-
 def _copied_ahead(batches: Iterator[tuple[Tensor, list[str]]], device: torch.device) -> Iterator[tuple[Tensor, list[str]]]:
     """``batches`` on a GPU, each copied there while the one before is worked on."""
-    aside, ready = torch.cuda.Stream(device), None
-    for images, complaints in batches:
-        with torch.cuda.stream(aside):
-            copied = images.to(device, non_blocking=True)
-            done = aside.record_event()
+    aside, ready, failed = torch.cuda.Stream(device), None, None
+    while failed is None:
+        try:
+            images, complaints = next(batches)
+        except (StopIteration, OSError) as error:  # which comes after the batch before
+            failed = error
+        else:
+            with torch.cuda.stream(aside):
+                copied = images.to(device, non_blocking=True)
+                done = aside.record_event()
         if ready is not None:
             yield ready
-        torch.cuda.current_stream(device).wait_event(done)
-        copied.record_stream(torch.cuda.current_stream(device))  # its memory is not for the next before what follows here has read it
-        ready = copied, complaints
-    if ready is not None:
-        yield ready
+        if failed is None:
+            torch.cuda.current_stream(device).wait_event(done)
+            copied.record_stream(torch.cuda.current_stream(device))  # its memory is not for the next before what follows here has read it
+            ready = copied, complaints
+    if isinstance(failed, OSError):
+        raise failed
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastnst.fused import on_device
 
+_TABLES = 4  # that are kept: two recorded passes have gradients of their own each
 _NUMBERS = 2048  # that a program steps: a network takes some 900, all of which a large GPU runs at once
 
 
@@ -47,23 +48,26 @@ class FusedAdam(torch.optim.Adam):
             if parameter.grad is not None and not _same_order(parameter.grad, parameter):
                 parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
         gradients = [parameter.grad for parameter in parameters]
-        places = len(self.state), [(parameter.data_ptr(), gradient is not None and gradient.data_ptr()) for parameter, gradient in zip(parameters, gradients)]
-        if places != self._places:
-            self._places, self._table = places, self._tabulate(parameters, gradients)
-        if self._table is None:
+        places = len(self.state), *((parameter.data_ptr(), gradient is not None and gradient.data_ptr()) for parameter, gradient in zip(parameters, gradients))
+        if places not in self._tables:
+            if len(self._tables) == _TABLES:
+                self._tables.clear()
+            self._tables[places] = self._tabulate(parameters, gradients)
+        table = self._tables[places]
+        if table is None:
             self._steps = None  # which it no longer counts
+            self._tables.clear()
             super().step()
             return loss
         self._steps += 1
         (beta1, beta2), steps = group["betas"], self._steps
         rate, correction = group["lr"] / (1 - beta1**steps), (1 - beta2**steps) ** -0.5
         with on_device(parameters[0].device):
-            _step[(len(self._table),)](self._table, float(steps), rate, 1 - beta1, 1 - beta2, correction, group["eps"], NUMBERS=_NUMBERS, num_warps=8)
+            _step[(len(table),)](table, float(steps), rate, 1 - beta1, 1 - beta2, correction, group["eps"], NUMBERS=_NUMBERS, num_warps=8)
         return loss
 
     def _forget(self) -> None:
-        self._places: Any = None  # how many have moments, and where parameters and gradients lay at the last step
-        self._table: Tensor | None = None  # `_rows` of it, if it was one for the kernel
+        self._tables: dict[tuple, Tensor | None] = {}  # `_rows`, if the kernel may, by how many have moments, and where parameters and gradients lie
         self._steps: int | None = None  # that each parameter has had
 
     def _tabulate(self, parameters: list[nn.Parameter], gradients: list[Tensor | None]) -> Tensor | None:

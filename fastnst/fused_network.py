@@ -67,7 +67,7 @@ def fused_layers(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Tens
     steps, half, aside = list(_steps(network.layers)), network.config.stem == "half", network.aside
     padding, mode = steps[0].padding
     # Whole numbers, which bfloat16 holds exactly; what is subtracted from them a norm does not mind.
-    x = take(images.detach(), "float", dtype, (0, 0), network.config.start_padding, padding, mode, -128.0)
+    x = take(images.detach(), "float", dtype, (0, 0), network.config.start_padding, padding, mode, -128.0)[0]
     shuffle = 2 if half else 1  # after the last convolution
     layouts = _layouts(network, steps, shuffle, dtype)
     weights = LaidOut.apply(layouts, *layouts.parameters)
@@ -95,9 +95,9 @@ def _layouts(network: nn.Module, steps: list[_Step], shuffle: int, dtype: torch.
     kept = _kept.setdefault(network, {})
     kernels = [step.conv.weight for step in steps]
     unminded = [step.conv.bias for step in steps[:-1] if step.kind != "subpixel"]  # a norm follows
-    if dtype not in kept or kept[dtype].which != [parameter.data_ptr() for parameter in (*kernels, *unminded)]:
+    if dtype not in kept or not kept[dtype].holds((*kernels, *unminded)):
         stride = steps[0].conv.stride[0]
-        layouts = [step.laid_out for step in steps]
+        layouts = [None if step.kind == "plain" else step.laid_out for step in steps]
         layouts[0] = lambda weight: wide.first_weight(weight / 255, stride)
         layouts[-1] = lambda weight: wide.last_weight(weight, shuffle)
         kept[dtype] = WeightLayouts(kernels, layouts, unminded, dtype)
@@ -127,10 +127,11 @@ class Aside:
 
     def give(self) -> None:
         """What was found to the parameters that the weights were made of."""
+        if not self._found:  # where the network was not fused; what is recorded may not wait for a stream that has no part in it
+            return
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-        if self._found:
-            torch.autograd.backward(*zip(*self._found))
+        torch.autograd.backward(*zip(*self._found))
 
     def let_go(self) -> None:
         """Of what is held, once it is no longer read."""

@@ -31,15 +31,17 @@ def fused_norm(
     mode: str = "constant",
     shuffle: int = 1,
     places: int = 1,
+    unlike: Tensor | None = None,
 ) -> Tensor:
     """``(N, C s s, h, w)`` -> its instance norm, ReLU, plus ``skip``, padded by ``padding`` on all sides: ``(N, C, h s + 2 p, w s + 2 p)``, the same type, channels-last.
 
     ``weight`` and ``bias``: ``(C,)``. ``skip``: ``(N, C, h s, w s)``, channels-last or an inner part of such. ``mode``: ``reflect``,
     ``replicate`` or ``constant`` (0). ``shuffle`` s: what comes are places of ``s x s`` pixels, as ``wide`` has them; ``places`` n: what goes are
-    such of ``n x n``, which both sides are multiples of. Moments and arithmetic are float32.
+    such of ``n x n``, which both sides are multiples of. ``unlike``, int32 ``(N,)``: 0 where all pixels of a channel are the same but for rounding, so that the
+    norm is ``bias``. Moments and arithmetic are float32.
     """
     x = x.contiguous(memory_format=_LAST)
-    return _forward(x, _moments(x, shuffle), weight, bias, relu, skip, padding, mode, shuffle, places)
+    return _forward(x, _moments(x, shuffle, unlike), weight, bias, relu, skip, padding, mode, shuffle, places)
 
 
 class FusedNorm(torch.autograd.Function):
@@ -92,7 +94,7 @@ def _sizes(x: Tensor, shuffle: int) -> tuple[int, int, int, int, dict[str, Any]]
     return images, channels, height * shuffle, width * shuffle, {"CHANNELS": channels, "WIDTH": wide, "BLOCK": max(1, _NUMBERS // wide), "num_warps": 8}
 
 
-def _moments(x: Tensor, shuffle: int) -> Tensor:
+def _moments(x: Tensor, shuffle: int, unlike: Tensor | None = None) -> Tensor:
     """Mean and the deviation's inverse, ``(N, 2, C)`` float32, of channels-last ``x``; where its pixels lie does not matter."""
     images, channels, height, width, sizes = _sizes(x, shuffle)
     numbers, programs, stages, warps = _summing(x.numel())
@@ -101,8 +103,9 @@ def _moments(x: Tensor, shuffle: int) -> Tensor:
     sums = x.new_empty(images, parts, 2, channels, dtype=torch.float32)
     _sum_up[(parts, images)](x, sums, height * width, STAGES=stages, **sizes | {"BLOCK": block, "num_warps": warps})
     moments = x.new_empty(images, 2, channels, dtype=torch.float32)
-    groups = {"CHANNELS": channels, "WIDTH": _CHANNELS, "BLOCK": block, "PARTS": triton.next_power_of_2(parts)}
-    _solve[(images, triton.cdiv(channels, _CHANNELS))](sums, moments, height * width, parts, EPSILON=EPSILON, num_warps=4, **groups)
+    groups = {"CHANNELS": channels, "WIDTH": _CHANNELS, "BLOCK": block, "PARTS": triton.next_power_of_2(parts), "ASKED": unlike is not None}
+    other = sums if unlike is None else unlike
+    _solve[(images, triton.cdiv(channels, _CHANNELS))](sums, moments, other, height * width, parts, EPSILON=EPSILON, num_warps=4, **groups)
     return moments
 
 
@@ -171,7 +174,10 @@ def _count(part, parts, pixels, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["pixels", "parts"])
-def _solve(sums, moments, pixels, parts, EPSILON: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+def _solve(
+    sums, moments, unlike, pixels, parts,
+    EPSILON: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, ASKED: tl.constexpr,
+):  # fmt: skip
     """Mean and the deviation's inverse of some channels of an image, from those of its parts, all at once (Chan et al. 1979)."""
     image, channel = tl.program_id(0), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     part = tl.arange(0, PARTS)[:, None]
@@ -188,7 +194,10 @@ def _solve(sums, moments, pixels, parts, EPSILON: tl.constexpr, CHANNELS: tl.con
     variance = tl.where(variance < 0, 0.0, variance)
     moments += image * 2 * CHANNELS + channel
     tl.store(moments, whole, mask=channel < CHANNELS)
-    tl.store(moments + CHANNELS, 1.0 / tl.sqrt(variance + EPSILON), mask=channel < CHANNELS)
+    inverse = 1.0 / tl.sqrt(variance + EPSILON)
+    if ASKED:
+        inverse = tl.where(tl.load(unlike + image) == 0, 0.0, inverse)
+    tl.store(moments + CHANNELS, inverse, mask=channel < CHANNELS)
 
 
 @triton.jit

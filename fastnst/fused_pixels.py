@@ -17,11 +17,12 @@ _PIXELS = 1024  # that a program makes
 _ROWS = 32  # of numbers, a place's or 64, that a program moves
 
 
-def take(x: Tensor, pixels: str, dtype: torch.dtype, missing: tuple[int, int], start: int, padding: int, mode: str, value: float) -> Tensor:
+def take(x: Tensor, pixels: str, dtype: torch.dtype, missing: tuple[int, int], start: int, padding: int, mode: str, value: float) -> tuple[Tensor, Tensor]:
     """Photos, ``(N, H, W, 3)`` uint8 or ``(N, 3, H, W)`` in [0, 1], as places of 4x4 pixels, ``(N, 64, H', W')`` channels-last, of 0..255 less ``PIXEL_SHIFT``.
 
     They are padded by replication by ``missing`` rows below and columns on the right, then by ``start`` on all sides by reflection, then by ``padding``
-    by ``mode``, of which ``constant`` is ``value``; what then lacks of a place is of no account.
+    by ``mode``, of which ``constant`` is ``value``; what then lacks of a place is of no account. The second is for each photo 0 where all
+    of its pixels are the same, else 1.
     """
     x = x if pixels == "uint8" else x.permute(0, 2, 3, 1)
     images, height, width, _ = x.shape
@@ -30,8 +31,9 @@ def take(x: Tensor, pixels: str, dtype: torch.dtype, missing: tuple[int, int], s
     out = x.new_empty(images, rows, columns, PLACE**2 * CHANNELS, dtype=dtype)
     choices = {"FLOAT": pixels != "uint8", "MODE": mode, "PLACE": PLACE, "CHANNELS": CHANNELS, "PIXELS": _PIXELS, "SHIFT": PIXEL_SHIFT, "num_warps": 8}
     grid = (rows * PLACE, triton.cdiv(columns * PLACE, _PIXELS), images)
-    _take[grid](x, out, *x.stride(), height, width, *whole, start, padding, float(value), columns * PLACE, **choices)
-    return out.permute(0, 3, 1, 2)
+    unlike = x.new_empty(images, grid[0] * grid[1], dtype=torch.int32)
+    _take[grid](x, out, unlike, *x.stride(), height, width, *whole, start, padding, float(value), columns * PLACE, **choices)
+    return out.permute(0, 3, 1, 2), unlike.amax(1)
 
 
 def finish(x: Tensor, bias: Tensor, output: str, height: int, width: int, pixels: str) -> Tensor:
@@ -98,7 +100,7 @@ def _reflected(at, side):
 
 @triton.jit(do_not_specialize=["height", "width", "whole_height", "whole_width", "start", "padding", "value", "out_width"])
 def _take(
-    x, out, image_stride, row_stride, column_stride, channel_stride, height, width, whole_height, whole_width, start, padding, value, out_width,
+    x, out, unlike, image_stride, row_stride, column_stride, channel_stride, height, width, whole_height, whole_width, start, padding, value, out_width,
     FLOAT: tl.constexpr, MODE: tl.constexpr, PLACE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     row, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -115,6 +117,9 @@ def _take(
     y, across = tl.minimum(tl.maximum(y, 0), height - 1), tl.minimum(tl.maximum(across, 0), width - 1)
     place = x + image * image_stride + y.to(tl.int64) * row_stride + across[:, None].to(tl.int64) * column_stride + channel * channel_stride
     pixel = tl.load(place, mask=there[:, None] & (channel < 3), other=0).to(tl.float32)
+    first = tl.load(x + image * image_stride + channel * channel_stride, mask=channel < 3, other=0).to(tl.float32)
+    program = (image * tl.num_programs(0) + row) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(unlike + program, tl.max(tl.max((there[:, None] & (pixel != first)).to(tl.int32), 1), 0))
     pixel = (pixel * 255 if FLOAT else pixel) - SHIFT
     if MODE == "constant":
         pixel = tl.where(inside[:, None], pixel, value)

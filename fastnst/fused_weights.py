@@ -19,24 +19,19 @@ Layout = Callable[[Tensor], Tensor]
 class _Sums:
     """A sparse matrix by rows: number ``i`` is the sum of ``coefficient[j] x`` the number at ``source[j]``, j from ``start[i]`` to ``start[i + 1]``.
 
-    ``lengths``: stretches of rows. Where one of them is a plain copy of numbers in their order, nothing is looked up for it.
+    ``stretches`` of rows: how many, and where the numbers lie that they are copies of, in order, of which nothing is looked up; or None.
     """
 
-    def __init__(self, lengths: Sequence[int], row: Tensor, source: Tensor, coefficient: Tensor) -> None:
-        rows, order = sum(lengths), torch.argsort(row, stable=True)
-        row, self._source, coefficient = row[order], source[order].contiguous(), coefficient[order]
-        self._coefficient = coefficient.float().contiguous()
+    def __init__(self, stretches: Sequence[tuple[int, int | None]], row: Tensor, source: Tensor, coefficient: Tensor) -> None:
+        rows, order = sum(count for count, _ in stretches), torch.argsort(row, stable=True)
+        self._source, self._coefficient = source[order].contiguous(), coefficient[order].float().contiguous()
         self._start = torch.zeros(rows + 1, dtype=torch.int32, device=row.device)
         self._start[1:] = torch.bincount(row, minlength=rows).cumsum(0)
         programs, begin = [], 0
-        for length in lengths:
-            first, end = (int(self._start[at]) for at in (begin, begin + length))
-            copied = end - first == length and bool((coefficient[first:end] == 1).all())
-            copied = copied and bool((self._source[first:end] - self._source[first] == row[first:end] - begin).all())
-            step = _ROWS * _TURNS if copied else _ROWS
-            from_where = int(self._source[first]) if copied else 0
-            programs += [(begin + at, min(step, length - at), copied, from_where + at) for at in range(0, length, step)]
-            begin += length
+        for count, copied in stretches:
+            step = _ROWS if copied is None else _ROWS * _TURNS
+            programs += [(begin + at, min(step, count - at), copied is not None, (copied or 0) + at) for at in range(0, count, step)]
+            begin += count
         self._programs = torch.tensor(programs, dtype=torch.int64, device=row.device)
 
     def __call__(self, numbers: Tensor, out: Tensor) -> Tensor:
@@ -46,28 +41,40 @@ class _Sums:
 
 
 class WeightLayouts:
-    """What ``layouts`` make of ``kernels``, ``(O, I, k, k)`` float32, each a sum of its numbers: half precision, channels-last. They are kept where they lie.
+    """What ``layouts`` make of ``kernels``, ``(O, I, k, k)`` float32, each a sum of its numbers, or None for those as they are: in ``dtype``, channels-last. They are
+    kept where they lie.
 
     ``unminded`` are parameters that nothing depends on; their gradients are zeros.
     """
 
-    def __init__(self, kernels: Sequence[Tensor], layouts: Sequence[Layout], unminded: Sequence[Tensor], dtype: torch.dtype) -> None:
-        self.parameters, self.dtype = [*kernels, *unminded], dtype
-        self.which = [parameter.data_ptr() for parameter in self.parameters]
-        with torch.no_grad(), torch.inference_mode(False):
-            found = [_sources(kernel.detach(), layout) for kernel, layout in zip(kernels, layouts)]
-        self.shapes = [shape for shape, *_ in found]
-        self._count, self._in_all = sum(shape.numel() for shape in self.shapes), sum(parameter.numel() for parameter in self.parameters)
+    def __init__(self, kernels: Sequence[Tensor], layouts: Sequence[Layout | None], unminded: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self.parameters, self.dtype, self._which = [*kernels, *unminded], dtype, _which((*kernels, *unminded))
+        device, self.shapes = kernels[0].device, []
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        rows, sources, addresses, coefficients, forward, back = [nothing], [nothing], [nothing], [nothing.double()], [], []
         made = before = 0
-        rows, sources, addresses, coefficients = [], [], [], []
-        for kernel, (shape, row, source, coefficient) in zip(kernels, found):
-            away = (kernel.data_ptr() - self.which[0]) // kernel.element_size()  # from the first, wherever it lies
-            for numbers, value in ((rows, row + made), (sources, source + before), (addresses, source + away), (coefficients, coefficient)):
-                numbers.append(value)
+        for kernel, layout in zip(kernels, layouts):
+            away = (kernel.data_ptr() - kernels[0].data_ptr()) // kernel.element_size()  # from the first, wherever it lies
+            if layout is None and kernel.is_contiguous(memory_format=_LAST):
+                shape, copied, copied_back = kernel.shape, away, made
+            else:
+                with torch.no_grad(), torch.inference_mode(False):
+                    shape, row, source, coefficient = _sources(kernel.detach(), layout or torch.clone)
+                copied = copied_back = None
+                for numbers, value in ((rows, row + made), (sources, source + before), (addresses, source + away), (coefficients, coefficient)):
+                    numbers.append(value)
+            self.shapes.append(shape)
+            forward.append((shape.numel(), copied))
+            back.append((kernel.numel(), copied_back))
             made, before = made + shape.numel(), before + kernel.numel()
         row, source, coefficient = torch.cat(rows), torch.cat(sources), torch.cat(coefficients)
-        self._forward = _Sums([shape.numel() for shape in self.shapes], row, torch.cat(addresses), coefficient)
-        self._back = _Sums([each.numel() for each in self.parameters], source, row, coefficient)
+        self._count, self._in_all = made, before + sum(each.numel() for each in unminded)
+        self._forward = _Sums(forward, row, torch.cat(addresses), coefficient)
+        self._back = _Sums([*back, *((each.numel(), None) for each in unminded)], source, row, coefficient)
+
+    def holds(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters, and lie where they lay."""
+        return self._which == _which(parameters)
 
     def lay_out(self) -> list[Tensor]:
         out = self._forward(self.parameters[0], torch.empty(self._count, dtype=self.dtype, device=self.parameters[0].device))
@@ -82,6 +89,10 @@ class WeightLayouts:
         ]
         out = self._back(torch.cat(flat), torch.empty(self._in_all, dtype=torch.float32, device=device))
         return [part.as_strided(each.shape, each.stride()) for part, each in zip(out.split([each.numel() for each in self.parameters]), self.parameters)]
+
+
+def _which(parameters: Sequence[Tensor]) -> list[tuple]:
+    return [(id(parameter), parameter.data_ptr(), parameter.stride()) for parameter in parameters]
 
 
 class LaidOut(torch.autograd.Function):

@@ -57,7 +57,8 @@ class NvidiaPass:
         height, width = x.shape[1:3] if pixels == "uint8" else x.shape[2:]
         missing = tuple(max(config.smallest_side - side, -side % config.multiple) for side in (height, width))
         head, last = stages[0], len(stages) - 1
-        x = take(x, pixels, self._dtype, missing, config.start_padding, head.padding, head.padding_mode, head.value)
+        x, unlike = take(x, pixels, self._dtype, missing, config.start_padding, head.padding, head.padding_mode, head.value)
+        even = config.padding in ("reflect", "replicate") and config.upsampling in ("nearest", "bilinear")  # one color stays one color, but for rounding
         before, inset = x, 0  # the input of the stage before, and by how much it is padded
         for index, (stage, arrays) in enumerate(zip(stages, self._arrays)):
             cut = inset + stage.shave
@@ -72,13 +73,15 @@ class NvidiaPass:
                 x, shuffle = wide.cropped(x, shuffle, *(stage.size(side + less + 2 * config.start_padding) for side, less in zip((height, width), missing)))
             after = stages[index + 1]
             places = wide.PLACE // (3 - after.stride) if index + 1 == last else 1
-            x = self._between(x, arrays, stage, skip, after.padding, after.padding_mode, shuffle, places)
+            x = self._between(x, arrays, stage, skip, after.padding, after.padding_mode, shuffle, places, unlike if even else None)
         raise AssertionError("a network has a last stage")
 
     @staticmethod
-    def _between(x: Tensor, arrays: _Arrays, stage: Stage, skip: Tensor | None, padding: int, mode: str, shuffle: int, places: int) -> Tensor:
+    def _between(
+        x: Tensor, arrays: _Arrays, stage: Stage, skip: Tensor | None, padding: int, mode: str, shuffle: int, places: int, unlike: Tensor | None
+    ) -> Tensor:
         if arrays.norm_weight is not None:
-            return fused_norm(x, arrays.norm_weight, arrays.norm_bias, stage.relu, skip, padding, mode, shuffle, places)
+            return fused_norm(x, arrays.norm_weight, arrays.norm_bias, stage.relu, skip, padding, mode, shuffle, places, unlike)
         x = wide.in_pixels(x, shuffle)  # batch norm's, folded into convolutions
         x = x.relu() if stage.relu else x
         x = x + skip if skip is not None else x

@@ -93,7 +93,7 @@ def stylize_video(
                 write(replace(frame, pixels=finish(frame.pixels, stylized) if finish else stylized))
 
         with _Writer(write_all) as writer:
-            with contextlib.closing(_read_ahead(_batches(video, batch_size))) as batches:
+            with contextlib.closing(read_ahead(_batches(video, batch_size), "reading frames")) as batches:
                 for batch in batches:
                     if should_stop():
                         break
@@ -114,42 +114,6 @@ def _batches(frames: Iterable[Frame], batch_size: int) -> Iterator[list[Frame]]:
             batch = []
     if batch:
         yield batch
-
-
-def _read_ahead(items: Iterable) -> Iterator:
-    """The same items, made in another thread, one ahead; what it raises is raised here."""
-    ready: queue.Queue = queue.Queue(maxsize=1)
-    closed = threading.Event()
-
-    def put(item: tuple) -> bool:
-        while not closed.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return True
-        return False
-
-    def read() -> None:
-        try:
-            for item in items:
-                if not put((item, None)):
-                    return
-            put((None, None))
-        except BaseException as error:
-            put((None, error))
-
-    thread = threading.Thread(target=read, name="reading frames", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
-    finally:
-        closed.set()
-        thread.join()
 
 
 class _Writer:

@@ -26,7 +26,7 @@ def test_weights_and_gradients_are_those_of_the_layouts(names, memory_format):
     torch.manual_seed(0)
     kernels = [torch.randn(SHAPES.get(name, (4, 3, 3, 3))).contiguous(memory_format=memory_format).to(DEVICE).requires_grad_() for name in names]
     unminded = torch.randn(5, device=DEVICE, requires_grad=True)
-    layouts = WeightLayouts(kernels, [LAYOUTS[name] for name in names], [unminded], torch.float32)
+    layouts = WeightLayouts(kernels, [None if name == "as it is" else LAYOUTS[name] for name in names], [unminded], torch.float32)
     found = LaidOut.apply(layouts, *layouts.parameters)
     wanted = [LAYOUTS[name](kernel.double()) for name, kernel in zip(names, kernels)]
     pulls = [torch.randn_like(each) for each in wanted]
@@ -44,8 +44,8 @@ def test_weights_and_gradients_are_those_of_the_layouts(names, memory_format):
 def test_a_weight_that_is_merely_cast_is_copied_and_one_without_a_gradient_gets_zeros():
     made = [torch.randn(40, 30, 3, 3).contiguous(memory_format=torch.channels_last) for _ in range(2)]  # more numbers than a program takes
     kernels = [each.to(DEVICE).requires_grad_() for each in made]
-    layouts = WeightLayouts(kernels, [LAYOUTS["as it is"]] * 2, [], torch.bfloat16)
-    assert layouts._forward._programs[:, 2].all() and len(layouts._forward._programs) == 2 * 11  # of 10,800 numbers 1,024 each
+    layouts = WeightLayouts(kernels, [None, None], [], torch.bfloat16)
+    assert not layouts._forward._source.numel() and len(layouts._forward._programs) == 2 * 11  # of 10,800 numbers 1,024 each
     found = LaidOut.apply(layouts, *layouts.parameters)
     for one, kernel in zip(found, kernels):
         assert one.dtype == torch.bfloat16
@@ -53,3 +53,12 @@ def test_a_weight_that_is_merely_cast_is_copied_and_one_without_a_gradient_gets_
     first, second = torch.autograd.grad(found[1].float().square().sum(), kernels)
     assert torch.equal(first, torch.zeros_like(first))
     torch.testing.assert_close(second, 2 * kernels[1].detach(), atol=0, rtol=2**-6)
+
+
+def test_weights_that_were_replaced_are_noticed():
+    kernel = torch.randn(4, 3, 3, 3, device=DEVICE)
+    layouts = WeightLayouts([kernel], [None], [], torch.float32)
+    assert layouts.holds([kernel])
+    assert not layouts.holds([torch.nn.Parameter(kernel)])  # in the same memory
+    kernel.data = kernel.data.as_strided(kernel.shape, (27, 1, 9, 3))
+    assert not layouts.holds([kernel])
