@@ -23,7 +23,7 @@ NOUNS = {
     "image": {"picture"},
     "video_input": {"picture"},
     "video_output": {"config", "files", "picture", "video_input"},
-    "streaming": {"picture", "video_input", "video_output"},
+    "streaming": {"picture", "runtime", "video_input", "video_output"},
     "motion": set(),
     "preview_page": set(),
     "model": {"config", "files"},
