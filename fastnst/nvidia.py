@@ -1,7 +1,6 @@
 """A pass of a staged network on an NVIDIA GPU: convolutions of cuDNN in the shapes that fill it, and all that lies between them in kernels of our own."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
