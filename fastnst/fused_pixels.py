@@ -30,9 +30,10 @@ def take(x: Tensor, pixels: str, dtype: torch.dtype, missing: tuple[int, int], s
     rows, columns = (triton.cdiv(side + 2 * (start + padding), PLACE) for side in whole)
     out = x.new_empty(images, rows, columns, PLACE**2 * CHANNELS, dtype=dtype)
     choices = {"FLOAT": pixels != "uint8", "MODE": mode, "PLACE": PLACE, "CHANNELS": CHANNELS, "PIXELS": _PIXELS, "SHIFT": PIXEL_SHIFT, "num_warps": 8}
-    grid = (rows * PLACE, triton.cdiv(columns * PLACE, _PIXELS), images)
+    across = min(_PIXELS, triton.next_power_of_2(columns * PLACE))  # of a program; narrow pictures are taken by several rows
+    grid = (triton.cdiv(rows * PLACE, _PIXELS // across), triton.cdiv(columns * PLACE, across), images)
     unlike = x.new_empty(images, grid[0] * grid[1], dtype=torch.int32)
-    _take[grid](x, out, unlike, *x.stride(), height, width, *whole, start, padding, float(value), columns * PLACE, **choices)
+    _take[grid](x, out, unlike, *x.stride(), height, width, *whole, start, padding, float(value), rows * PLACE, columns * PLACE, ACROSS=across, **choices)
     return out.permute(0, 3, 1, 2), unlike.amax(1)
 
 
@@ -98,15 +99,15 @@ def _reflected(at, side):
     return side - 1 - tl.abs(side - 1 - tl.abs(at))
 
 
-@triton.jit(do_not_specialize=["height", "width", "whole_height", "whole_width", "start", "padding", "value", "out_width"])
+@triton.jit(do_not_specialize=["height", "width", "whole_height", "whole_width", "start", "padding", "value", "out_height", "out_width"])
 def _take(
-    x, out, unlike, image_stride, row_stride, column_stride, channel_stride, height, width, whole_height, whole_width, start, padding, value, out_width,
-    FLOAT: tl.constexpr, MODE: tl.constexpr, PLACE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, SHIFT: tl.constexpr,
+    x, out, unlike, image_stride, row_stride, column_stride, channel_stride, height, width, whole_height, whole_width, start, padding, value, out_height, out_width,
+    FLOAT: tl.constexpr, MODE: tl.constexpr, PLACE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, ACROSS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    row, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    column = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    pixel, image = tl.arange(0, PIXELS), tl.program_id(2).to(tl.int64)
+    row, column = tl.program_id(0) * (PIXELS // ACROSS) + pixel // ACROSS, tl.program_id(1) * ACROSS + pixel % ACROSS
     channel = tl.arange(0, CHANNELS)[None, :]
-    there = column < out_width
+    there = (row < out_height) & (column < out_width)
     y, across = row - padding, column - padding  # in what is padded by `start`
     tall, broad = whole_height + 2 * start, whole_width + 2 * start
     inside = (y >= 0) & (y < tall) & (across >= 0) & (across < broad)
@@ -115,16 +116,16 @@ def _take(
     y, across = tl.minimum(tl.maximum(y, 0), tall - 1), tl.minimum(tl.maximum(across, 0), broad - 1)
     y, across = _reflected(y - start, whole_height), _reflected(across - start, whole_width)
     y, across = tl.minimum(tl.maximum(y, 0), height - 1), tl.minimum(tl.maximum(across, 0), width - 1)
-    place = x + image * image_stride + y.to(tl.int64) * row_stride + across[:, None].to(tl.int64) * column_stride + channel * channel_stride
+    place = x + image * image_stride + (y.to(tl.int64) * row_stride + across.to(tl.int64) * column_stride)[:, None] + channel * channel_stride
     pixel = tl.load(place, mask=there[:, None] & (channel < 3), other=0).to(tl.float32)
     first = tl.load(x + image * image_stride + channel * channel_stride, mask=channel < 3, other=0).to(tl.float32)
-    program = (image * tl.num_programs(0) + row) * tl.num_programs(1) + tl.program_id(1)
+    program = (image * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
     tl.store(unlike + program, tl.max(tl.max((there[:, None] & (pixel != first)).to(tl.int32), 1), 0))
     pixel = (pixel * 255 if FLOAT else pixel) - SHIFT
     if MODE == "constant":
         pixel = tl.where(inside[:, None], pixel, value)
     pixel = tl.where(channel < 3, pixel, 0.0)
-    pixel_at = image * tl.num_programs(0) * out_width + lies_at(row, column, out_width, PLACE)[:, None]
+    pixel_at = image * out_height * out_width + lies_at(row, column, out_width, PLACE)[:, None]
     tl.store(out + pixel_at * CHANNELS + channel, pixel.to(out.dtype.element_ty), mask=there[:, None])
 
 
