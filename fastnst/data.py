@@ -22,10 +22,11 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastnst.background import read_ahead
 from fastnst.config import Config
 from fastnst.photo_cache import PhotoCache, build_cache, cache_path, default_root, read_cache
 from fastnst.picture import READABLE, count_kinds, find_images, open_rgb
-from fastnst.runtime import leave_signals_to_parent, read_ahead
+from fastnst.runtime import leave_signals_to_parent
 
 _WORTH_SHRINKING = 0.75  # scaling by less spares few bytes, and costs time and sharpness
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastnst import wide
+from fastnst.background import SideStream
 from fastnst.fused_norm import FusedNorm
 from fastnst.fused_pixels import AsPixels, take
 from fastnst.fused_weights import LaidOut, WeightLayouts
@@ -111,27 +112,21 @@ class Aside:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = SideStream(device)
         self._held: list[Tensor] = []
         self._found: list[tuple[Tensor, Tensor]] = []  # weights, as laid out, and their gradients
 
     def put(self, weight: Tensor, x: Tensor, gradient: Tensor, stride: tuple[int, int]) -> None:
         """Find the gradient of ``weight``, by which ``x`` was convolved."""
         self._held += [x, gradient]
-        if self._stream is None:
-            self._found.append((weight, _backward(gradient, x, weight.detach(), stride, (False, True, False))[1]))
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
+        with self._side.beside():
             self._found.append((weight, _backward(gradient, x, weight.detach(), stride, (False, True, False))[1]))
 
     def give(self) -> None:
         """What was found to the parameters that the weights were made of."""
-        if not self._found:  # where the network was not fused; what is recorded may not wait for a stream that has no part in it
-            return
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-        torch.autograd.backward(*zip(*self._found))
+        if self._found:  # else the network was not fused, and what is recorded may not wait for a stream that has no part in it
+            self._side.wait()
+            torch.autograd.backward(*zip(*self._found))
 
     def let_go(self) -> None:
         """Of what is held, once it is no longer read."""

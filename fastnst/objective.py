@@ -1,13 +1,12 @@
 """A batch of photos -> the weighted terms of the objective and the stylized photos, as every training step computes it, compiled where that pays."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastnst.background import SideStream
 from fastnst.losses import LossTerms, PerceptualLoss
 from fastnst.native_library import native_library
 from fastnst.runtime import autocast, memory_format
@@ -47,7 +46,7 @@ class Objective:
         if precision == torch.bfloat16 or native:  # 1.1 times as fast in bfloat16, and what ``Conv3x3`` takes: this network has no norms, which would copy it back
             loss.loss_network.to(memory_format=torch.channels_last)
         self._compute = torch.compile(self._measure) if compile == "on" else self._measure
-        self._aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" and torch.cuda.is_available() and compile != "on" else None
+        self.side = SideStream(self.device if compile != "on" else None)  # for small work
 
     def __call__(self, photos: Tensor, cut: Cut | None = None) -> tuple[LossTerms, Tensor]:
         """uint8 ``(N, 3, S, S)``, on any device -> terms with gradient, and what the network made of the photos.
@@ -62,10 +61,10 @@ class Objective:
     def _measure(self, photos: Tensor, cut: Cut | None) -> tuple[LossTerms, Tensor]:
         content = (photos / 255).contiguous(memory_format=memory_format(self.device))
         with autocast(self.device, self.precision):
-            with self.beside():  # neither fills a GPU by itself
+            with self.side.beside():  # neither fills a GPU by itself
                 targets = self.loss.content_targets(content)
             stylized = self.network(content)
-            self.wait()
+            self.side.wait()
             terms = self.loss(stylized, targets)
             weight = self.loss.config.stability_weight
             if cut is None:
@@ -74,21 +73,6 @@ class Objective:
             network = getattr(self.network, "module", self.network)  # averaging over ranks counts on one pass a step
             change = network(_crop(content, rows, columns)).float() - _crop(stylized, rows, columns).float()
             return replace(terms, stability=weight * cut.share * change.square().mean()), stylized
-
-    @contextmanager
-    def beside(self) -> Iterator[None]:
-        """What a GPU does in here it does beside what follows, until that has to ``wait``."""
-        if self._aside is None:
-            yield
-            return
-        self._aside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._aside):
-            yield
-
-    def wait(self) -> None:
-        """Let what follows come after all that was done ``beside``."""
-        if self._aside is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._aside)
 
 
 def _crop(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

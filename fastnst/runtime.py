@@ -8,13 +8,11 @@ import functools
 import math
 import os
 import platform
-import queue
 import re
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -253,39 +251,3 @@ def gpu_is_likely() -> bool:
     if sys.platform == "darwin":
         return platform.machine() == "arm64"
     return os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", r"C:\Windows\System32\nvcuda.dll")))
-
-
-def read_ahead(items: Iterable, name: str, ahead: int = 1) -> Iterator:
-    """The same items, made in another thread of that name, some ahead; what it raises is raised here. To be closed where it is not read to its end."""
-    ready: queue.Queue = queue.Queue(maxsize=ahead)
-    closed = threading.Event()
-
-    def put(item: tuple) -> bool:
-        while not closed.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return True
-        return False
-
-    def read() -> None:
-        try:
-            for item in items:
-                if not put((item, None)):
-                    return
-            put((None, None))
-        except BaseException as error:
-            put((None, error))
-
-    thread = threading.Thread(target=read, name=name, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
-    finally:
-        closed.set()
-        thread.join()

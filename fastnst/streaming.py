@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastnst.background import read_ahead
 from fastnst.picture import ImageSize
-from fastnst.runtime import read_ahead
 from fastnst.video_input import Frame, VideoInput, is_numbered, open_camera, open_video
 from fastnst.video_output import Encoding, check_writable_video, create_video
 

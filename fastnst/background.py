@@ -1,0 +1,73 @@
+"""What is done beside other work: by another thread, or on another stream of a GPU. Imports torch only where that is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def read_ahead(items: Iterable, name: str, ahead: int = 1) -> Iterator:
+    """The same items, made in another thread of that name, some ahead; what it raises is raised here. To be closed where it is not read to its end."""
+    ready: queue.Queue = queue.Queue(maxsize=ahead)
+    closed = threading.Event()
+
+    def put(item: tuple) -> bool:
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return True
+        return False
+
+    def read() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((None, None))
+        except BaseException as error:
+            put((None, error))
+
+    thread = threading.Thread(target=read, name=name, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        closed.set()
+        thread.join()
+
+
+class SideStream:
+    """A stream of a GPU beside the current one; elsewhere, and without a ``device``, all goes one after the other."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        import torch
+
+        self._cuda = torch.cuda
+        self._stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" and torch.cuda.is_available() else None
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is done in here comes after all so far, and goes beside what follows until that has to ``wait``."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(self._cuda.current_stream(self._stream.device))
+        with self._cuda.stream(self._stream):
+            yield
+
+    def wait(self) -> None:
+        """Let what follows come after all that was done ``beside``."""
+        if self._stream is not None:
+            self._cuda.current_stream(self._stream.device).wait_stream(self._stream)
