@@ -134,8 +134,8 @@ def test_a_thing_on_a_plain_ground(picture, style):
         engine = load_engine(load_network(path), "cpu", name, "float32")
         assert np.abs(engine.run(picture) - expected).max() <= 1.5
         assert np.abs(stylize_tiled(engine, picture[0], 64, 10**12) - expected).max() <= 1.5
-    if picture.std() > 1:
-        assert psnr(load_engine(load_network(path), "cpu", "openvino", "bfloat16").run(picture), expected) > 50
+    found = psnr(load_engine(load_network(path), "cpu", "openvino", "bfloat16").run(picture), expected)
+    assert found > (50 if picture.std() else 28)  # of one color it makes a faint texture
 
 
 @pytest.mark.parametrize("flags, expected", [(frozenset({"avx512_bf16"}), "bfloat16"), (frozenset({"amx_bf16"}), "bfloat16"), (frozenset({"avx2"}), "float32")])

@@ -57,7 +57,7 @@ def descend(network: nn.Module, optimizer: torch.optim.Optimizer, steps: range, 
 
 def assert_same(network: nn.Module, other: nn.Module) -> None:
     for one, another in zip(network.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(one.double(), another.double(), rtol=1e-6, atol=3e-7)  # steps are up to 6e-3, numbers of float32
+        torch.testing.assert_close(one.double(), another.double(), rtol=1e-6, atol=3e-7 if DEVICE == "cuda" else 1e-7)  # of steps up to 6e-3, which a GPU rounds less often
 
 
 def test_steps_are_those_of_torch(network, by_kernel):
