@@ -54,8 +54,8 @@ class Engine(Protocol):
 
         ``rows``, ``(1, C, h, W)``, are not normalized yet: ``gain`` and ``shift``, ``(C,)``, then the ReLU of the stage before
         come first (None: they are as they should be). The picture ends at their top where ``above`` is the stage's padding (else 0),
-        and ``below`` likewise. Gives the convolution's output, not normalized, and for ``statistics``
-        its channels' means and variances, ``(C,)``.
+        and ``below`` likewise. Gives the convolution's output, not normalized (where a norm follows, less the same number for each channel at every call), and for
+        ``statistics`` its channels' means and variances, ``(C,)``.
         """
 
 
@@ -139,7 +139,8 @@ class _GraphEngine:
 
     def _load_stage(self, index: int, statistics: bool) -> Compiled:
         before = self.network.stages[index - 1] if index else None
-        return self._load(onnx_graph().stage_graph(self.network.stages[index], before, statistics).SerializeToString())
+        stage = onnx_graph().less_flat(self.network)[index]
+        return self._load(onnx_graph().stage_graph(stage, before, statistics).SerializeToString())
 
     def needed_memory(self, count, height, width):
         return count * height * width * self.network.stages[0].channels * self._bytes[self._floats]

@@ -55,11 +55,8 @@ def network_graph(network: StagedNetwork, pixels: str = "uint8", metadata: dict[
     ``pixels``: ``uint8`` takes and gives ``(N, H, W, 3)`` of 0..255 named ``pixels`` and ``stylized``; ``float`` takes and
     gives ``(N, 3, H, W)`` in [0, 1]. ``int8``: of the convolutions that multiply 8-bit numbers, what these stand for. ``norms_by_rows``:
     norms are spelled out, with sums of rows first, for engines that would lose digits by adding all numbers to one.
-
-    What goes into a norm, which does not mind a constant, is 0 where a picture is flat: so few digits as bfloat16 has are then those of
-    what a picture shows, not of its ground.
     """
-    stages = [_less(stage, flat) for stage, flat in zip(network.stages, flat_values(network)[1])]
+    stages = less_flat(network)
     arrays, _ = describe(network)
     g, config = _Graph(arrays), network.info.network
     if pixels == "uint8":
@@ -173,12 +170,15 @@ def _side(g: _Graph, x: str, axis: int) -> str:
     return g.add("Cast", g.add("Shape", x, start=axis, end=axis + 1), to=TensorProto.FLOAT)
 
 
-def _less(stage: Stage, value: np.ndarray) -> Stage:
-    """A stage whose convolution gives that much less, where a norm follows, which does not mind."""
-    if stage.norm_weight is None:
-        return stage
-    bias = -value.repeat(stage.shuffle**2) + (0 if stage.bias is None else stage.bias)
-    return replace(stage, bias=bias.astype(np.float32))
+def less_flat(network: StagedNetwork) -> list[Stage]:
+    """The stages, whose convolutions give 0 where a picture is flat, if a norm follows, which does not mind: few digits are then those of what stands out."""
+    stages = []
+    for stage, value in zip(network.stages, flat_values(network)[1]):
+        if stage.norm_weight is not None:
+            bias = -value.repeat(stage.shuffle**2) + (0 if stage.bias is None else stage.bias)
+            stage = replace(stage, bias=bias.astype(np.float32))
+        stages.append(stage)
+    return stages
 
 
 def _quantized(g: _Graph, numbers: EightBits, x: str) -> tuple[str, str]:

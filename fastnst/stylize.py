@@ -41,6 +41,7 @@ class Stylizer:
         self.notice = notice
         self.blend = blend
         self._turn = threading.Lock()  # engines take one caller at a time
+        self._plain: tuple[Any, np.ndarray | None] = ((), None)  # shape and color of the last picture of a single color, and what became of it
 
     @classmethod
     def from_file(
@@ -79,9 +80,12 @@ class Stylizer:
     def pictures(self, pixels: np.ndarray, report: Callable[[float], None] = lambda done: None, in_place: bool = False) -> np.ndarray:
         """``(N, H, W, 3)`` uint8 -> the same; ``in_place`` lets strips overwrite ``pixels``. Raises ``MemoryError`` where even strips are too large."""
         with self._turn:
-            whole = self._whole(pixels.shape[:3], lambda: self.engine.run(pixels))
+            plain = self._of_one_color(pixels)
+            whole = self._whole(pixels.shape[:3], lambda: self.engine.run(pixels)) if len(plain) < len(pixels) else np.empty_like(pixels)
             if whole is None:
                 whole = np.stack([self._strips(one, report, in_place and not self.blend) for one in pixels])
+            for index, stylized in plain.items():
+                whole[index] = stylized
         return self.blend.pictures(pixels, whole) if self.blend else whole
 
     def _whole(self, shape: tuple[int, int, int], run: Callable[[], Any]) -> Any:
@@ -103,6 +107,23 @@ class Stylizer:
         rows = self.tile if isinstance(self.tile, int) else plan_rows(self.engine.network, pixels.shape[1])
         return stylize_tiled(self.engine, pixels, rows, self.engine.free_memory(), report, in_place, self.notice)
 
+    def _of_one_color(self, pictures: np.ndarray) -> dict[int, np.ndarray]:
+        """Those of ``(N, H, W, 3)`` that are of a single color, stylized, by index.
+
+        All deviations in them are rounding, of which norms would make a pattern as strong as a style; strips in float32 know it from deviations.
+        The last one is kept: black frames of a video come in a row.
+        """
+        found = {}
+        for index, one in enumerate(pictures):
+            color = one[0, 0]
+            if (one[0] == color).all() and (one == color).all():  # the first row tells of most that they are not
+                this = (one.shape, one.dtype, color.tobytes())
+                if self._plain[0] != this:
+                    engine = self.engine if self.engine.precision == "float32" else load_engine(self.engine.network, self.engine.device, precision="float32")
+                    self._plain = (this, stylize_tiled(engine, one, plan_rows(engine.network, one.shape[1]), engine.free_memory()))
+                found[index] = self._plain[1]
+        return found
+
     def _with_alpha(self, picture: Image.Image, alpha: Image.Image | None) -> Image.Image:
         stylized = Image.fromarray(self.pictures(np.asarray(picture)[None])[0])
         return stylized if alpha is None else Image.merge("RGBA", (*stylized.split(), alpha))
@@ -119,11 +140,17 @@ class Stylizer:
                 return self.engine.run_tensor(given.to(self.engine.device), "float")
             return torch.from_numpy(self.engine.run(given.cpu().numpy(), "float"))
 
+        def levels() -> np.ndarray:
+            return given.cpu().permute(0, 2, 3, 1).numpy() * 255
+
         with self._turn:
+            plain = {} if given.is_cuda else self._of_one_color(levels())  # no GPU should wait for it, whose kernels know them
             whole = self._whole((len(given), *given.shape[2:]), run)
             if whole is None:
-                pixels = given.cpu().permute(0, 2, 3, 1).numpy() * 255
-                whole = torch.from_numpy(np.stack([self._strips(one, in_place=True) for one in pixels])).permute(0, 3, 1, 2) / 255
+                whole = torch.from_numpy(np.stack([self._strips(one, in_place=True) for one in levels()])).permute(0, 3, 1, 2) / 255
+            whole = whole.clone() if plain else whole  # torch lets nobody write into what inference mode made
+            for index, stylized in plain.items():
+                whole[index] = torch.from_numpy(stylized).permute(2, 0, 1) / 255
         whole = whole.to(images.device)
         if self.blend:
             whole = self.blend.tensors(given, whole)

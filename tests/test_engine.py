@@ -134,8 +134,19 @@ def test_a_thing_on_a_plain_ground(picture, style):
         engine = load_engine(load_network(path), "cpu", name, "float32")
         assert np.abs(engine.run(picture) - expected).max() <= 1.5
         assert np.abs(stylize_tiled(engine, picture[0], 64, 10**12) - expected).max() <= 1.5
-    found = psnr(load_engine(load_network(path), "cpu", "openvino", "bfloat16").run(picture), expected)
-    assert found > (50 if picture.std() else 28)  # of one color it makes a faint texture
+    if picture.std():  # of one color a `Stylizer` asks strips in float32
+        assert psnr(load_engine(load_network(path), "cpu", "openvino", "bfloat16").run(picture), expected) > 50
+
+
+def test_strips_of_one_color_are_flat_however_wide():
+    """Sums of 1,920 numbers in float32 are rounded by more than those of 300; each stage's are of numbers near 0."""
+    from fastnst.cli import shipped_styles
+
+    network, picture = load_network(shipped_styles()["mosaic_sun"]), np.full((64, 1920, 3), 90, np.uint8)
+    expected = load_engine(network, "cpu", "native").run(picture[None])[0]
+    assert not expected.std(axis=(0, 1)).any()
+    for name in ("openvino", "onnxruntime", "torch"):
+        assert np.abs(stylize_tiled(load_engine(network, "cpu", name, "float32"), picture, 64, 10**12) - expected.astype(float)).max() <= 1, name
 
 
 @pytest.mark.parametrize("flags, expected", [(frozenset({"avx512_bf16"}), "bfloat16"), (frozenset({"amx_bf16"}), "bfloat16"), (frozenset({"avx2"}), "float32")])

@@ -37,6 +37,25 @@ def stylizer(model) -> Stylizer:
     return Stylizer.from_file(model, "cpu", precision="float32")
 
 
+@pytest.mark.parametrize(
+    "engine, precision",
+    [("native", "float32"), ("openvino", "float32"), ("openvino", "bfloat16"), ("openvino", "int8"), ("onnxruntime", "float32"), ("torch", "float32"), ("torch", "bfloat16")],
+)
+def test_a_picture_of_one_color_stays_one(engine, precision):
+    """Its deviations are rounding, which a network's norms would make a pattern of, 30 levels deep in bfloat16; its neighbours in a batch are untouched."""
+    from fastnst.cli import shipped_styles
+
+    stylizer = Stylizer.from_file(shipped_styles()["mosaic_sun"], "cpu", engine, precision)
+    photo, gray, black = np.asarray(synthetic_photo(0, 80, 64)), np.full((64, 80, 3), 200, np.uint8), np.zeros((64, 80, 3), np.uint8)
+    pictures = np.stack([photo, gray, black, black])
+    stylized = stylizer(pictures)
+    assert not stylized[1:].std(axis=(1, 2)).any()
+    assert np.array_equal(stylized[0], stylizer.engine.run(pictures)[0])
+    flat = [[value.std() for value in one] for one in stylizer(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255)]
+    assert min(flat[0]) > 0.01 and np.max(flat[1:]) < 1e-6
+    assert np.abs(np.subtract(stylized[1], Stylizer.from_file(shipped_styles()["mosaic_sun"], "cpu", "native")(gray), dtype=float)).max() <= 1
+
+
 def stylize_file(stylizer, source, target, size=ImageSize()):
     (done,) = stylize_files(stylizer, [Job(source, target)], size)
     if done.error:
