@@ -42,7 +42,8 @@ def precision_back(dtype: torch.dtype) -> torch.dtype:
 
 def product_back(symmetric: Tensor, flat: Tensor) -> Tensor:
     """S F, ``(N, C, P)``, of a symmetric ``(N, C, C)`` in ``precision_back``; laid out and as precise as F is."""
+    channels_last = not flat.is_contiguous()  # asked outside of autocast: torch.compile cannot trace it inside, and leaves autocast changed
     with torch.autocast(flat.device.type, enabled=False):
         exact = flat.to(symmetric.dtype)
-        product = symmetric @ exact if flat.is_contiguous() else (exact.transpose(1, 2) @ symmetric).transpose(1, 2)  # channels-last as the features are
+        product = (exact.transpose(1, 2) @ symmetric).transpose(1, 2) if channels_last else symmetric @ exact  # laid out as the features are
         return product.to(flat.dtype)

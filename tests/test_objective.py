@@ -37,14 +37,15 @@ def test_bfloat16_is_near_float32(parts):
     assert found != wanted and found == pytest.approx(wanted, rel=0.02)
 
 
-def test_compiled_and_eager_agree_in_value_and_gradient(parts, monkeypatch):
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_and_eager_agree_in_value_and_gradient(parts, monkeypatch, precision):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     plainly(parts[0])  # as compilers see them
     plainly(parts[1].loss_network)
     gradients = []
     for compile in ("off", "on"):
-        total = Objective(*parts, torch.float32, compile)(PHOTOS)[0].total
-        gradients.append([total, *torch.autograd.grad(total, list(parts[0].parameters()))])
+        total = Objective(*parts, precision, compile)(PHOTOS)[0].total
+        gradients.append([total.detach(), *torch.autograd.grad(total, list(parts[0].parameters()))])
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*gradients))
 
 
