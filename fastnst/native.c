@@ -1,6 +1,6 @@
 /* Convolutions of a staged network on a CPU, in float32, each with the norm of the stage before folded into its reading.
 
-Pictures between stages are (H, W, C) with C a multiple of LANES, not normalized yet: whoever reads them applies gain, shift and
+Pictures between stages are (H, W, C) with C a multiple of 8, not normalized yet: whoever reads them applies gain, shift and
 ReLU (`struct input`). Whoever writes them gathers the moments of their channels, so an activation is written once and read once.
 
 - 3x3 of stride 1: Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray 2016): 36 multiplications for 16 outputs instead of 144.
@@ -9,13 +9,19 @@ ReLU (`struct input`). Whoever writes them gathers the moments of their channels
 
 Plain C with the vector extensions of GCC and Clang; compiled once for each kind of CPU. */
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+#define LANES 16
+#define ROWS 12 /* of 32 registers */
+#elif defined(__AVX2__)
 #define LANES 8
 #define ROWS 6 /* of a block of a matrix product; two vectors wide, so 12 of 16 registers hold sums */
 #else
@@ -27,6 +33,8 @@ Plain C with the vector extensions of GCC and Clang; compiled once for each kind
 #endif
 #endif
 #define WIDE (2 * LANES)                /* outputs of a block */
+#define PIECES (LANES > 8 ? LANES / 8 : 1) /* of a vector, each of which belongs to one pixel */
+#define PIECE (LANES / PIECES)
 #define WINOGRAD_BYTES (192 * 1024)     /* of transformed tiles: a core's cache holds them beside the kernels */
 #define DIRECT_ROWS 4
 #define DIRECT_COLUMNS 60
@@ -45,6 +53,17 @@ typedef int32_t mask __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 
 static inline vec load(const float *from) { return *(const vec *)from; }
 static inline void store(float *to, vec v) { *(vec *)to = v; }
+#if LANES == 16
+/* The first `left` numbers of a vector, zeros behind them. */
+static inline __mmask16 first(long left) { return left < 16 ? (1 << left) - 1 : 0xffff; }
+static inline vec load_of(const float *from, long left) { return (vec)_mm512_maskz_loadu_ps(first(left), from); }
+static inline void store_of(float *to, vec v, long left) { _mm512_mask_storeu_ps(to, first(left), (__m512)v); }
+static inline void store_piece(float *to, vec v, int piece) { _mm512_mask_storeu_ps(to - piece * PIECE, 0xff << piece * PIECE, (__m512)v); }
+#else /* vectors are whole; of three channels some numbers more are read */
+static inline vec load_of(const float *from, long left) { return (void)left, load(from); }
+static inline void store_of(float *to, vec v, long left) { (void)left, store(to, v); }
+static inline void store_piece(float *to, vec v, int piece) { (void)piece, store(to, v); }
+#endif
 static inline vec splat(float value) { return value - (vec){0}; }
 static inline vec larger(vec a, vec b) {
     mask is = a < b; /* what is no number stays so */
@@ -60,7 +79,8 @@ struct input {
 };
 
 static inline vec input_at(const struct input *in, const float *from, long channel) {
-    return larger(load(in->gain + channel) * load(from + channel) + load(in->shift + channel), load(in->floor + channel));
+    long left = in->channels - channel;
+    return larger(load_of(in->gain + channel, left) * load_of(from + channel, left) + load_of(in->shift + channel, left), load_of(in->floor + channel, left));
 }
 
 /* What it is, and what it writes: (height, width, channels), from `outputs` (a multiple of WIDE) numbers at each of
@@ -132,13 +152,6 @@ struct moments {
     double *count, *mean, *squares;
 };
 
-static void moments_add(struct moments *m, int channel, const struct part *part, int j) {
-    for (int lane = 0; lane < LANES; lane++) {
-        double n = part->count, sum = part->sum[j][lane];
-        merge(m->count + channel + lane, m->mean + channel + lane, m->squares + channel + lane, n, part->pivot[j][lane] + sum / n, part->squares[j][lane] - sum * sum / n);
-    }
-}
-
 /* ---- one convolution ---- */
 
 struct task {
@@ -150,19 +163,42 @@ struct task {
     struct moments *moments;
 };
 
-/* Where vector j of a block of outputs goes: its first channel, and its place among the shuffled; no place (-1) beyond the last. */
+/* Where a vector of a block of outputs goes, piece by piece: its first channel, and its place among the shuffled; no place (-1) beyond the last. */
 struct target {
-    int channel, down, across;
+    int channel[PIECES], down[PIECES], across[PIECES], together;
 };
 
 static inline struct target target_of(const struct convolution *c, int output) {
-    int place = output / c->channels;
-    if (place >= c->shuffle * c->shuffle) return (struct target){-1, 0, 0};
-    return (struct target){output % c->channels, place / c->shuffle, place % c->shuffle};
+    struct target t = {.together = 1};
+    for (int piece = 0; piece < PIECES; piece++) {
+        int at = output + piece * PIECE, place = at / c->channels;
+        t.channel[piece] = place < c->shuffle * c->shuffle ? at % c->channels : -1;
+        t.down[piece] = place / c->shuffle, t.across[piece] = place % c->shuffle;
+        t.together &= place == output / c->channels && t.channel[piece] >= 0;
+    }
+    return t;
 }
 
-static inline float *target_at(const struct convolution *c, struct target t, long y, long x) {
-    return c->output + ((y * c->shuffle + t.down) * c->width + x * c->shuffle + t.across) * c->channels + t.channel;
+static inline float *target_at(const struct convolution *c, const struct target *t, int piece, long y, long x) {
+    return c->output + ((y * c->shuffle + t->down[piece]) * c->width + x * c->shuffle + t->across[piece]) * c->channels + t->channel[piece];
+}
+
+static inline void put(const struct convolution *c, const struct target *t, long y, long x, vec v) {
+    if (t->together) {
+        store(target_at(c, t, 0, y, x), v);
+        return;
+    }
+    for (int piece = 0; piece < PIECES; piece++)
+        if (t->channel[piece] >= 0) store_piece(target_at(c, t, piece, y, x), v, piece);
+}
+
+static void moments_add(struct moments *m, const struct target *target, const struct part *part, int j) {
+    for (int lane = 0; lane < LANES; lane++) {
+        double n = part->count, sum = part->sum[j][lane];
+        long channel = target->channel[lane / PIECE] + lane % PIECE;
+        if (target->channel[lane / PIECE] >= 0)
+            merge(m->count + channel, m->mean + channel, m->squares + channel, n, part->pivot[j][lane] + sum / n, part->squares[j][lane] - sum * sum / n);
+    }
 }
 
 /* sums[r][j] += a[r * a_step + i] * b[i], over i; `rows` is known where it is called. */
@@ -225,7 +261,8 @@ INLINE void transform_output(int m, const vec *p, vec *y) {
     }
 }
 
-/* V[k][channel] of the tile at (m * row, m * column); `step` floats lie between two k. Three channels are written as a whole vector. */
+/* V[k][channel] of the tile at (m * row, m * column); `step` floats lie between two k. The last channels are written as a whole vector: what is too much
+the next tile overwrites. */
 INLINE void tile_in(int m, const struct input *in, long row, long column, float *V, long step) {
     static const float nothing[1] = {0};
     const float *from[6][6];
@@ -239,7 +276,7 @@ INLINE void tile_in(int m, const struct input *in, long row, long column, float 
         vec half[6][6];
         for (int j = 0; j < n; j++) {
             vec d[6], t[6];
-            for (int i = 0; i < n; i++) d[i] = from[i][j] == nothing ? load(in->value + c) : input_at(in, from[i][j], c);
+            for (int i = 0; i < n; i++) d[i] = from[i][j] == nothing ? load_of(in->value + c, in->channels - c) : input_at(in, from[i][j], c);
             transform_input(m, d, t);
             for (int i = 0; i < n; i++) half[i][j] = t[i];
         }
@@ -269,7 +306,7 @@ INLINE void tiles_out(int m, const struct convolution *c, long block, const floa
     long height = c->height / c->shuffle, width = c->width / c->shuffle;
     for (int j = 0; j < 2; j++) {
         struct target target = target_of(c, block * WIDE + j * LANES);
-        if (target.channel < 0) continue;
+        if (target.channel[0] < 0) continue;
         vec bias = c->bias ? load(c->bias + block * WIDE + j * LANES) : splat(0);
         struct part part = {.count = 0};
         for (long tile = 0; tile < tiles; tile++) {
@@ -281,12 +318,12 @@ INLINE void tiles_out(int m, const struct convolution *c, long block, const floa
             for (long i = 0; i < rows; i++)
                 for (long l = 0; l < columns; l++) {
                     vec v = y[i][l] + bias;
-                    store(target_at(c, target, y0 + i, x0 + l), v);
+                    put(c, &target, y0 + i, x0 + l, v);
                     part_add(&part, j, v);
                 }
             part.count += rows * columns;
         }
-        if (c->mean) moments_add(moments, target.channel, &part, j);
+        if (c->mean) moments_add(moments, &target, &part, j);
     }
 }
 
@@ -341,9 +378,9 @@ INLINE void nested_dots(int rows, const struct nest *nest, long k, long at, cons
     for (int a = 0; a < 3; a++) {
         const float *v = nest->V[a] + k * nest->v_step + at * nest->channels, *w = u + a * 3 * n;
         for (long i = 0; i < n; i += LANES) {
-            vec w0 = load(w + i), w1 = load(w + n + i), w2 = load(w + 2 * n + i);
+            vec w0 = load_of(w + i, n - i), w1 = load_of(w + n + i, n - i), w2 = load_of(w + 2 * n + i, n - i);
             UNROLLED for (int r = 0; r < rows; r++) {
-                vec x = load(v + r * nest->channels + i);
+                vec x = load_of(v + r * nest->channels + i, n - i);
                 sums[r][0] += x * w0;
                 sums[r][1] += x * w1;
                 sums[r][2] += x * w2;
@@ -408,7 +445,7 @@ static void nested(void *given, long index, long thread) {
 
 /* Rows and columns of the input, padded and normalized: (rows, columns, channels). */
 static void rows_in(const struct input *in, long row, long rows, long column, long columns, float *to) {
-    long channels = in->channels, whole = channels % LANES ? 0 : channels;
+    long channels = in->channels, whole = channels % 8 ? 0 : channels;
     for (long i = 0; i < rows; i++)
         for (long j = 0; j < columns; j++, to += channels) {
             long y = in->rows[row + i], x = in->columns[column + j];
@@ -417,7 +454,7 @@ static void rows_in(const struct input *in, long row, long rows, long column, lo
                 continue;
             }
             const float *from = in->x + (y * in->width + x) * channels;
-            for (long c = 0; c < whole; c += LANES) store(to + c, input_at(in, from, c));
+            for (long c = 0; c < whole; c += LANES) store_of(to + c, input_at(in, from, c), whole - c);
             for (long c = whole; c < channels; c++) {
                 float v = in->gain[c] * from[c] + in->shift[c];
                 to[c] = v < in->floor[c] ? in->floor[c] : v;
@@ -433,8 +470,8 @@ INLINE void direct_product(int rows, const struct convolution *c, const float *x
         product(rows, c->kernel * channels, x + k * columns * channels, c->stride * channels, weight + k * c->kernel * channels * WIDE, sums);
     if (!part->count) part->pivot[0] = sums[0][0], part->pivot[1] = sums[0][1];
     for (int j = 0; j < 2; j++)
-        if (targets[j].channel >= 0)
-            for (int r = 0; r < rows; r++) store(target_at(c, targets[j], y, at + r), sums[r][j]), part_add(part, j, sums[r][j]);
+        if (targets[j].channel[0] >= 0)
+            for (int r = 0; r < rows; r++) put(c, &targets[j], y, at + r, sums[r][j]), part_add(part, j, sums[r][j]);
     part->count += rows;
 }
 
@@ -462,7 +499,7 @@ static void direct(void *given, long index, long thread) {
 #undef ONE
         }
         for (int j = 0; j < 2; j++)
-            if (c->mean && targets[j].channel >= 0) moments_add(task->moments + thread, targets[j].channel, &part, j);
+            if (c->mean && targets[j].channel[0] >= 0) moments_add(task->moments + thread, &targets[j], &part, j);
     }
 }
 
@@ -484,7 +521,7 @@ static void add_row(void *given, long row, long thread) {
     (void)thread;
     for (long i = 0; i < sum->width; i++, y += in->channels, x += in->channels)
         for (long c = 0; c < in->channels; c += LANES)
-            store(y + c, load(sum->gain + c) * load(y + c) + load(sum->shift + c) + input_at(in, x, c));
+            store_of(y + c, load_of(sum->gain + c, in->channels - c) * load_of(y + c, in->channels - c) + load_of(sum->shift + c, in->channels - c) + input_at(in, x, c), in->channels - c);
 }
 
 /* Pixels of 0..255 from what the last convolution gave: (height / shuffle, width / shuffle, channels), to be shuffled and cropped. */
@@ -586,7 +623,9 @@ void fastnst_finish(struct picture *picture) { parallel(picture->threads, pictur
 int fastnst_lanes(void) { return LANES; }
 
 int fastnst_runs_here(void) {
-#ifdef __AVX2__
+#if defined(__AVX512F__)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(__AVX2__)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
     return 1;

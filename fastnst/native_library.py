@@ -20,7 +20,7 @@ _OUTPUTS = ("linear", "tanh", "sigmoid")
 # A kernel g becomes G g G^T (Lavin and Gray 2016): for F(4x4, 3x3), of points 0, 1, -1, 2, -2, and F(3x3, 3x3), of 0, 1, -1, 1/2, both and infinity.
 _G4 = np.array([[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]])
 _G3 = np.array([[2, 0, 0], [1, 1, 1], [-1 / 3, 1 / 3, -1 / 3], [-8 / 3, -4 / 3, -2 / 3], [0, 0, 1]])
-_VECTOR = 8  # numbers; vectors of all CPUs that native.c is for divide it
+_VECTOR = 8  # numbers; a vector of any CPU that native.c is for is that many, half or twice
 
 _floats, _doubles, _bytes, _integers = (ctypes.POINTER(kind) for kind in (ctypes.c_float, ctypes.c_double, ctypes.c_uint8, ctypes.c_int32))
 _POINTERS = {np.dtype(np.float32): _floats, np.dtype(np.float64): _doubles, np.dtype(np.uint8): _bytes, np.dtype(np.int32): _integers}
@@ -61,7 +61,7 @@ def native_library() -> ctypes.CDLL | None:
     """The compiled code that suits this CPU best; None where none was compiled, or before the source was changed last."""
     source = Path(__file__).with_name("native.c")
     changed = source.stat().st_mtime - 60 if source.is_file() else 0.0  # a copied folder has the time of the copy, in any order
-    for name in ("_native_avx2", "_native"):
+    for name in ("_native_avx512", "_native_avx2", "_native"):
         for path in (source.with_name(name + suffix) for suffix in EXTENSION_SUFFIXES):
             if path.is_file() and path.stat().st_mtime >= changed:
                 with suppress(OSError, AttributeError):  # of another system, or an older fastnst's

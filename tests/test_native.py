@@ -1,6 +1,7 @@
 """The engine of the project's own: what test_engine.py does not see of it."""
 
 import ctypes
+import platform
 import subprocess
 import sys
 import sysconfig
@@ -85,14 +86,21 @@ def test_what_is_not_kept_but_made_twice_is_the_same(monkeypatch, architecture):
     assert len(bands) > 2 * len(stages.stages)
 
 
-def test_code_for_any_cpu_gives_the_same(monkeypatch, tmp_path):
+@pytest.mark.parametrize("flags", [[], ["-mavx2", "-mfma"], ["-mavx512f", "-mavx2", "-mfma"]], ids=["any CPU", "AVX2", "AVX-512"])
+def test_code_for_each_cpu_gives_the_same(monkeypatch, tmp_path, flags):
+    if platform.machine() not in ("x86_64", "AMD64") and flags:
+        pytest.skip("another kind of CPU")
     compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
     built = tmp_path / "other.so"
-    subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(built)], check=True)
-    network, stages = staged()
-    monkeypatch.setattr(native_library, "native_library", lambda library=ctypes.CDLL(str(built)): library)
-    pictures = photo(37, 53)
-    assert np.abs(load_engine(stages, "cpu", "native").run(pictures) - eager(network, pictures)).max() <= 0.51
+    subprocess.run([compiler, *FLAGS, *flags, str(SOURCE), "-o", str(built)], check=True)
+    library = ctypes.CDLL(str(built))
+    if not library.fastnst_runs_here():
+        pytest.skip("this CPU has no such instructions")
+    monkeypatch.setattr(native_library, "native_library", lambda: library)
+    for options in ({}, {"width": 12}, {"width": 12, "upsampling": "subpixel"}, {"width": 8, "stem": "half"}):  # of 12 and 24 channels vectors have too much
+        network, stages = staged(**options)
+        pictures = photo(37, 53)
+        assert np.abs(load_engine(stages, "cpu", "native").run(pictures) - eager(network, pictures)).max() <= 0.51
 
 
 def test_a_pixel_that_is_no_number_is_not_hidden():
