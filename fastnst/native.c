@@ -17,10 +17,11 @@ Plain C with the vector extensions of GCC and Clang; compiled once for each kind
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #if defined(__AVX512F__)
 #define LANES 16
-#define ROWS 12 /* of 32 registers */
+#define ROWS 10 /* of 32 registers */
 #elif defined(__AVX2__)
 #define LANES 8
 #define ROWS 6 /* of a block of a matrix product; two vectors wide, so 12 of 16 registers hold sums */
@@ -35,7 +36,6 @@ Plain C with the vector extensions of GCC and Clang; compiled once for each kind
 #define WIDE (2 * LANES)                /* outputs of a block */
 #define PIECES (LANES > 8 ? LANES / 8 : 1) /* of a vector, each of which belongs to one pixel */
 #define PIECE (LANES / PIECES)
-#define WINOGRAD_BYTES (192 * 1024)     /* of transformed tiles: a core's cache holds them beside the kernels */
 #define DIRECT_ROWS 4
 #define DIRECT_COLUMNS 60
 #define NESTED_ROWS 8 /* of tiles of 3x3 */
@@ -65,6 +65,13 @@ static inline void store_of(float *to, vec v, long left) { (void)left, store(to,
 static inline void store_piece(float *to, vec v, int piece) { (void)piece, store(to, v); }
 #endif
 static inline vec splat(float value) { return value - (vec){0}; }
+static inline float total(vec v) {
+    typedef float four __attribute__((vector_size(16)));
+    four parts[LANES / 4], sum = {0};
+    memcpy(parts, &v, sizeof v);
+    for (int i = 0; i < LANES / 4; i++) sum += parts[i];
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
 static inline vec larger(vec a, vec b) {
     mask is = a < b; /* what is no number stays so */
     return (vec)(((mask)b & is) | ((mask)a & ~is));
@@ -202,7 +209,7 @@ static void moments_add(struct moments *m, const struct target *target, const st
 }
 
 /* sums[r][j] += a[r * a_step + i] * b[i], over i; `rows` is known where it is called. */
-INLINE void product(int rows, long n, const float *a, long a_step, const float *b, vec sums[][2]) {
+INLINE void product_of(int rows, long n, const float *a, long a_step, const float *b, vec sums[][2]) {
     vec s[ROWS][2];
     UNROLLED for (int r = 0; r < rows; r++) s[r][0] = sums[r][0], s[r][1] = sums[r][1];
     for (long i = 0; i < n; i++) {
@@ -214,6 +221,14 @@ INLINE void product(int rows, long n, const float *a, long a_step, const float *
         }
     }
     UNROLLED for (int r = 0; r < rows; r++) sums[r][0] = s[r][0], sums[r][1] = s[r][1];
+}
+
+/* A function of its own, where GCC 12 else keeps the sums of so many rows in memory. */
+static __attribute__((noinline)) void product_of_all(long n, const float *a, long a_step, const float *b, vec sums[][2]) { product_of(ROWS, n, a, a_step, b, sums); }
+
+INLINE void product(int rows, long n, const float *a, long a_step, const float *b, vec sums[][2]) {
+    if (LANES > 8 && rows == ROWS) product_of_all(n, a, a_step, b, sums);
+    else product_of(rows, n, a, a_step, b, sums);
 }
 
 /* Calls one(rows, at) for as many rows at once as there are. */
@@ -389,11 +404,7 @@ INLINE void nested_dots(int rows, const struct nest *nest, long k, long at, cons
     }
     float *m = nest->M + k * nest->m_step + at * 3;
     for (int r = 0; r < rows; r++)
-        for (int o = 0; o < 3; o++) {
-            float sum = 0;
-            for (int lane = 0; lane < LANES; lane++) sum += sums[r][o][lane];
-            m[3 * r + o] = sum;
-        }
+        for (int o = 0; o < 3; o++) m[3 * r + o] = total(sums[r][o]);
 }
 
 static void dots_out(const struct convolution *c, const struct nest *nest, long row, long column, long tiles) {
@@ -632,6 +643,15 @@ int fastnst_runs_here(void) {
 #endif
 }
 
+/* Of transformed tiles: a core's cache holds them beside the kernels. */
+static long tiles_bytes(void) {
+    long cache = 0, fewest = 192 * 1024;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    cache = sysconf(_SC_LEVEL2_CACHE_SIZE); /* 0 where it is not known */
+#endif
+    return cache / 4 > fewest ? cache / 4 : fewest;
+}
+
 /* `weight`, by kind: WINOGRAD 3x3 kernels of stride 1, (block, k, channel, WIDE); NESTED 9x9 ones, (block, k, row, column, channel, WIDE), or to 3 outputs
 (k, row, output, column, channel); DIRECT any, (block, row, column, channel, WIDE). */
 enum { WINOGRAD, DIRECT, NESTED };
@@ -640,7 +660,7 @@ int fastnst_convolve(const struct input *in, const struct convolution *c, int32_
     long height = c->height / c->shuffle, width = c->width / c->shuffle, threads = c->threads < 1 ? 1 : c->threads > 256 ? 256 : c->threads, parts;
     struct task task = {.in = in, .c = c};
     if (kind == WINOGRAD) {
-        task.tiles = WINOGRAD_BYTES / (36 * 4 * in->channels) / ROWS * ROWS;
+        task.tiles = tiles_bytes() / (36 * 4 * in->channels) / ROWS * ROWS;
         long fewest = in->channels < 256 ? ROWS : 2 * ROWS; /* kernels too large for a cache are read less often so */
         task.tiles = task.tiles < fewest ? fewest : task.tiles;
         parts = ((width + 3) / 4 * ((height + 3) / 4) + task.tiles - 1) / task.tiles;
