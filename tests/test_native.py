@@ -19,6 +19,7 @@ from fastnst.benchmark_inference import operations
 from fastnst.engine import load_engine
 from fastnst.native_library import Activation, Packed, aligned
 from fastnst.stages import Stage
+from fastnst.tiles import stylize_tiled
 
 SOURCE = Path(native_library.__file__).with_name("native.c")
 FLAGS = ["-O2", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-shared", "-fPIC"]
@@ -84,6 +85,24 @@ def test_what_is_not_kept_but_made_twice_is_the_same(monkeypatch, architecture):
     assert np.abs(engine.run(pictures).astype(int) - whole).max() <= 1
     assert np.abs(engine.run(pictures) - eager(network, pictures)).max() <= 0.51
     assert len(bands) > 2 * len(stages.stages)
+
+
+def test_memory_is_kept_for_pictures_of_one_size_in_a_row_alone():
+    engine = load_engine(staged(width=8)[1], "cpu", "native")
+    first, other = photo(40, 56), photo(33, 20)
+    expected = [engine.run(pictures) for pictures in (first, other)]
+    assert engine._spare.bytes == 0
+    kept = []
+    for _ in range(4):
+        assert np.array_equal(engine.run(other), expected[1])
+        kept.append(engine._spare.bytes)
+    assert kept[0] == kept[3] > 0
+    assert engine.free_memory() > kept[0]
+    assert np.array_equal(engine.run(first), expected[0]) and engine._spare.bytes == 0
+    assert np.array_equal(engine.run(np.concatenate([first] * 3))[2], expected[0][0])
+    assert engine._spare.bytes > 0
+    stylize_tiled(engine, first[0], 16, 10**9)  # which needs it
+    assert engine._spare.bytes == 0
 
 
 @pytest.mark.parametrize("flags", [[], ["-mavx2", "-mfma"], ["-mavx512f", "-mavx2", "-mfma"]], ids=["any CPU", "AVX2", "AVX-512"])
