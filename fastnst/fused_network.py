@@ -4,7 +4,7 @@ in the kernels of ``fused_norm``."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,44 +18,9 @@ from fastnst.fused_norm import FusedNorm
 from fastnst.fused_pixels import AsPixels, take
 from fastnst.fused_weights import LaidOut, WeightLayouts
 from fastnst.model import NetworkConfig
+from fastnst.steps import Step, steps_of
 
 _kept: WeakKeyDictionary[nn.Module, dict[torch.dtype, WeightLayouts]] = WeakKeyDictionary()
-
-Kind = Literal["plain", "nearest", "bilinear", "transposed", "subpixel"]
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A convolution and what follows it."""
-
-    conv: nn.Conv2d | nn.ConvTranspose2d
-    kind: Kind
-    norm: nn.InstanceNorm2d | None
-    relu: bool = True
-    skip: bool = False
-    shave: int = 0
-
-    @property
-    def padding(self) -> tuple[int, str]:
-        """Of what this convolution takes, on the grid that it takes."""
-        mode = "constant" if self.conv.padding_mode == "zeros" else self.conv.padding_mode
-        if self.kind == "transposed":
-            return 1, "constant"
-        if self.kind in ("nearest", "bilinear"):  # by reflection or replication of a pixel on the large grid is replication on the small one
-            return 1, "constant" if mode == "constant" else "replicate"
-        return self.conv.padding[0], mode
-
-    @property
-    def shuffle(self) -> int:
-        return 1 if self.kind == "plain" else 2
-
-    def laid_out(self, weight: Tensor) -> Tensor:
-        """The convolution's weight as it is taken here."""
-        if self.kind == "transposed":
-            return wide.upsampled_weight(F.pad(weight, (0, 1, 0, 1)), self.kind)
-        if self.kind == "subpixel":
-            return wide.by_place(weight)
-        return weight if self.kind == "plain" else wide.upsampled_weight(weight, self.kind)
 
 
 def can_fuse(config: NetworkConfig) -> bool:
@@ -65,7 +30,7 @@ def can_fuse(config: NetworkConfig) -> bool:
 
 def fused_layers(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
     """What the ``layers`` of a ``TransformNetwork`` give for ``(N, 3, H, W)`` in [0, 1], which need no gradient, with activations of ``dtype``: float32."""
-    steps, half, aside = list(_steps(network.layers)), network.config.stem == "half", network.aside
+    steps, half, aside = list(steps_of(network.layers)), network.config.stem == "half", network.aside
     padding, mode = steps[0].padding
     # Whole numbers, which bfloat16 holds exactly; what is subtracted from them a norm does not mind.
     x = take(images.detach(), "float", dtype, (0, 0), network.config.start_padding, padding, mode, -128.0)[0]
@@ -91,7 +56,7 @@ def fused_layers(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Tens
     return AsPixels.apply(x, wide.last_bias(last.bias, shuffle))
 
 
-def _layouts(network: nn.Module, steps: list[_Step], shuffle: int, dtype: torch.dtype) -> WeightLayouts:
+def _layouts(network: nn.Module, steps: list[Step], shuffle: int, dtype: torch.dtype) -> WeightLayouts:
     """Of all convolutions' weights, made anew where these have moved."""
     kept = _kept.setdefault(network, {})
     kernels = [step.conv.weight for step in steps]
@@ -182,21 +147,3 @@ class _ConvAside(torch.autograd.Function):
 
 def _backward(gradient: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, int], wanted: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.aten.convolution_backward(gradient, x, weight, None, list(stride), [0, 0], [1, 1], False, [0, 0], 1, list(wanted))
-
-
-def _steps(layers: nn.Sequential) -> Iterator[_Step]:
-    """The convolutions of ``layers`` with what surrounds them, in order."""
-    left = [module for module in layers if not isinstance(module, (nn.ReLU, nn.ReflectionPad2d))]
-    while left:
-        module = left.pop(0)
-        if not isinstance(module, (nn.Conv2d, nn.Upsample, nn.ConvTranspose2d)):  # a residual block
-            first, norm, _, second, second_norm = module.layers
-            yield _Step(first, "plain", norm)
-            yield _Step(second, "plain", second_norm, relu=False, skip=True, shave=module.shave)
-            continue
-        kind: Kind = "transposed" if isinstance(module, nn.ConvTranspose2d) else "plain"
-        if isinstance(module, nn.Upsample):
-            kind, module = module.mode, left.pop(0)
-        elif left and isinstance(left[0], nn.PixelShuffle):
-            kind, _ = "subpixel", left.pop(0)
-        yield _Step(module, kind, left.pop(0) if left else None)

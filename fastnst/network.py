@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastnst import wide
 from fastnst.fused import on_device, triton_works
 from fastnst.model import NetworkConfig
 from fastnst.winograd import Conv3x3
@@ -27,7 +28,7 @@ class TransformNetwork(nn.Module):
     validation loss after 200 steps was below theirs after 750 (our measurement, half the width, wave).
     """
 
-    fused = True  # while training on an NVIDIA GPU; may be set to False
+    fused = True  # while training on an NVIDIA GPU, or on a CPU in bfloat16; may be set to False
     aside = None  # an `Aside` where gradients of fused weights go their own way
 
     def __init__(self, config: NetworkConfig = NetworkConfig()) -> None:
@@ -58,27 +59,31 @@ class TransformNetwork(nn.Module):
         short = [max(self.config.smallest_side - side, -side % self.config.multiple) for side in (width, height)]
         if any(short):
             images = F.pad(images, (0, short[0], 0, short[1]), mode="replicate")
-        x = self._fused_layers(images) if self._fuses(images) else self.layers(images)
+        x = self._layers_of(images)
         x = x[..., :height, :width]  # strides round sizes up to a multiple of 4
         x = x * self.config.output_scale
         if self.config.output == "tanh":
             return 0.5 + 150 / 255 * torch.tanh(x)
         return torch.sigmoid(x) if self.config.output == "sigmoid" else x / 255
 
+    def _layers_of(self, images: Tensor) -> Tensor:
+        """What ``layers`` give, as it is found fastest where it is trained."""
+        if not (self.fused and self.training) or images.requires_grad or torch.compiler.is_compiling():
+            return self.layers(images)
+        if images.is_cuda and triton_works(images.device):
+            from fastnst.fused_network import can_fuse, fused_layers
 
-    def _fuses(self, images: Tensor) -> bool:
-        if not (self.fused and self.training and images.is_cuda and not images.requires_grad and not torch.compiler.is_compiling() and triton_works(images.device)):
-            return False
-        from fastnst.fused_network import can_fuse
+            if can_fuse(self.config):
+                dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32
+                with torch.autocast("cuda", enabled=False), on_device(images.device):
+                    return fused_layers(self, images.float(), dtype)
+        if images.device.type == "cpu" and torch.is_autocast_enabled("cpu") and self.config.norm == "instance":
+            from fastnst.cpu_network import cpu_layers
 
-        return can_fuse(self.config)
-
-    def _fused_layers(self, images: Tensor) -> Tensor:
-        from fastnst.fused_network import fused_layers
-
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32
-        with torch.autocast("cuda", enabled=False), on_device(images.device):
-            return fused_layers(self, images.float(), dtype)
+            dtype = torch.get_autocast_dtype("cpu")
+            with torch.autocast("cpu", enabled=False):
+                return cpu_layers(self, images.float(), dtype)
+        return self.layers(images)
 
 
 class LastConv(nn.Conv2d):
@@ -86,15 +91,11 @@ class LastConv(nn.Conv2d):
     channels leave most of a processor's width idle (2.7 times as fast there and back on the CPU, our measurement)."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        even = (x.shape[2] + 2 * self.padding[0]) % 2 == 0 == (x.shape[3] + 2 * self.padding[1]) % 2
-        if not (self.training and even and self.kernel_size == (9, 9)):
+        if not self.training:
             return super()._conv_forward(x, weight, bias)
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        moved = [F.pad(weight, (right, 1 - right, down, 1 - down)) for down in (0, 1) for right in (0, 1)]
-        weight = torch.stack(moved, dim=1).flatten(0, 1)
-        padding = self.padding if self.padding_mode == "zeros" else 0
-        return F.pixel_shuffle(F.conv2d(x, weight, bias.repeat_interleave(4), stride=2, padding=padding), 2)
+        return wide.convolved_by_fours(x, weight, bias, self.padding[0] if self.padding_mode == "zeros" else 0)
 
 
 def plainly(network: nn.Module) -> nn.Module:

@@ -42,6 +42,15 @@ def _of_places(weight: Tensor, side: int, stride: int) -> Tensor:
     return wide.permute(0, 1, 4, 6, 2, 3, 5).flatten(2, 4)
 
 
+def convolved_by_fours(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> Tensor:
+    """A k x k convolution, ``padding`` zeros added, as one of k + 1 and stride 2 to four times the channels, and their pixel shuffle, where sides are even."""
+    if any((side + 2 * padding) % 2 for side in x.shape[2:]):
+        return F.conv2d(x, weight, bias, padding=padding)
+    moved = [F.pad(weight, (right, 1 - right, down, 1 - down)) for down in (0, 1) for right in (0, 1)]
+    weight = torch.stack(moved, dim=1).flatten(0, 1)
+    return F.pixel_shuffle(F.conv2d(x, weight, bias.repeat_interleave(4), stride=2, padding=padding), 2)
+
+
 def last_bias(bias: Tensor, shuffle: int = 1) -> Tensor:
     """``(3 s s,)`` -> ``(48,)``, of what ``last_weight`` gives."""
     count = PLACE // shuffle

@@ -31,7 +31,11 @@ class Conv3x3(nn.Conv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self._is_native(x, weight):
-            return super()._conv_forward(x, weight, bias)
+            if self.padding_mode == "zeros" or x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+                return super()._conv_forward(x, weight, bias)
+            with torch.autocast("cpu", enabled=False):  # it would pad in float32
+                x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         return _Convolution.apply(x, weight, bias, 0 if self.padding_mode != "zeros" else self.padding[0], self)

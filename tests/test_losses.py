@@ -95,6 +95,15 @@ def test_distance_of_a_batch_is_the_mean_of_the_singles(kind):
 
 
 @pytest.mark.parametrize("kind", ["mse", "sse", "rmse"])
+def test_gradients_of_a_distance_are_those_of_the_formula_whatever_the_layout(kind):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=generator).contiguous(memory_format=torch.channels_last).requires_grad_()
+    for images in (1, 2):
+        b = torch.randn(images, 3, 4, 5, dtype=torch.float64, generator=generator).requires_grad_()
+        assert torch.autograd.gradcheck(lambda a, b: distance(a, b, kind), (a, b))
+
+
+@pytest.mark.parametrize("kind", ["mse", "sse", "rmse"])
 def test_gradient_is_finite_at_distance_zero(kind):
     a = torch.ones(2, 3, requires_grad=True)
     distance(a, torch.ones(2, 3), kind).backward()
