@@ -1,6 +1,6 @@
-"""A ``TransformNetwork`` as it is trained on a CPU in bfloat16: the same weights and function, channels last, as such convolutions want it.
+"""A ``TransformNetwork`` as it is trained on a CPU: the same weights and function, channels last, as convolutions want it there.
 
-Convolutions next to an upsampling take the small grid, and nothing leaves bfloat16 in between.
+Those next to an upsampling take the small grid, and in bfloat16 nothing leaves it in between.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from fastnst import wide
 from fastnst.stages import EPSILON, PIXEL_SHIFT
 from fastnst.steps import steps_of
+from fastnst.winograd import convolved
 
 
 def cpu_layers(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -27,7 +28,7 @@ def cpu_layers(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor
         weight = weight if index else weight / 255
         unminded = None if step.kind == "subpixel" else bias  # a norm follows
         bias = wide.by_place(bias).to(dtype) if unminded is None else None  # each pixel of a place has its own
-        x = F.conv2d(x, weight.to(dtype), bias, step.conv.stride if step.kind == "plain" else 1)
+        x = convolved(x, weight.to(dtype), bias, step.conv.stride[0] if step.kind == "plain" else 1)
         x = _InstanceNorm.apply(_in_pixels(x) if step.shuffle > 1 else x, step.norm.weight, step.norm.bias, unminded)
         if step.relu:
             x = F.relu_(x)

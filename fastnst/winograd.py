@@ -3,6 +3,7 @@
 In float32 alone; elsewhere, and where nothing was compiled, they are torch's.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +39,7 @@ class Conv3x3(nn.Conv2d):
             return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        return _Convolution.apply(x, weight, bias, 0 if self.padding_mode != "zeros" else self.padding[0], self)
+        return _Convolution.apply(x, weight, bias, 0 if self.padding_mode != "zeros" else self.padding[0], self.packed)
 
     def _is_native(self, x: Tensor, weight: Tensor) -> bool:
         return (
@@ -49,9 +50,8 @@ class Conv3x3(nn.Conv2d):
             and not torch.is_autocast_enabled("cpu")
             and x.dim() == 4
             and x.shape[1] == self.in_channels
-            and self.out_channels >= _FEWEST_CHANNELS
-            and self.out_channels % 8 == 0
-            and (self.in_channels == 3 or (self.in_channels >= _FEWEST_CHANNELS and self.in_channels % 8 == 0))
+            and _suit(self.out_channels)
+            and (self.in_channels == 3 or _suit(self.in_channels))
             and self.kernel_size == (3, 3)
             and self.stride == self.dilation == (1, 1)
             and self.groups == 1
@@ -64,23 +64,37 @@ class Conv3x3(nn.Conv2d):
     def packed(self, weight: Tensor, bias: Tensor | None, back: bool) -> Packed:
         """The weights as ``native.c`` reads them; ``back``: those of the way from the output's gradient to the input's."""
         frozen = not weight.requires_grad and not weight.is_inference()
-        now, kept = (weight.data_ptr(), weight._version) if frozen else None, self._packed_back if back else self._packed_forward
-        if not frozen or kept is None or kept[0] != now:
-            array = weight.detach().contiguous().numpy()
-            packed = Packed.of(Stage(array), True, False) if self.in_channels == 3 else Packed.of_kernels(array, back, torch.get_num_threads())
-            kept = (now, packed)
-            if frozen:
-                setattr(self, "_packed_back" if back else "_packed_forward", kept)
-        biases = None if bias is None else F.pad(bias.detach(), (0, kept[1].outputs - len(bias))).numpy()
-        return replace(kept[1], bias=biases)
+        if not frozen:
+            return _packed(weight, bias, back)
+        now, kept = (weight.data_ptr(), weight._version), self._packed_back if back else self._packed_forward
+        if kept is None or kept[0] != now:
+            kept = (now, _packed(weight, None, back))
+            setattr(self, "_packed_back" if back else "_packed_forward", kept)
+        return _with_bias(kept[1], bias)
+
+
+def _packed(weight: Tensor, bias: Tensor | None, back: bool) -> Packed:
+    array = weight.detach().contiguous().numpy()
+    packed = Packed.of(Stage(array), True, False) if weight.shape[1] == 3 else Packed.of_kernels(array, back, torch.get_num_threads())
+    return _with_bias(packed, bias)
+
+
+def _with_bias(packed: Packed, bias: Tensor | None) -> Packed:
+    return replace(packed, bias=None if bias is None else F.pad(bias.detach(), (0, packed.outputs - len(bias))).numpy())
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """``F.conv2d``, without padding, natively where that can be; ``weight`` is one that is trained."""
+    natively = stride == 1 and weight.shape[2:] == (3, 3) and x.dtype == torch.float32 and native_library() is not None and all(map(_suit, weight.shape[:2]))
+    return _Convolution.apply(x, weight, bias, 0, _packed) if natively else F.conv2d(x, weight, bias, stride)
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, module: Conv3x3) -> Tensor:
-        ctx.module, ctx.padding = module, padding
-        ctx.save_for_backward(x if weight.requires_grad or module.in_channels == 3 else None, weight)
-        return _convolve(module.packed(weight, bias, back=False), x, padding, _is_channels_last(weight))
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, packed: Callable[[Tensor, Tensor | None, bool], Packed]) -> Tensor:
+        ctx.packed, ctx.padding = packed, padding
+        ctx.save_for_backward(x if weight.requires_grad or weight.shape[1] == 3 else None, weight)
+        return _convolve(packed(weight, bias, False), x, padding, _is_channels_last(weight) or _is_channels_last(x))
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -92,9 +106,9 @@ class _Convolution(torch.autograd.Function):
             x_gradient = F.conv_transpose2d(gradient, weight, padding=ctx.padding) if of_x else None
             weight_gradient = torch.nn.grad.conv2d_weight(x, weight.shape, gradient, padding=ctx.padding) if of_weight else None
             return x_gradient, weight_gradient, bias_gradient, None, None
-        natively = of_x and ctx.module.in_channels > 3
+        natively = of_x and weight.shape[1] > 3
         if natively:
-            x_gradient = _convolve(ctx.module.packed(weight, None, back=True), gradient, 2 - ctx.padding, _is_channels_last(weight))
+            x_gradient = _convolve(ctx.packed(weight, None, True), gradient, 2 - ctx.padding, _is_channels_last(weight) or _is_channels_last(gradient))
         if of_weight or (of_x and not natively):
             one, wanted = [1, 1], [of_x and not natively, of_weight, False]
             gradients = torch.ops.aten.convolution_backward(gradient, x, weight, None, one, [ctx.padding] * 2, one, False, [0, 0], 1, wanted)
@@ -102,8 +116,12 @@ class _Convolution(torch.autograd.Function):
         return x_gradient, weight_gradient, bias_gradient, None, None
 
 
-def _is_channels_last(weight: Tensor) -> bool:
-    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+def _suit(channels: int) -> bool:
+    return channels >= _FEWEST_CHANNELS and channels % 8 == 0
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _convolve(packed: Packed, x: Tensor, padding: int, channels_last: bool) -> Tensor:

@@ -54,7 +54,7 @@ def conv_flops(network: nn.Module, size: int) -> list[int]:
 
 
 def test_the_floor_counts_each_product_that_is_needed_once(task):
-    own = conv_flops(task.start(), 32)
+    own = conv_flops(plainly(task.start()), 32)
     seen = conv_flops(load_loss_network(task.loss, task.loss.layers), 32)  # conv1_1, 1_2, 2_1, 2_2
     grams = 2 * 64 * 64 * 32 * 32 + 2 * 128 * 128 * 16 * 16
     # Ours: forward, weight gradients, input gradients but the first; both pictures forward (relu2_2 is the deepest for both), one back.

@@ -85,10 +85,3 @@ def test_what_is_held_for_weights_is_let_go_where_a_pass_fails(monkeypatch):
 def test_networks_without_kernels_are_known():
     assert can_fuse(NetworkConfig()) and can_fuse(NetworkConfig(stem="half"))
     assert not can_fuse(NetworkConfig(norm="batch")) and not can_fuse(NetworkConfig(padding="replicate"))
-
-
-def test_on_the_cpu_the_layers_are_taken(monkeypatch):
-    network, taken = made(), []
-    monkeypatch.setattr(network.layers, "forward", lambda images: taken.append(images) or images)
-    network.train()(torch.rand(1, 3, 16, 16))
-    assert len(taken) == 1

@@ -40,7 +40,7 @@ NOUNS = {
     "nvidia": {"fused_norm", "fused_pixels", "stages", "wide"},
     "steps": {"wide"},
     "fused_network": {"background", "fused_norm", "fused_pixels", "fused_weights", "model", "steps", "wide"},
-    "cpu_network": {"stages", "steps", "wide"},
+    "cpu_network": {"stages", "steps", "wide", "winograd"},
     "fused_features": {"fused_pixels", "runtime", "wide"},
     "self_product": set(),
     "fused_distances": {"self_product"},
