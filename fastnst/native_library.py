@@ -131,9 +131,8 @@ class Packed:
     @classmethod
     def of(cls, stage: Stage, is_first: bool, is_last: bool) -> "Packed":
         """The first stage takes 3 channels as they are. The last one, where its ``outputs`` are not 3, leaves the shuffling to ``finish``."""
+        stage = stage.shuffled
         weight, bias, shuffle, stride = stage.weight, stage.bias, stage.shuffle, stage.stride
-        if stage.transposed:
-            weight, bias, shuffle = _as_convolution(weight), None if bias is None else bias.repeat(4), 2
         if not is_first:
             weight = np.pad(weight, ((0, 0), (0, -weight.shape[1] % _VECTOR), (0, 0), (0, 0)))
         if is_last and stride == 2:  # four pixels of a 10x10 kernel are one of a 9x9 one, four times
@@ -199,17 +198,6 @@ class Packed:
 def _nested(weight: np.ndarray) -> np.ndarray:
     """``(O, I, 9, 9)`` as 3x3 kernels of 3x3, transformed: ``(O, 5, 5, 3, 3, I)``."""
     return np.einsum("xu,yv,oiaubv->oxyabi", _G3, _G3, weight.reshape(*weight.shape[:2], 3, 3, 3, 3), optimize=True)
-
-
-def _as_convolution(weight: np.ndarray) -> np.ndarray:
-    """A transposed convolution of stride 2, ``(I, O, 4, 4)``, as ``(4 O, I, 3, 3)`` on the small grid, to be shuffled by 2.
-
-    Large row 2i + p gets small row s through row 2i + p - 2s + 1 of the transposed kernel: row 2i from i - 1 (3) and i (1), row 2i + 1 from i (2) and i + 1 (0).
-    """
-    rows = np.zeros((2, 3, 4), weight.dtype)  # p, small row (i - 1, i, i + 1), transposed kernel row
-    rows[0, 0, 3] = rows[0, 1, 1] = rows[1, 1, 2] = rows[1, 2, 0] = 1
-    split = np.einsum("pax,qby,ioxy->opqiab", rows, rows, weight)
-    return split.reshape(-1, *split.shape[3:])
 
 
 def from_planes(planes: np.ndarray, channels: int, threads: int) -> np.ndarray:

@@ -72,6 +72,23 @@ def test_a_size_that_comes_again_is_compiled_for_and_gives_the_same(monkeypatch)
     assert compiled[3:] == [(1, 3, 25, 31)]
 
 
+@pytest.mark.parametrize("upsampling", ["nearest", "transposed"])
+def test_where_transposed_convolutions_copy_large_pictures_go_without_them(monkeypatch, upsampling):
+    network, stages = staged(upsampling=upsampling)
+    monkeypatch.setattr(engines, "_LARGE", 500)
+    picture = photo(33, 44)
+    asked, graph = [], engines.OpenVinoEngine._graph
+    monkeypatch.setattr(engines.OpenVinoEngine, "_graph", lambda engine, pixels, shuffled=False: asked.append(shuffled) or graph(engine, pixels, shuffled))
+    for flags, precision, expected in (({"amx_bf16"}, "float32", False), ({"avx512_bf16"}, "bfloat16", False), ({"amx_bf16"}, "bfloat16", True)):
+        monkeypatch.setattr(engines, "cpu_flags", lambda flags=flags: flags)
+        load_engine(stages, "cpu", "openvino", precision).run(picture)
+        assert asked.pop() == expected
+    exact = load_engine(stages, "cpu", "onnxruntime", "float32")
+    monkeypatch.setattr(exact, "_graph", lambda pixels: graph(exact, pixels, True))
+    assert not any(stage.shuffled.transposed for stage in stages.stages) and any(stage.transposed for stage in stages.stages)
+    assert np.abs(exact.run(picture) - eager(network, picture)).max() <= 0.51
+
+
 @pytest.mark.parametrize("name", ["openvino", "torch"])
 def test_bfloat16_is_above_45_db(name):
     network, stages = staged(width=16, residual_blocks=3, output_scale=0.125)
