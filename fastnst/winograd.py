@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnst.native_library import Activation, Packed, aligned, from_planes, native_library, to_planes, whole_vectors
-from fastnst.stages import Stage
 
 _FEWEST_CHANNELS = 16  # that pay
 operations = 0  # of floating point, two for each multiplication, that all of them took so far: torch's counter does not see them
@@ -51,7 +50,7 @@ class Conv3x3(nn.Conv2d):
             and x.dim() == 4
             and x.shape[1] == self.in_channels
             and _suit(self.out_channels)
-            and (self.in_channels == 3 or _suit(self.in_channels))
+            and _suit(self.in_channels)
             and self.kernel_size == (3, 3)
             and self.stride == self.dilation == (1, 1)
             and self.groups == 1
@@ -74,9 +73,7 @@ class Conv3x3(nn.Conv2d):
 
 
 def _packed(weight: Tensor, bias: Tensor | None, back: bool) -> Packed:
-    array = weight.detach().contiguous().numpy()
-    packed = Packed.of(Stage(array), True, False) if weight.shape[1] == 3 else Packed.of_kernels(array, back, torch.get_num_threads())
-    return _with_bias(packed, bias)
+    return _with_bias(Packed.of_kernels(weight.detach().contiguous().numpy(), back, torch.get_num_threads()), bias)
 
 
 def _with_bias(packed: Packed, bias: Tensor | None) -> Packed:
@@ -93,7 +90,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, packed: Callable[[Tensor, Tensor | None, bool], Packed]) -> Tensor:
         ctx.packed, ctx.padding = packed, padding
-        ctx.save_for_backward(x if weight.requires_grad or weight.shape[1] == 3 else None, weight)
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
         return _convolve(packed(weight, bias, False), x, padding, _is_channels_last(weight) or _is_channels_last(x))
 
     @staticmethod
@@ -106,13 +103,11 @@ class _Convolution(torch.autograd.Function):
             x_gradient = F.conv_transpose2d(gradient, weight, padding=ctx.padding) if of_x else None
             weight_gradient = torch.nn.grad.conv2d_weight(x, weight.shape, gradient, padding=ctx.padding) if of_weight else None
             return x_gradient, weight_gradient, bias_gradient, None, None
-        natively = of_x and weight.shape[1] > 3
-        if natively:
+        if of_x:
             x_gradient = _convolve(ctx.packed(weight, None, True), gradient, 2 - ctx.padding, _is_channels_last(weight) or _is_channels_last(gradient))
-        if of_weight or (of_x and not natively):
-            one, wanted = [1, 1], [of_x and not natively, of_weight, False]
-            gradients = torch.ops.aten.convolution_backward(gradient, x, weight, None, one, [ctx.padding] * 2, one, False, [0, 0], 1, wanted)
-            x_gradient, weight_gradient = x_gradient if natively else gradients[0], gradients[1]
+        if of_weight:
+            one, wanted = [1, 1], [False, True, False]
+            weight_gradient = torch.ops.aten.convolution_backward(gradient, x, weight, None, one, [ctx.padding] * 2, one, False, [0, 0], 1, wanted)[1]
         return x_gradient, weight_gradient, bias_gradient, None, None
 
 
@@ -128,7 +123,7 @@ def _convolve(packed: Packed, x: Tensor, padding: int, channels_last: bool) -> T
     """``(N, C, H, W)``, padded by zeros, -> ``(N, O, H', W')``."""
     global operations
     threads = torch.get_num_threads()
-    if x.shape[1] == 3 or (x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)):  # torch's copy takes ten times as long, and of 3 channels some more are read
+    if x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):  # torch's copy takes ten times as long
         pictures = [from_planes(planes, len(planes), threads) for planes in x.detach().contiguous().numpy()]
     else:
         pictures = x.detach().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).numpy()

@@ -37,7 +37,7 @@ def test_kernels_that_change_are_packed_as_those_that_stay(inputs, outputs):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("padding, mode", [(0, "zeros"), (1, "zeros"), (1, "reflect"), (1, "replicate")])
-@pytest.mark.parametrize("inputs, outputs", [(16, 24), (64, 16), (3, 16)])
+@pytest.mark.parametrize("inputs, outputs", [(16, 24), (64, 16)])
 def test_results_and_gradients_are_torchs(convolved, layout, frozen, padding, mode, inputs, outputs):
     torch.manual_seed(0)
     ours = Conv3x3(inputs, outputs, 3, padding=padding, padding_mode=mode).to(memory_format=layout)
@@ -51,7 +51,7 @@ def test_results_and_gradients_are_torchs(convolved, layout, frozen, padding, mo
     towards = torch.randn_like(expected)
     out.backward(towards.float())
     expected.backward(towards)
-    assert len(convolved) == (1 if inputs == 3 else 2)
+    assert len(convolved) == 2
 
     def apart(a, b):
         return float((a - b).detach().abs().max() / b.detach().abs().max())
@@ -86,6 +86,7 @@ def test_so_are_other_types_few_channels_and_all_where_nothing_was_compiled(conv
     x = torch.randn(1, 16, 9, 9)
     Conv3x3(16, 16, 3).double()(x.double())
     Conv3x3(8, 16, 3)(x[:, :8])
+    Conv3x3(3, 16, 3)(x[:, :3])  # torch takes a third of the time
     Conv3x3(20, 20, 3)(torch.randn(1, 20, 9, 9))
     with torch.autocast("cpu", torch.bfloat16):
         Conv3x3(16, 16, 3)(x)
