@@ -17,7 +17,7 @@ import numpy as np
 from fastnst.eight_bits import eight_bits
 from fastnst.model import damaged, read_model
 from fastnst.runtime import cpu_flags, cpu_threads, free_memory, give_back_memory, gpu_is_likely, is_out_of_memory, keep_freed_memory, resolve_device
-from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, fold
+from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, fold, less_flat, minds_ground
 
 if TYPE_CHECKING:
     from fastnst.recording import Recording
@@ -141,7 +141,7 @@ class _GraphEngine:
 
     def _load_stage(self, index: int, statistics: bool) -> Compiled:
         before = self.network.stages[index - 1] if index else None
-        stage = onnx_graph().less_flat(self.network)[index]
+        stage = less_flat(self.network)[index]
         return self._load(onnx_graph().stage_graph(stage, before, statistics).SerializeToString())
 
     def needed_memory(self, count, height, width):
@@ -275,7 +275,7 @@ class TorchEngine:
         import torch
 
         found = []
-        for stage in self.network.stages:
+        for stage in less_flat(self.network):
             arrays = {name: getattr(stage, name) for name in ("weight", "bias", "norm_weight", "norm_bias")}
             tensors = {name: None if array is None else torch.from_numpy(array).to(self._device, self._dtype) for name, array in arrays.items()}
             tensors["weight"] = tensors["weight"].contiguous(memory_format=self._layout)
@@ -349,10 +349,8 @@ class TorchEngine:
 
         config = self.network.info.network
         with torch.inference_mode():
-            if pixels == "uint8":  # whole numbers up to 256 are exact in any type
-                x = x.permute(0, 3, 1, 2).to(self._dtype) - PIXEL_SHIFT
-            else:
-                x = (x * 255 - PIXEL_SHIFT).to(self._dtype)
+            x = x.permute(0, 3, 1, 2).float() if pixels == "uint8" else x * 255
+            x = (x - (PIXEL_SHIFT if minds_ground(self.network) else x.mean(dim=(2, 3), keepdim=True).round())).to(self._dtype)  # whole numbers are exact
             height, width = x.shape[-2:]
             missing = [max(config.smallest_side - side, -side % config.multiple) for side in (width, height)]
             if any(missing):

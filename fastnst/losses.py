@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastnst.fused import on_device, triton_works
 from fastnst.loss_network import LossNetwork, LossNetworkConfig, layer_index
@@ -198,6 +199,7 @@ class _MeanSquare(torch.autograd.Function):
         return difference.square().mean()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor):
         (difference,) = ctx.saved_tensors
         of_a = difference * (gradient * (2 / difference.numel()))

@@ -29,35 +29,35 @@ class _Band:
 class _Spare:
     """Memory of activations that nobody needs any more, for the next ones: fresh memory the kernel fills with zeros first, which took a sixth of the time.
 
-    ``keeps`` is for pictures of one size in a row: what one of them took is then there for the next one. Else there is never more than is needed at once.
+    What is here and what was taken are never more than ``most`` bytes together, but for what is needed at once.
     """
 
     def __init__(self) -> None:
-        self.keeps = False
-        self._arrays: dict[int, list[np.ndarray]] = {}  # by how many numbers they hold
+        self.most = 0
+        self.taken = 0  # bytes that are not given back yet
+        self._arrays: list[np.ndarray] = []
 
     def take(self, shape: tuple[int, ...]) -> np.ndarray:
         """Of anything."""
-        fitting = self._arrays.get(math.prod(shape))
-        if fitting:
-            return fitting.pop().reshape(shape)
-        if not self.keeps:
-            self.clear()
-        try:
-            return aligned(shape)
-        except MemoryError:
-            self.clear()
-            return aligned(shape)
+        size = math.prod(shape)
+        self.taken += 4 * size
+        for index, array in enumerate(self._arrays):
+            if array.size == size:
+                return self._arrays.pop(index).reshape(shape)
+        while self._arrays and self.taken + self.bytes > self.most:
+            self._arrays.pop(max(range(len(self._arrays)), key=lambda index: self._arrays[index].size))
+        return aligned(shape)
 
     def give(self, array: np.ndarray) -> None:
-        self._arrays.setdefault(array.size, []).append(array)
+        self.taken -= array.nbytes
+        self._arrays.append(array.reshape(-1))
 
     def clear(self) -> None:
         self._arrays.clear()
 
     @property
     def bytes(self) -> int:
-        return sum(4 * size * len(arrays) for size, arrays in self._arrays.items())
+        return sum(array.nbytes for array in self._arrays)
 
 
 class NativeEngine:
@@ -82,14 +82,16 @@ class NativeEngine:
 
     def run(self, pictures: np.ndarray, pixels: str = "uint8") -> np.ndarray:
         stylized = np.empty_like(pictures, order="C")
-        self._spare.keeps = pictures.shape[1:] == self._last_shape
-        self._last_shape = pictures.shape[1:]
+        height, width = pictures.shape[1:3] if pixels == "uint8" else pictures.shape[2:]
+        in_a_row, self._last_shape = (height, width) == self._last_shape, (height, width)
+        needed = self.needed_memory(1, height, width)
+        self._spare.most, self._spare.taken = (needed * (2 if self.free_memory() > 8 * needed else 1) if in_a_row else 0), 0
         for picture, target in zip(pictures, stylized):
             levels = picture if pixels == "uint8" else picture.transpose(1, 2, 0) * np.float32(255)
             raw = self._run(np.subtract(levels, ground(self.network, levels), out=self._spare.take(levels.shape), dtype=np.float32))
             finish(raw, 1 if self._packed[-1].outputs == 3 else self.network.stages[-1].shuffle, self.network.info.network.output, target, self._threads)
             self._spare.give(raw)
-        if not self._spare.keeps:
+        if not in_a_row:
             self._spare.clear()
         return stylized
 
@@ -135,11 +137,11 @@ class NativeEngine:
             in_block = begins_block or stage.skip or (index + 2 < len(stages) and stages[index + 2].skip)
             keep = in_block or isinstance(value, _Band) or not self._is_worth_making_twice(index, height, width)
             raw, moments = self._bands(index, value, rows, columns, keep)
+            if isinstance(value, Activation) and value is not block and keep:
+                self._spare.give(value.x)
             if index == len(stages) - 1:
                 return raw
             owed = self._owed(stage, raw, moments)
-            if isinstance(value, Activation) and value is not block and keep:
-                self._spare.give(value.x)
             if stage.skip:
                 value = add(owed, block, stage.shave, self._threads)
                 self._spare.give(block.x)

@@ -62,17 +62,31 @@ class Objective:
         content = (photos / 255).contiguous(memory_format=memory_format(self.device))
         with autocast(self.device, self.precision):
             with self.side.beside():  # neither fills a GPU by itself
-                targets = self.loss.content_targets(content)
+                targets, colorful = self.loss.content_targets(content), _colorful(photos)
             stylized = self.network(content)
             self.side.wait()
+            stylized = torch.where(colorful, stylized, stylized.detach())
             terms = self.loss(stylized, targets)
             weight = self.loss.config.stability_weight
             if cut is None:
                 return (replace(terms, stability=self.loss.zero) if weight else terms), stylized
             rows, columns = (corner + torch.arange(cut.side, device=self.device) for corner in (cut.top, cut.left))
             network = getattr(self.network, "module", self.network)  # averaging over ranks counts on one pass a step
-            change = network(_crop(content, rows, columns)).float() - _crop(stylized, rows, columns).float()
+            piece = _crop(content, rows, columns)
+            of_piece = network(piece)
+            of_piece = torch.where(_colorful(piece), of_piece, of_piece.detach())
+            change = of_piece.float() - _crop(stylized, rows, columns).float()
             return replace(terms, stability=weight * cut.share * change.square().mean()), stylized
+
+
+def _colorful(photos: Tensor) -> Tensor:
+    """Which of ``(N, 3, S, S)`` are not of a single color, ``(N, 1, 1, 1)``.
+
+    No gradient may pass through those that are: each instance norm would multiply it by 316, the root of its epsilon, having no deviation to divide by, and one
+    such photo ended a training in bfloat16.
+    """
+    least, most = photos.flatten(2).aminmax(dim=2)
+    return (least < most).any(1)[:, None, None, None]
 
 
 def _crop(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Stages as ONNX graphs: the whole network, or one stage alone for tiles; and ONNX model files that explain themselves."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fastnst.eight_bits import EightBits
 from fastnst.files import atomic_write
 from fastnst.model import model_metadata, parse_metadata
-from fastnst.stages import EPSILON, PIXEL_SHIFT, ROUNDING, Stage, StagedNetwork, describe, flat_values, restore_stages
+from fastnst.stages import EPSILON, PIXEL_SHIFT, ROUNDING, Stage, StagedNetwork, describe, less_flat, minds_ground, restore_stages
 
 _OPSET = 17  # the first with everything used here; ONNX Runtime from 1.12 on reads it
 _MODES = {"reflect": "reflect", "replicate": "edge", "constant": "constant"}
@@ -71,7 +70,7 @@ def network_graph(network: StagedNetwork, pixels: str = "uint8", metadata: dict[
     if config.start_padding:
         s = config.start_padding
         x = g.add("Pad", x, g.ints(0, 0, s, s, 0, 0, s, s), mode="reflect")
-    if network.stages[0].norm_weight is not None and network.stages[0].padding_mode != "constant":
+    if not minds_ground(network):
         x = g.add("Sub", x, g.add("Round", _mean(g, x)))  # still whole numbers
     values = [x]  # what went into each stage, and out of the last
     for stage, numbers in zip(stages, int8 or [None] * len(network.stages)):
@@ -168,17 +167,6 @@ def _mean_square(g: _Graph, x: str, output: str | None = None) -> str:
 
 def _side(g: _Graph, x: str, axis: int) -> str:
     return g.add("Cast", g.add("Shape", x, start=axis, end=axis + 1), to=TensorProto.FLOAT)
-
-
-def less_flat(network: StagedNetwork) -> list[Stage]:
-    """The stages, whose convolutions give 0 where a picture is flat, if a norm follows, which does not mind: few digits are then those of what stands out."""
-    stages = []
-    for stage, value in zip(network.stages, flat_values(network)[1]):
-        if stage.norm_weight is not None:
-            bias = -value.repeat(stage.shuffle**2) + (0 if stage.bias is None else stage.bias)
-            stage = replace(stage, bias=bias.astype(np.float32))
-        stages.append(stage)
-    return stages
 
 
 def _quantized(g: _Graph, numbers: EightBits, x: str) -> tuple[str, str]:

@@ -204,11 +204,16 @@ def _contiguous(stage: Stage) -> Stage:
     return replace(stage, **{name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items() if array is not None})
 
 
+def minds_ground(network: StagedNetwork) -> bool:
+    """Whether a constant that is added to all pixels changes what becomes of them."""
+    first = network.stages[0]
+    return first.norm_weight is None or first.padding_mode == "constant"
+
+
 def ground(network: StagedNetwork, pixels: np.ndarray) -> np.ndarray:
     """What to take off pixels of 0..255, ``(H, W, 3)``, a whole number for each channel: ``PIXEL_SHIFT``, or where the first stage does not mind, the
     picture's mean, so that one of a single color is 0."""
-    first = network.stages[0]
-    if first.norm_weight is None or first.padding_mode == "constant":
+    if minds_ground(network):
         return np.full(3, PIXEL_SHIFT, np.float32)
     return np.round(pixels[::8, ::8].mean(axis=(0, 1), dtype=np.float64)).astype(np.float32)  # which of them does not matter
 
@@ -226,6 +231,17 @@ def flat_values(network: StagedNetwork) -> tuple[list[np.ndarray], list[np.ndarr
         value = np.maximum(value, 0) if stage.relu else value
         values.append(value + values[-2] if stage.skip else value)
     return values[:-1], found
+
+
+def less_flat(network: StagedNetwork) -> list[Stage]:
+    """The stages, whose convolutions give 0 where a picture is flat, if a norm follows, which does not mind: few digits are then those of what stands out."""
+    stages = []
+    for stage, value in zip(network.stages, flat_values(network)[1]):
+        if stage.norm_weight is not None:
+            bias = -value.repeat(stage.shuffle**2) + (0 if stage.bias is None else stage.bias)
+            stage = replace(stage, bias=bias.astype(np.float32))
+        stages.append(stage)
+    return stages
 
 
 def describe(network: StagedNetwork) -> tuple[dict[str, np.ndarray], str]:

@@ -20,6 +20,7 @@ from fastnst.jobs import Job
 from fastnst.model import ModelInfo
 from fastnst.picture import ImageSize, open_rgb, save_picture, to_rgb
 from fastnst.runtime import is_out_of_memory
+from fastnst.stages import minds_ground
 from fastnst.tiles import plan_rows, stylize_tiled
 
 _MEMORY_SHARE = 0.8  # of what is free, for one picture
@@ -111,13 +112,13 @@ class Stylizer:
         """Those of ``(N, H, W, 3)`` that are of a single color, stylized, by index.
 
         All deviations in them are rounding, of which norms would make a pattern as strong as a style; strips in float32 know it from deviations.
-        The last one is kept: black frames of a video come in a row.
+        The last one is kept: black frames of a video come in a row, also where they fade, which makes no difference but to padding by a constant.
         """
         found = {}
         for index, one in enumerate(pictures):
             color = one[0, 0]
             if (one[0] == color).all() and (one == color).all():  # the first row tells of most that they are not
-                this = (one.shape, one.dtype, color.tobytes())
+                this = (one.shape, one.dtype, color.tobytes() if minds_ground(self.engine.network) else None)
                 if self._plain[0] != this:
                     engine = self.engine if self.engine.precision == "float32" else load_engine(self.engine.network, self.engine.device, precision="float32")
                     self._plain = (this, stylize_tiled(engine, one, plan_rows(engine.network, one.shape[1]), engine.free_memory()))

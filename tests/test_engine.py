@@ -152,7 +152,8 @@ def test_a_thing_on_a_plain_ground(picture, style):
         assert np.abs(engine.run(picture) - expected).max() <= 1.5
         assert np.abs(stylize_tiled(engine, picture[0], 64, 10**12) - expected).max() <= 1.5
     if picture.std():  # of one color a `Stylizer` asks strips in float32
-        assert psnr(load_engine(load_network(path), "cpu", "openvino", "bfloat16").run(picture), expected) > 50
+        for name in ("openvino", "torch"):
+            assert psnr(load_engine(load_network(path), "cpu", name, "bfloat16").run(picture), expected) > (50 if name == "openvino" else 40)
 
 
 def test_strips_of_one_color_are_flat_however_wide():

@@ -84,7 +84,7 @@ ALLOWED_TO_VERBS = {
     "optimize": set(NOUNS),
     "evaluate": set(NOUNS),
     "distill": set(NOUNS),
-    "stylize": {"blend", "engine", "jobs", "model", "picture", "runtime", "tiles"},
+    "stylize": {"blend", "engine", "jobs", "model", "picture", "runtime", "stages", "tiles"},
     "export": {"checkpoint", "engine", "files", "model", "onnx_graph", "stages"},
 }
 # Scripts that are no verb of their own: they put verbs together, or draw.

@@ -96,13 +96,28 @@ def test_memory_is_kept_for_pictures_of_one_size_in_a_row_alone():
     for _ in range(4):
         assert np.array_equal(engine.run(other), expected[1])
         kept.append(engine._spare.bytes)
-    assert kept[0] == kept[3] > 0
+    assert kept[0] == kept[3] > 0 == engine._spare.taken
     assert engine.free_memory() > kept[0]
     assert np.array_equal(engine.run(first), expected[0]) and engine._spare.bytes == 0
     assert np.array_equal(engine.run(np.concatenate([first] * 3))[2], expected[0][0])
     assert engine._spare.bytes > 0
     stylize_tiled(engine, first[0], 16, 10**9)  # which needs it
     assert engine._spare.bytes == 0
+
+
+@pytest.mark.parametrize("share, times", [(7, 1), (9, 2)], ids=["little is free", "much is free"])
+@pytest.mark.parametrize("options", [{}, {"padding": "start", "residual_blocks": 5}, {"upsampling": "subpixel"}, {"stem": "half"}], ids=str)
+def test_what_is_kept_is_within_what_was_announced_or_twice_that(monkeypatch, options, share, times):
+    engine, pictures = load_engine(staged(width=16, **options)[1], "cpu", "native"), photo(120, 130)
+    monkeypatch.setattr(engine, "free_memory", lambda: share * engine.needed_memory(1, 120, 130))
+    held, take = [], native._Spare.take
+    monkeypatch.setattr(native._Spare, "take", lambda spare, shape: (take(spare, shape), held.append(spare.taken + spare.bytes))[0])
+    most = []
+    for _ in range(4):
+        engine.run(pictures)
+        most.append(max(held))
+        held.clear()
+    assert max(most) <= max(most[0], times * engine.needed_memory(1, 120, 130))
 
 
 @pytest.mark.parametrize("flags", [[], ["-mavx2", "-mfma"], ["-mavx512f", "-mavx2", "-mfma"]], ids=["any CPU", "AVX2", "AVX-512"])

@@ -57,6 +57,21 @@ def test_only_what_was_asked_for_is_compiled(parts, monkeypatch, setting, compil
     assert bool(asked) == compiled
 
 
+@pytest.mark.parametrize("cut", [None, Cut(torch.tensor(3), torch.tensor(1), 24)], ids=["whole", "with a cut"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_a_photo_of_one_color_gives_no_gradient(parts, precision, cut):
+    """All of its deviations are 0, which each norm would divide by the root of its epsilon, there and back. The other photo's gradient is what it is alone, in a mean of two."""
+    network, loss = parts
+    loss.config = loss.config.model_copy(update={"stability_weight": 10.0})
+    flat = torch.stack([torch.full_like(PHOTOS[1], 255), PHOTOS[1]])
+    gradients = []
+    for photos in (flat, PHOTOS[1:]):
+        total = Objective(network, loss, precision)(photos, cut)[0].total
+        gradients.append(torch.cat([each.flatten() for each in torch.autograd.grad(total, list(network.parameters()))]))
+    assert torch.isfinite(gradients[0]).all() and gradients[1].norm() > 0
+    assert (gradients[0] - gradients[1] / 2).norm() < (1e-4 if precision == torch.float32 else 0.05) * gradients[1].norm()
+
+
 def cut_at(top: int, left: int, share: float = 1.0) -> Cut:
     return Cut(torch.tensor(top), torch.tensor(left), 24, share)
 

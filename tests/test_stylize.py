@@ -11,12 +11,14 @@ import pytest
 import torch
 from conftest import moving_frames, synthetic_photo, write_clip
 from PIL import Image
+from test_stages import staged
 
 import fastnst
 from fastnst.checkpoint import save_model
 from fastnst.cli import run
 from fastnst.image import to_tensor
 from fastnst.jobs import Job
+from fastnst.engine import load_engine
 from fastnst.model import NetworkConfig
 from fastnst.network import TransformNetwork
 from fastnst.picture import ImageSize
@@ -54,6 +56,21 @@ def test_a_picture_of_one_color_stays_one(engine, precision):
     flat = [[value.std() for value in one] for one in stylizer(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255)]
     assert min(flat[0]) > 0.01 and np.max(flat[1:]) < 1e-6
     assert np.abs(np.subtract(stylized[1], Stylizer.from_file(shipped_styles()["mosaic_sun"], "cpu", "native")(gray), dtype=float)).max() <= 1
+
+
+def test_a_fade_is_computed_once(monkeypatch):
+    """What a network with norms makes of one color is the same for all, where padding is no constant."""
+    from fastnst import stylize
+
+    computed, tiled = [], stylize.stylize_tiled
+    monkeypatch.setattr(stylize, "stylize_tiled", lambda *given: computed.append(1) or tiled(*given))
+    for options, expected in (({}, 1), ({"padding": "zeros"}, 3)):
+        network = staged(**options)[1]
+        stylizer = Stylizer(load_engine(network, "cpu", "native"))
+        frames = [stylizer(np.full((20, 24, 3), level, np.uint8)) for level in (0, 90, 200)]
+        assert len(computed) == expected
+        computed.clear()
+        assert np.array_equal(frames[2], load_engine(network, "cpu", "native").run(np.full((1, 20, 24, 3), 200, np.uint8))[0])
 
 
 def stylize_file(stylizer, source, target, size=ImageSize()):
