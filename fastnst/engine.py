@@ -16,7 +16,7 @@ import numpy as np
 
 from fastnst.eight_bits import eight_bits
 from fastnst.model import damaged, read_model
-from fastnst.runtime import cpu_flags, cpu_threads, free_memory, give_back_memory, gpu_is_likely, is_out_of_memory, keep_freed_memory, resolve_device
+from fastnst.runtime import cpu_flags, cpu_threads, free_memory, give_back_memory, gpu_is_likely, is_out_of_memory, keep_freed_memory, multiplies_bfloat16, resolve_device
 from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, fold, less_flat, minds_ground
 
 if TYPE_CHECKING:
@@ -451,8 +451,3 @@ def _cpu_precision(engine: str, precision: str) -> str:
     if precision not in there:
         raise ValueError(f"--precision {precision} is not there on a CPU with --engine {engine}; use {', '.join(['auto', *there[:-1]])} or {there[-1]}")
     return precision
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether the CPU does: bfloat16 is slower than float32 on those that do not."""
-    return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())

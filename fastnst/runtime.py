@@ -57,8 +57,13 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and "avx512_bf16" in cpu_flags()
+        fast = device.type == "cpu" and multiplies_bfloat16()
     return torch.bfloat16 if fast else torch.float32
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU does: bfloat16 is slower than float32 on those that do not."""
+    return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

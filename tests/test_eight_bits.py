@@ -7,6 +7,7 @@ from test_engine import photo, psnr
 from test_stages import staged
 
 from fastnst import engine as engines
+from fastnst import runtime
 from fastnst.cli import shipped_styles
 from fastnst.eight_bits import eight_bits
 from fastnst.engine import load_engine, load_network
@@ -89,7 +90,7 @@ def test_memory_is_that_of_what_is_beside_the_8_bits(monkeypatch):
     _, stages = staged(residual_blocks=3)
     taken = []
     for flags in ({"avx2", "avx512_bf16"}, {"avx2"}):
-        monkeypatch.setattr(engines, "cpu_flags", lambda flags=flags: frozenset(flags))
+        monkeypatch.setattr(runtime, "cpu_flags", lambda flags=flags: frozenset(flags))
         taken.append(load_engine(stages, "cpu", "openvino", "int8").needed_memory(1, 1, 1))
     assert taken[1] == 2 * taken[0]
 

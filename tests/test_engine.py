@@ -11,7 +11,7 @@ import torch
 from test_stages import staged
 
 from fastnst import engine as engines
-from fastnst import native, native_library
+from fastnst import native, native_library, runtime
 from fastnst.engine import ENGINES, WORTH_COMPILING, is_installed, load_engine, load_network
 from fastnst.tiles import stylize_tiled
 
@@ -169,7 +169,7 @@ def test_strips_of_one_color_are_flat_however_wide():
 
 @pytest.mark.parametrize("flags, expected", [(frozenset({"avx512_bf16"}), "bfloat16"), (frozenset({"amx_bf16"}), "bfloat16"), (frozenset({"avx2"}), "float32")])
 def test_auto_precision_follows_the_cpu(monkeypatch, flags, expected):
-    monkeypatch.setattr(engines, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: flags)
     _, stages = staged()
     assert load_engine(stages, "cpu", "openvino").precision == expected
     assert load_engine(stages, "cpu", "torch").precision == expected
@@ -192,7 +192,7 @@ def test_auto_precision_follows_the_cpu(monkeypatch, flags, expected):
 )
 def test_auto_takes_the_best_engine_that_is_installed(monkeypatch, flags, precision, missing, expected):
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None if name in missing else name)
-    monkeypatch.setattr(engines, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: frozenset(flags))
     if "native" in missing:
         monkeypatch.setattr(native_library, "native_library", lambda: None)
     _, stages = staged()
