@@ -49,7 +49,7 @@ def _padded(x: Tensor, padding: int, mode: str, value: float = 0.0) -> Tensor:
 
 
 def _in_pixels(x: Tensor) -> Tensor:
-    """Places of 2x2 pixels, ``(N, 2 2 C, h, w)``, as ``(N, C, 2 h, 2 w)``; both lie channels last, so that what is moved are the rows of a place."""
+    """Places of 2x2 pixels, ``(N, 2 2 C, h, w)``, as ``(N, C, 2 h, 2 w)``, as `wide.in_pixels` does; both lie channels last, so that what is moved are the rows of a place."""
     images, channels, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(images, height, width, 2, channels // 2)
     return rows.transpose(2, 3).reshape(images, 2 * height, 2 * width, channels // 4).permute(0, 3, 1, 2)

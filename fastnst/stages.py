@@ -75,14 +75,10 @@ class Stage:
 
     @property
     def shuffled(self) -> "Stage":
-        """The same, a transposed convolution as a 3x3 one on the small grid to four times the channels and their shuffle: 9 multiplications of an output instead of 4.
-
-        Large row 2i + p gets small row s through row 2i + p - 2s + 1 of the transposed kernel: row 2i from i - 1 (3) and i (1), row 2i + 1 from i (2) and i + 1 (0).
-        """
+        """The same, a transposed convolution as a 3x3 one on the small grid to four times the channels and their shuffle: 9 multiplications of an output instead of 4."""
         if not self.transposed:
             return self
-        rows = np.zeros((2, 3, 4), self.weight.dtype)  # p, small row (i - 1, i, i + 1), transposed kernel row
-        rows[0, 0, 3] = rows[0, 1, 1] = rows[1, 1, 2] = rows[1, 2, 0] = 1
+        rows = UPSAMPLINGS["transposed"].astype(self.weight.dtype)
         split = np.einsum("pax,qby,ioxy->opqiab", rows, rows, self.weight)
         weight, bias = split.reshape(-1, *split.shape[3:]), None if self.bias is None else self.bias.repeat(4)
         return replace(self, weight=weight, bias=bias, transposed=False, shuffle=2)

@@ -145,7 +145,7 @@ class Stylizer:
             return given.cpu().permute(0, 2, 3, 1).numpy() * 255
 
         with self._turn:
-            plain = {} if given.is_cuda else self._of_one_color(levels())  # no GPU should wait for it, whose kernels know them
+            plain = {} if given.is_cuda else self._of_one_color(levels())  # no GPU should wait for it; its kernels know them, which take over after a few pictures
             whole = self._whole((len(given), *given.shape[2:]), run)
             if whole is None:
                 whole = torch.from_numpy(np.stack([self._strips(one, in_place=True) for one in levels()])).permute(0, 3, 1, 2) / 255
