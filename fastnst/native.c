@@ -1,4 +1,7 @@
-/* Convolutions of a staged network on a CPU, in float32, each with the norm of the stage before folded into its reading.
+/* Convolutions of a staged network on a CPU, each with the norm of the stage before folded into its reading.
+
+Activations and sums are float32. What is multiplied is, too, or bfloat16 (`half`) on CPUs whose vectors multiply two of these and add both to a sum: two
+channels then lie where a float32 would, so that all but the reading, the multiplication and the order of the weights is the same.
 
 Pictures between stages are (H, W, C) with C a multiple of 8, not normalized yet: whoever reads them applies gain, shift and
 ReLU (`struct input`). Whoever writes them gathers the moments of their channels, so an activation is written once and read once.
@@ -64,6 +67,22 @@ static inline vec load_of(const float *from, long left) { return (void)left, loa
 static inline void store_of(float *to, vec v, long left) { (void)left, store(to, v); }
 static inline void store_piece(float *to, vec v, int piece) { (void)piece, store(to, v); }
 #endif
+#ifdef __AVX512BF16__
+#define HALVES 1
+/* sum + a * b, or with `half` the sum and both products of each pair. */
+INLINE vec multiplied(int half, vec sum, vec a, vec b) {
+    if (half) return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    return sum + a * b;
+}
+INLINE void store_numbers(int half, float *to, vec v, long left) {
+    if (half) _mm256_mask_storeu_epi16(to, first(left), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+    else store_of(to, v, left);
+}
+#else
+#define HALVES 0
+INLINE vec multiplied(int half, vec sum, vec a, vec b) { return (void)half, sum + a * b; }
+INLINE void store_numbers(int half, float *to, vec v, long left) { (void)half, store_of(to, v, left); }
+#endif
 static inline vec splat(float value) { return value - (vec){0}; }
 static inline float total(vec v) {
     typedef float four __attribute__((vector_size(16)));
@@ -92,12 +111,12 @@ static inline vec input_at(const struct input *in, const float *from, long chann
 
 /* What it is, and what it writes: (height, width, channels), from `outputs` (a multiple of WIDE) numbers at each of
 (height, width) / shuffle positions: first those of all channels at the upper left, then at the upper right, and so on.
-`mean` and `squares` (the sum of squared differences from the mean) of each channel are of what was written; NULL: not asked for. */
+With `half` the weights are bfloat16, two channels of the input side by side. `mean` and `squares` (the sum of squared differences from the mean) of each channel are of what was written; NULL: not asked for. */
 struct convolution {
     const float *weight, *bias;
     float *output;
     double *mean, *squares;
-    int32_t kernel, stride, outputs, shuffle, height, width, channels, threads;
+    int32_t kernel, stride, outputs, shuffle, height, width, channels, threads, half;
 };
 
 /* ---- threads ---- */
@@ -164,6 +183,7 @@ struct moments {
 struct task {
     const struct input *in;
     const struct convolution *c;
+    long words;              /* floats, or pairs of halves, of an input's channels */
     long across, per_thread; /* parts side by side; floats of a thread's own memory */
     long tiles;              /* Winograd's, in a part */
     float *memory;
@@ -208,27 +228,32 @@ static void moments_add(struct moments *m, const struct target *target, const st
     }
 }
 
-/* sums[r][j] += a[r * a_step + i] * b[i], over i; `rows` is known where it is called. */
-INLINE void product_of(int rows, long n, const float *a, long a_step, const float *b, vec sums[][2]) {
+/* sums[r][j] += a[r * a_step + i] * b[i], over i; `half` and `rows` are known where it is called. */
+INLINE void product_of(int half, int rows, long n, const float *a, long a_step, const float *b, vec sums[][2]) {
     vec s[ROWS][2];
     UNROLLED for (int r = 0; r < rows; r++) s[r][0] = sums[r][0], s[r][1] = sums[r][1];
     for (long i = 0; i < n; i++) {
         vec b0 = load(b + i * WIDE), b1 = load(b + i * WIDE + LANES);
         UNROLLED for (int r = 0; r < rows; r++) {
             vec x = splat(a[r * a_step + i]);
-            s[r][0] += x * b0;
-            s[r][1] += x * b1;
+            s[r][0] = multiplied(half, s[r][0], x, b0);
+            s[r][1] = multiplied(half, s[r][1], x, b1);
         }
     }
     UNROLLED for (int r = 0; r < rows; r++) sums[r][0] = s[r][0], sums[r][1] = s[r][1];
 }
 
-/* A function of its own, where GCC 12 else keeps the sums of so many rows in memory. */
-static __attribute__((noinline)) void product_of_all(long n, const float *a, long a_step, const float *b, vec sums[][2]) { product_of(ROWS, n, a, a_step, b, sums); }
+/* Functions of their own, where GCC 12 else keeps the sums of so many rows in memory. */
+static __attribute__((noinline)) void product_of_all(long n, const float *a, long a_step, const float *b, vec sums[][2]) { product_of(0, ROWS, n, a, a_step, b, sums); }
+#if HALVES
+static __attribute__((noinline)) void product_of_halves(long n, const float *a, long a_step, const float *b, vec sums[][2]) { product_of(1, ROWS, n, a, a_step, b, sums); }
+#else
+#define product_of_halves product_of_all
+#endif
 
-INLINE void product(int rows, long n, const float *a, long a_step, const float *b, vec sums[][2]) {
-    if (LANES > 8 && rows == ROWS) product_of_all(n, a, a_step, b, sums);
-    else product_of(rows, n, a, a_step, b, sums);
+INLINE void product(int half, int rows, long n, const float *a, long a_step, const float *b, vec sums[][2]) {
+    if (LANES > 8 && rows == ROWS) (half ? product_of_halves : product_of_all)(n, a, a_step, b, sums);
+    else product_of(half, rows, n, a, a_step, b, sums);
 }
 
 /* Calls one(rows, at) for as many rows at once as there are. */
@@ -241,44 +266,43 @@ INLINE void product(int rows, long n, const float *a, long a_step, const float *
 
 /* ---- Winograd ---- */
 
-/* F(4, 3) from 6 numbers (points 0, 1, -1, 2, -2) and F(3, 3) from 5 (points 0, 1, -1, 1/2): `m` outputs of 3 taps from m + 2. */
+/* F(4, 3) from 6 numbers and F(3, 3) from 5: `m` outputs of 3 taps from m + 2. Points 0, A, -A, B, -B (of F(3, 3) no -B) and infinity: A * B = 1 spares
+multiplications, and of all such pairs this one rounds least: a third less than the usual 1 and 2 (Barabasz et al. 2020 on the choice of points). */
+#define A (2 / 3.f)
+#define B (3 / 2.f)
+
 INLINE void transform_input(int m, const vec *d, vec *t) {
     if (m == 4) {
-        vec a = d[4] - 4 * d[2], b = d[3] - 4 * d[1], e = d[4] - d[2], f = 2 * (d[3] - d[1]);
-        t[0] = 4 * d[0] - 5 * d[2] + d[4];
-        t[1] = a + b;
-        t[2] = a - b;
-        t[3] = e + f;
-        t[4] = e - f;
-        t[5] = 4 * d[1] - 5 * d[3] + d[5];
+        vec a = d[4] - B * B * d[2], b = d[3] - B * B * d[1], e = d[4] - A * A * d[2], f = d[3] - A * A * d[1];
+        t[0] = d[0] - (A * A + B * B) * d[2] + d[4];
+        t[1] = a + A * b;
+        t[2] = a - A * b;
+        t[3] = e + B * f;
+        t[4] = e - B * f;
+        t[5] = d[1] - (A * A + B * B) * d[3] + d[5];
     } else {
-        vec e = d[3] - d[1];
-        t[0] = e + 0.5f * (d[0] - d[2]);
-        t[1] = d[3] + 0.5f * (d[2] - d[1]);
-        t[2] = d[3] + 0.5f * d[1] - 1.5f * d[2];
+        vec e = d[3] - A * A * d[1];
+        t[0] = e - B * (d[2] - A * A * d[0]);
+        t[1] = d[3] - d[1] + (A - B) * d[2];
+        t[2] = d[3] + d[1] - (A + B) * d[2];
         t[3] = e;
-        t[4] = d[4] - d[2] - 0.5f * e;
+        t[4] = d[4] - A * A * d[2] - B * e;
     }
 }
 
 INLINE void transform_output(int m, const vec *p, vec *y) {
-    vec s = p[1] + p[2], d = p[1] - p[2];
-    if (m == 4) {
-        vec q = p[3] + p[4], r = p[3] - p[4];
-        y[0] = p[0] + s + q;
-        y[1] = d + 2 * r;
-        y[2] = s + 4 * q;
-        y[3] = d + 8 * r + p[5];
-    } else {
-        y[0] = p[0] + s + p[3];
-        y[1] = d + 0.5f * p[3];
-        y[2] = s + 0.25f * p[3] + p[4];
-    }
+    vec s = p[1] + p[2], d = p[1] - p[2], q = p[3], r = p[3];
+    if (m == 4) q += p[4], r -= p[4];
+    y[0] = p[0] + s + q;
+    y[1] = A * d + B * r;
+    y[2] = A * A * s + B * B * q;
+    if (m == 4) y[3] = A * A * A * d + (B * B * B * r + p[5]);
+    else y[2] += p[4];
 }
 
 /* V[k][channel] of the tile at (m * row, m * column); `step` floats lie between two k. The last channels are written as a whole vector: what is too much
 the next tile overwrites. */
-INLINE void tile_in(int m, const struct input *in, long row, long column, float *V, long step) {
+INLINE void tile_in(int half, int m, const struct input *in, long row, long column, float *V, long step) {
     static const float nothing[1] = {0};
     const float *from[6][6];
     int n = m + 2;
@@ -288,32 +312,32 @@ INLINE void tile_in(int m, const struct input *in, long row, long column, float 
             from[i][j] = y < 0 || x < 0 ? nothing : in->x + (y * in->width + x) * in->channels;
         }
     for (long c = 0; c < in->channels; c += LANES) {
-        vec half[6][6];
+        vec between[6][6];
         for (int j = 0; j < n; j++) {
             vec d[6], t[6];
             for (int i = 0; i < n; i++) d[i] = from[i][j] == nothing ? load_of(in->value + c, in->channels - c) : input_at(in, from[i][j], c);
             transform_input(m, d, t);
-            for (int i = 0; i < n; i++) half[i][j] = t[i];
+            for (int i = 0; i < n; i++) between[i][j] = t[i];
         }
         for (int i = 0; i < n; i++) {
             vec t[6];
-            transform_input(m, half[i], t);
-            for (int j = 0; j < n; j++) store(V + (n * i + j) * step + c, t[j]);
+            transform_input(m, between[i], t);
+            for (int j = 0; j < n; j++) store_numbers(half, V + (n * i + j) * step + (half ? c / 2 : c), t[j], LANES);
         }
     }
 }
 
 /* y[i][j] of M[k]; `step` floats lie between two k. */
 INLINE void tile_out(int m, const float *M, long step, vec y[4][4]) {
-    vec half[4][6];
+    vec between[4][6];
     int n = m + 2;
     for (int k = 0; k < n; k++) {
         vec p[6], t[4];
         for (int i = 0; i < n; i++) p[i] = load(M + (n * i + k) * step);
         transform_output(m, p, t);
-        for (int i = 0; i < m; i++) half[i][k] = t[i];
+        for (int i = 0; i < m; i++) between[i][k] = t[i];
     }
-    for (int i = 0; i < m; i++) transform_output(m, half[i], y[i]);
+    for (int i = 0; i < m; i++) transform_output(m, between[i], y[i]);
 }
 
 /* A block of outputs of `tiles` tiles, counted row by row of `across`, from `first` on: M[k][tile][output] */
@@ -343,26 +367,25 @@ INLINE void tiles_out(int m, const struct convolution *c, long block, const floa
 }
 
 /* 3x3: a product of matrices for each k. */
-INLINE void winograd_product(int rows, long channels, const float *v, const float *u, float *m) {
+INLINE void winograd_product(int half, int rows, long words, const float *v, const float *u, float *m) {
     vec sums[ROWS][2];
     for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = splat(0);
-    product(rows, channels, v, channels, u, sums);
+    product(half, rows, words, v, words, u, sums);
     for (int r = 0; r < rows; r++) store(m + r * WIDE, sums[r][0]), store(m + r * WIDE + LANES, sums[r][1]);
 }
 
-static void winograd(void *given, long index, long thread) {
-    struct task *task = given;
+INLINE void winograd_part(int half, struct task *task, long index, long thread) {
     const struct convolution *c = task->c;
-    long height = c->height / c->shuffle, width = c->width / c->shuffle, channels = task->in->channels;
+    long height = c->height / c->shuffle, width = c->width / c->shuffle, words = task->words;
     long across = (width + 3) / 4, first = index * task->tiles, left = (height + 3) / 4 * across - first;
     long tiles = left < task->tiles ? left : task->tiles;
-    long v_step = task->tiles * channels + 16, m_step = task->tiles * WIDE + 16; /* 16: not all in one set of the cache */
+    long v_step = task->tiles * words + 16, m_step = task->tiles * WIDE + 16; /* 16: not all in one set of the cache */
     float *V = task->memory + thread * task->per_thread, *M = V + 36 * v_step;
-    for (long tile = 0; tile < tiles; tile++) tile_in(4, task->in, (first + tile) / across, (first + tile) % across, V + tile * channels, v_step);
+    for (long tile = 0; tile < tiles; tile++) tile_in(half, 4, task->in, (first + tile) / across, (first + tile) % across, V + tile * words, v_step);
     for (long block = 0; block < c->outputs / WIDE; block++) {
         for (int k = 0; k < 36; k++) {
-            const float *U = c->weight + (block * 36 + k) * channels * WIDE;
-#define ONE(rows) winograd_product(rows, channels, V + k * v_step + at * channels, U, M + k * m_step + at * WIDE)
+            const float *U = c->weight + (block * 36 + k) * words * WIDE;
+#define ONE(rows) winograd_product(half, rows, words, V + k * v_step + at * words, U, M + k * m_step + at * WIDE)
             IN_ROWS(0, tiles, ONE)
 #undef ONE
         }
@@ -370,35 +393,45 @@ static void winograd(void *given, long index, long thread) {
     }
 }
 
+/* name(task, index, thread) by name_part(half, task, index, thread), which knows `half` in advance. */
+#define IN_EITHER(name)                                                            \
+    static void name(void *given, long index, long thread) {                       \
+        struct task *task = given;                                                 \
+        if (HALVES && task->c->half) name##_part(1, task, index, thread);          \
+        else name##_part(0, task, index, thread);                                  \
+    }
+
+IN_EITHER(winograd)
+
 /* 9x9, as 3x3 kernels of 3x3: each of them sees a tile three further on, so all share the tiles' transforms, and their products add up. */
 struct nest {
     const float *V[3]; /* rows of tiles: [k][tile][channel] */
-    long v_step, m_step, channels;
+    long v_step, m_step, words;
     float *M;
 };
 
-INLINE void nested_product(int rows, const struct nest *nest, long k, long at, const float *u) {
+INLINE void nested_product(int half, int rows, const struct nest *nest, long k, long at, const float *u) {
     vec sums[ROWS][2];
     for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = splat(0);
-    for (int a = 0; a < 3; a++) product(rows, 3 * nest->channels, nest->V[a] + k * nest->v_step + at * nest->channels, nest->channels, u + a * 3 * nest->channels * WIDE, sums);
+    for (int a = 0; a < 3; a++) product(half, rows, 3 * nest->words, nest->V[a] + k * nest->v_step + at * nest->words, nest->words, u + a * 3 * nest->words * WIDE, sums);
     float *m = nest->M + k * nest->m_step + at * WIDE;
     for (int r = 0; r < rows; r++) store(m + r * WIDE, sums[r][0]), store(m + r * WIDE + LANES, sums[r][1]);
 }
 
 /* To 3 channels: vectors along the input's channels. M[k][3 * tile + output] */
-INLINE void nested_dots(int rows, const struct nest *nest, long k, long at, const float *u) {
-    long n = 3 * nest->channels;
+INLINE void nested_dots(int half, int rows, const struct nest *nest, long k, long at, const float *u) {
+    long n = 3 * nest->words;
     vec sums[ROWS][3];
     for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = sums[r][2] = splat(0);
     for (int a = 0; a < 3; a++) {
-        const float *v = nest->V[a] + k * nest->v_step + at * nest->channels, *w = u + a * 3 * n;
+        const float *v = nest->V[a] + k * nest->v_step + at * nest->words, *w = u + a * 3 * n;
         for (long i = 0; i < n; i += LANES) {
             vec w0 = load_of(w + i, n - i), w1 = load_of(w + n + i, n - i), w2 = load_of(w + 2 * n + i, n - i);
             UNROLLED for (int r = 0; r < rows; r++) {
-                vec x = load_of(v + r * nest->channels + i, n - i);
-                sums[r][0] += x * w0;
-                sums[r][1] += x * w1;
-                sums[r][2] += x * w2;
+                vec x = load_of(v + r * nest->words + i, n - i);
+                sums[r][0] = multiplied(half, sums[r][0], x, w0);
+                sums[r][1] = multiplied(half, sums[r][1], x, w1);
+                sums[r][2] = multiplied(half, sums[r][2], x, w2);
             }
         }
     }
@@ -419,31 +452,30 @@ static void dots_out(const struct convolution *c, const struct nest *nest, long 
     }
 }
 
-static void nested(void *given, long index, long thread) {
-    struct task *task = given;
+INLINE void nested_part(int half, struct task *task, long index, long thread) {
     const struct convolution *c = task->c;
-    long down = (c->height + 2) / 3, across = (c->width + 2) / 3, channels = task->in->channels;
+    long down = (c->height + 2) / 3, across = (c->width + 2) / 3, words = task->words;
     long begin = index / task->across * NESTED_ROWS, column = index % task->across * NESTED_COLUMNS;
     long end = begin + NESTED_ROWS < down ? begin + NESTED_ROWS : down, tiles = across - column < NESTED_COLUMNS ? across - column : NESTED_COLUMNS;
-    struct nest nest = {.v_step = (NESTED_COLUMNS + 2) * channels + 16, .m_step = NESTED_COLUMNS * WIDE + 16, .channels = channels};
+    struct nest nest = {.v_step = (NESTED_COLUMNS + 2) * words + 16, .m_step = NESTED_COLUMNS * WIDE + 16, .words = words};
     float *V = task->memory + thread * task->per_thread;
     nest.M = V + 3 * 25 * nest.v_step;
     for (long row = begin; row < end + 2; row++) {
-        for (long tile = 0; tile < tiles + 2; tile++) tile_in(3, task->in, row, column + tile, V + row % 3 * 25 * nest.v_step + tile * channels, nest.v_step);
+        for (long tile = 0; tile < tiles + 2; tile++) tile_in(half, 3, task->in, row, column + tile, V + row % 3 * 25 * nest.v_step + tile * words, nest.v_step);
         if (row < begin + 2) continue;
         for (int a = 0; a < 3; a++) nest.V[a] = V + (row - 2 + a) % 3 * 25 * nest.v_step;
         if (c->outputs == 3) {
             for (long k = 0; k < 25; k++) {
                 long at = 0;
-                for (; at + 4 <= tiles; at += 4) nested_dots(4, &nest, k, at, c->weight + k * 27 * channels);
-                for (; at < tiles; at++) nested_dots(1, &nest, k, at, c->weight + k * 27 * channels);
+                for (; at + 4 <= tiles; at += 4) nested_dots(half, 4, &nest, k, at, c->weight + k * 27 * words);
+                for (; at < tiles; at++) nested_dots(half, 1, &nest, k, at, c->weight + k * 27 * words);
             }
             dots_out(c, &nest, row - 2, column, tiles);
             continue;
         }
         for (long block = 0; block < c->outputs / WIDE; block++) {
             for (long k = 0; k < 25; k++) {
-#define ONE(rows) nested_product(rows, &nest, k, at, c->weight + (block * 25 + k) * 9 * channels * WIDE)
+#define ONE(rows) nested_product(half, rows, &nest, k, at, c->weight + (block * 25 + k) * 9 * words * WIDE)
                 IN_ROWS(0, tiles, ONE)
 #undef ONE
             }
@@ -452,33 +484,32 @@ static void nested(void *given, long index, long thread) {
     }
 }
 
+IN_EITHER(nested)
+
 /* ---- directly ---- */
 
 /* Rows and columns of the input, padded and normalized: (rows, columns, channels). */
-static void rows_in(const struct input *in, long row, long rows, long column, long columns, float *to) {
-    long channels = in->channels, whole = channels % 8 ? 0 : channels;
+INLINE void rows_in(int half, const struct input *in, long row, long rows, long column, long columns, float *to) {
+    long channels = in->channels, whole = channels % 8 ? 0 : channels, words = half ? channels / 2 : channels;
     for (long i = 0; i < rows; i++)
-        for (long j = 0; j < columns; j++, to += channels) {
+        for (long j = 0; j < columns; j++, to += words) {
             long y = in->rows[row + i], x = in->columns[column + j];
-            if (y < 0 || x < 0) {
-                for (long c = 0; c < channels; c++) to[c] = in->value[c];
-                continue;
-            }
-            const float *from = in->x + (y * in->width + x) * channels;
-            for (long c = 0; c < whole; c += LANES) store_of(to + c, input_at(in, from, c), whole - c);
-            for (long c = whole; c < channels; c++) {
-                float v = in->gain[c] * from[c] + in->shift[c];
-                to[c] = v < in->floor[c] ? in->floor[c] : v;
+            const float *from = y < 0 || x < 0 ? NULL : in->x + (y * in->width + x) * channels;
+            for (long c = 0; c < whole; c += LANES)
+                store_numbers(half, to + (half ? c / 2 : c), from ? input_at(in, from, c) : load_of(in->value + c, whole - c), whole - c);
+            for (long c = whole; c < channels; c++) { /* never halves */
+                float v = from ? in->gain[c] * from[c] + in->shift[c] : in->value[c];
+                to[c] = from && v < in->floor[c] ? in->floor[c] : v;
             }
         }
 }
 
-INLINE void direct_product(int rows, const struct convolution *c, const float *x, long columns, long channels, const float *weight, const vec bias[2],
+INLINE void direct_product(int half, int rows, const struct convolution *c, const float *x, long columns, long words, const float *weight, const vec bias[2],
                            const struct target targets[2], long y, long at, struct part *part) {
     vec sums[ROWS][2];
     for (int r = 0; r < rows; r++) sums[r][0] = bias[0], sums[r][1] = bias[1];
     for (long k = 0; k < c->kernel; k++)
-        product(rows, c->kernel * channels, x + k * columns * channels, c->stride * channels, weight + k * c->kernel * channels * WIDE, sums);
+        product(half, rows, c->kernel * words, x + k * columns * words, c->stride * words, weight + k * c->kernel * words * WIDE, sums);
     if (!part->count) part->pivot[0] = sums[0][0], part->pivot[1] = sums[0][1];
     for (int j = 0; j < 2; j++)
         if (targets[j].channel[0] >= 0)
@@ -486,15 +517,14 @@ INLINE void direct_product(int rows, const struct convolution *c, const float *x
     part->count += rows;
 }
 
-static void direct(void *given, long index, long thread) {
-    struct task *task = given;
+INLINE void direct_part(int half, struct task *task, long index, long thread) {
     const struct convolution *c = task->c;
-    long height = c->height / c->shuffle, width = c->width / c->shuffle, channels = task->in->channels, kernel = c->kernel, stride = c->stride;
+    long height = c->height / c->shuffle, width = c->width / c->shuffle, words = task->words, kernel = c->kernel, stride = c->stride;
     long y0 = index / task->across * DIRECT_ROWS, x0 = index % task->across * DIRECT_COLUMNS;
     long y1 = y0 + DIRECT_ROWS < height ? y0 + DIRECT_ROWS : height, x1 = x0 + DIRECT_COLUMNS < width ? x0 + DIRECT_COLUMNS : width;
     long columns = (x1 - x0 - 1) * stride + kernel;
     float *x = task->memory + thread * task->per_thread;
-    rows_in(task->in, y0 * stride, (y1 - y0 - 1) * stride + kernel, x0 * stride, columns, x);
+    rows_in(half, task->in, y0 * stride, (y1 - y0 - 1) * stride + kernel, x0 * stride, columns, x);
     for (long block = 0; block < c->outputs / WIDE; block++) {
         struct target targets[2];
         vec bias[2];
@@ -503,9 +533,9 @@ static void direct(void *given, long index, long thread) {
             targets[j] = target_of(c, block * WIDE + j * LANES);
             bias[j] = c->bias ? load(c->bias + block * WIDE + j * LANES) : splat(0);
         }
-        const float *weight = c->weight + block * kernel * kernel * channels * WIDE;
+        const float *weight = c->weight + block * kernel * kernel * words * WIDE;
         for (long y = y0; y < y1; y++) {
-#define ONE(rows) direct_product(rows, c, x + ((y - y0) * stride * columns + (at - x0) * stride) * channels, columns, channels, weight, bias, targets, y, at, &part)
+#define ONE(rows) direct_product(half, rows, c, x + ((y - y0) * stride * columns + (at - x0) * stride) * words, columns, words, weight, bias, targets, y, at, &part)
             IN_ROWS(x0, x1, ONE)
 #undef ONE
         }
@@ -513,6 +543,8 @@ static void direct(void *given, long index, long thread) {
             if (c->mean && targets[j].channel[0] >= 0) moments_add(task->moments + thread, &targets[j], &part, j);
     }
 }
+
+IN_EITHER(direct)
 
 /* ---- between convolutions ---- */
 
@@ -585,22 +617,23 @@ struct kernels {
 };
 
 static void kernels_part(void *given, long block, long thread) {
-    static const float G[6][3] = {{1 / 4.f, 0, 0}, {-1 / 6.f, -1 / 6.f, -1 / 6.f}, {-1 / 6.f, 1 / 6.f, -1 / 6.f}, {1 / 24.f, 1 / 12.f, 1 / 6.f}, {1 / 24.f, -1 / 12.f, 1 / 6.f}, {0, 0, 1}};
+    const float a = 1 / (2 * A * A * (A * A - B * B)), b = 1 / (2 * B * B * (B * B - A * A));
+    const float G[6][3] = {{1, 0, 0}, {a, a * A, a * A * A}, {a, -a * A, a * A * A}, {b, b * B, b * B * B}, {b, -b * B, b * B * B}, {0, 0, 1}};
     struct kernels *k = given;
     (void)thread;
     for (long i = 0; i < k->inputs; i++)
         for (long o = 0; o < WIDE; o += LANES) {
-            vec g[3][3], half[6][3];
+            vec g[3][3], between[6][3];
             for (int n = 0; n < 9; n++)
                 for (int lane = 0; lane < LANES; lane++) {
                     long output = block * WIDE + o + lane;
                     g[n / 3][n % 3][lane] = output >= k->outputs ? 0 : k->back ? k->weight[(i * k->outputs + output) * 9 + 8 - n] : k->weight[(output * k->inputs + i) * 9 + n];
                 }
             for (int x = 0; x < 6; x++)
-                for (int n = 0; n < 3; n++) half[x][n] = G[x][0] * g[0][n] + G[x][1] * g[1][n] + G[x][2] * g[2][n];
+                for (int n = 0; n < 3; n++) between[x][n] = G[x][0] * g[0][n] + G[x][1] * g[1][n] + G[x][2] * g[2][n];
             for (int x = 0; x < 6; x++)
                 for (int y = 0; y < 6; y++)
-                    store(k->to + ((block * 36 + 6 * x + y) * k->inputs + i) * WIDE + o, G[y][0] * half[x][0] + G[y][1] * half[x][1] + G[y][2] * half[x][2]);
+                    store(k->to + ((block * 36 + 6 * x + y) * k->inputs + i) * WIDE + o, G[y][0] * between[x][0] + G[y][1] * between[x][1] + G[y][2] * between[x][2]);
         }
 }
 
@@ -633,8 +666,12 @@ void fastnst_finish(struct picture *picture) { parallel(picture->threads, pictur
 
 int fastnst_lanes(void) { return LANES; }
 
+int fastnst_halves(void) { return HALVES; }
+
 int fastnst_runs_here(void) {
-#if defined(__AVX512F__)
+#if HALVES
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+#elif defined(__AVX512F__)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #elif defined(__AVX2__)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -658,19 +695,19 @@ enum { WINOGRAD, DIRECT, NESTED };
 
 int fastnst_convolve(const struct input *in, const struct convolution *c, int32_t kind) {
     long height = c->height / c->shuffle, width = c->width / c->shuffle, threads = c->threads < 1 ? 1 : c->threads > 256 ? 256 : c->threads, parts;
-    struct task task = {.in = in, .c = c};
+    struct task task = {.in = in, .c = c, .words = c->half ? in->channels / 2 : in->channels};
     if (kind == WINOGRAD) {
-        task.tiles = tiles_bytes() / (36 * 4 * in->channels) / ROWS * ROWS;
+        task.tiles = tiles_bytes() / (36 * 4 * task.words) / ROWS * ROWS;
         long fewest = in->channels < 256 ? ROWS : 2 * ROWS; /* kernels too large for a cache are read less often so */
         task.tiles = task.tiles < fewest ? fewest : task.tiles;
         parts = ((width + 3) / 4 * ((height + 3) / 4) + task.tiles - 1) / task.tiles;
-        task.per_thread = 36 * (task.tiles * (in->channels + WIDE) + 32);
+        task.per_thread = 36 * (task.tiles * (task.words + WIDE) + 32);
     } else if (kind == DIRECT) {
         task.across = (width + DIRECT_COLUMNS - 1) / DIRECT_COLUMNS, parts = task.across * ((height + DIRECT_ROWS - 1) / DIRECT_ROWS);
-        task.per_thread = ((DIRECT_ROWS - 1) * c->stride + c->kernel) * ((DIRECT_COLUMNS - 1) * c->stride + c->kernel) * (long)in->channels;
+        task.per_thread = ((DIRECT_ROWS - 1) * c->stride + c->kernel) * ((DIRECT_COLUMNS - 1) * c->stride + c->kernel) * task.words;
     } else {
         task.across = ((width + 2) / 3 + NESTED_COLUMNS - 1) / NESTED_COLUMNS, parts = task.across * (((height + 2) / 3 + NESTED_ROWS - 1) / NESTED_ROWS);
-        task.per_thread = 25 * (3 * (NESTED_COLUMNS + 2) * in->channels + NESTED_COLUMNS * WIDE + 64);
+        task.per_thread = 25 * (3 * (NESTED_COLUMNS + 2) * task.words + NESTED_COLUMNS * WIDE + 64);
     }
     task.per_thread = (task.per_thread + 1039) / 1024 * 1024 + 16;
     struct moments moments[256];

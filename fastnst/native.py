@@ -1,4 +1,4 @@
-"""The project's own engine for CPUs: float32, in C compiled when the package is installed. Numpy only."""
+"""The project's own engine for CPUs, in C compiled when the package is installed. Numpy only."""
 
 import math
 from dataclasses import dataclass, replace
@@ -61,15 +61,15 @@ class _Spare:
 
 
 class NativeEngine:
-    """float32 on a CPU, without torch or any other runtime."""
+    """On a CPU, without torch or any other runtime. In bfloat16 this is what convolutions multiply; sums, norms and activations are float32."""
 
-    name, device, precision, batch = "native", "cpu", "float32", 1
+    name, device, batch = "native", "cpu", 1
 
-    def __init__(self, network: StagedNetwork) -> None:
-        self.network = network
+    def __init__(self, network: StagedNetwork, precision: str = "float32") -> None:
+        self.network, self.precision = network, precision
         self._threads = cpu_threads()
         last = len(network.stages) - 1
-        self._packed = [Packed.of(stage, index == 0, index == last) for index, stage in enumerate(network.stages)]
+        self._packed = [Packed.of(stage, index == 0, index == last, precision == "bfloat16") for index, stage in enumerate(network.stages)]
         self._spare, self._last_shape = _Spare(), ()
         self._flat = [self._flat_value(stage, value) for stage, value in zip(network.stages, flat_values(network)[0])]
 

@@ -5,6 +5,7 @@ Activations are ``(H, W, C)``, C rounded up to whole vectors.
 
 import ctypes
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,9 +18,16 @@ from fastnst.stages import Stage
 
 _WINOGRAD, _DIRECT, _NESTED = range(3)  # kinds of convolutions
 _OUTPUTS = ("linear", "tanh", "sigmoid")
-# A kernel g becomes G g G^T (Lavin and Gray 2016): for F(4x4, 3x3), of points 0, 1, -1, 2, -2, and F(3x3, 3x3), of 0, 1, -1, 1/2, both and infinity.
-_G4 = np.array([[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]])
-_G3 = np.array([[2, 0, 0], [1, 1, 1], [-1 / 3, 1 / 3, -1 / 3], [-8 / 3, -4 / 3, -2 / 3], [0, 0, 1]])
+_POINTS = (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)  # of native.c's filtering; F(3x3, 3x3) has no last one
+
+
+def _kernel_transform(points: Sequence[float]) -> np.ndarray:
+    """G, with which a kernel g becomes G g G^T (Lavin and Gray 2016), of these points and infinity."""
+    scales = [math.prod(point - other for other in points if other != point) for point in points]
+    return np.array([*([1 / scale, point / scale, point**2 / scale] for point, scale in zip(points, scales)), [0, 0, 1]])
+
+
+_G4, _G3 = _kernel_transform(_POINTS), _kernel_transform(_POINTS[:4])
 _VECTOR = 8  # numbers; a vector of any CPU that native.c is for is that many, half or twice
 
 _floats, _doubles, _bytes, _integers = (ctypes.POINTER(kind) for kind in (ctypes.c_float, ctypes.c_double, ctypes.c_uint8, ctypes.c_int32))
@@ -36,7 +44,7 @@ class _Input(ctypes.Structure):
 
 class _Convolution(ctypes.Structure):
     _fields_ = (
-        _fields(_floats, "weight bias output") + _fields(_doubles, "mean squares") + _fields(ctypes.c_int32, "kernel stride outputs shuffle height width channels threads")
+        _fields(_floats, "weight bias output") + _fields(_doubles, "mean squares") + _fields(ctypes.c_int32, "kernel stride outputs shuffle height width channels threads half")
     )
 
 
@@ -61,7 +69,7 @@ def native_library() -> ctypes.CDLL | None:
     """The compiled code that suits this CPU best; None where none was compiled, or before the source was changed last."""
     source = Path(__file__).with_name("native.c")
     changed = source.stat().st_mtime - 60 if source.is_file() else 0.0  # a copied folder has the time of the copy, in any order
-    for name in ("_native_avx512", "_native_avx2", "_native"):
+    for name in ("_native_bfloat16", "_native_avx512", "_native_avx2", "_native"):
         for path in (source.with_name(name + suffix) for suffix in EXTENSION_SUFFIXES):
             if path.is_file() and path.stat().st_mtime >= changed:
                 with suppress(OSError, AttributeError):  # of another system, or an older fastnst's
@@ -127,10 +135,15 @@ class Packed:
     outputs: int  # computed at each position, zeros that fill a block included
     shuffle: int
     channels: int  # of what comes out
+    half: bool = False  # multiplies bfloat16
 
     @classmethod
-    def of(cls, stage: Stage, is_first: bool, is_last: bool) -> "Packed":
-        """The first stage takes 3 channels as they are. The last one, where its ``outputs`` are not 3, leaves the shuffling to ``finish``."""
+    def of(cls, stage: Stage, is_first: bool, is_last: bool, half: bool = False) -> "Packed":
+        """The first stage takes 3 channels as they are. The last one, where its ``outputs`` are not 3, leaves the shuffling to ``finish``.
+
+        ``half``: it multiplies bfloat16, but for the first stage, in whose pictures of few channels most would be lost and least gained.
+        """
+        half = half and not is_first
         stage = stage.shuffled
         weight, bias, shuffle, stride = stage.weight, stage.bias, stage.shuffle, stage.stride
         if not is_first:
@@ -138,7 +151,8 @@ class Packed:
         if is_last and stride == 2:  # four pixels of a 10x10 kernel are one of a 9x9 one, four times
             weight, bias = _nested(weight[::4, :, :-1, :-1]), np.zeros(3) if bias is None else bias[::4]  # (o, x, y, a, b, i)
             weight = weight.transpose(1, 2, 3, 0, 4, 5)
-            return cls(_NESTED, aligned(weight.shape, weight), bias.astype(np.float32), 9, 1, 3, 1, 3)
+            weight = _pairs(weight[..., None])[..., 0] if half else weight
+            return cls(_NESTED, aligned(weight.shape, weight), bias.astype(np.float32), 9, 1, 3, 1, 3, half)
         shuffle = 1 if is_last else shuffle
         wide, places, kernel = 2 * native_library().fastnst_lanes(), shuffle**2, weight.shape[2]
         count, channels = len(weight) // places, whole_vectors(len(weight) // places)
@@ -154,7 +168,8 @@ class Packed:
         else:
             kind, packed = _DIRECT, ordered.transpose(0, 2, 3, 1)
         blocks = np.moveaxis(packed.reshape(-1, wide, *packed.shape[1:]), 1, -1)
-        return cls(kind, aligned(blocks.shape, blocks), None if bias is None else biases, kernel, stride, outputs, shuffle, channels)
+        blocks = _pairs(blocks) if half else blocks
+        return cls(kind, aligned(blocks.shape, blocks), None if bias is None else biases, kernel, stride, outputs, shuffle, channels, half)
 
     @classmethod
     def of_kernels(cls, weight: np.ndarray, back: bool, threads: int) -> "Packed":
@@ -170,7 +185,7 @@ class Packed:
     def operations(self, height: int, width: int) -> int:
         """Floating-point operations for so many rows and columns, two for each multiplication."""
         of_a_position = {_WINOGRAD: 1 / 16, _NESTED: 1 / 9, _DIRECT: 1.0}[self.kind]
-        return round(2 * self.weight.size * of_a_position * height * width / self.shuffle**2)
+        return round((4 if self.half else 2) * self.weight.size * of_a_position * height * width / self.shuffle**2)
 
     def size(self, rows: np.ndarray, columns: np.ndarray) -> tuple[int, int]:
         """Rows and columns that come out, of what is padded already."""
@@ -188,7 +203,7 @@ class Packed:
         source, (height, width, _) = given._input(rows, columns, value), output.shape
         c = _Convolution(
             _at(self.weight), _at(self.bias), _at(output), _at(mean), _at(squares),
-            self.kernel, self.stride, self.outputs, self.shuffle, height, width, self.channels, threads,
+            self.kernel, self.stride, self.outputs, self.shuffle, height, width, self.channels, threads, self.half,
         )  # fmt: skip
         if native_library().fastnst_convolve(ctypes.byref(source), ctypes.byref(c), self.kind):
             raise MemoryError(f"no memory left for a convolution of {width}x{height} positions")
@@ -198,6 +213,13 @@ class Packed:
 def _nested(weight: np.ndarray) -> np.ndarray:
     """``(O, I, 9, 9)`` as 3x3 kernels of 3x3, transformed: ``(O, 5, 5, 3, 3, I)``."""
     return np.einsum("xu,yv,oiaubv->oxyabi", _G3, _G3, weight.reshape(*weight.shape[:2], 3, 3, 3, 3), optimize=True)
+
+
+def _pairs(weight: np.ndarray) -> np.ndarray:
+    """``(..., I, O)`` in bfloat16, two inputs side by side in the place of a float32: ``(..., I / 2, O)``."""
+    bits = np.ascontiguousarray(weight, np.float32).view(np.uint32)
+    bits = bits + 0x7FFF + (bits >> 16 & 1) >> 16  # to the nearest, ties to even
+    return (bits[..., ::2, :] | bits[..., 1::2, :] << 16).view(np.float32)
 
 
 def from_planes(planes: np.ndarray, channels: int, threads: int) -> np.ndarray:
