@@ -21,6 +21,7 @@ from PIL import Image
 
 from fastnst.checkpoint import load_model
 from fastnst.engine import WORTH_COMPILING, Engine, is_installed, load_engine, load_network
+from fastnst.native_library import multiplies_pairs
 from fastnst.network import plainly
 from fastnst.picture import open_rgb
 from fastnst.runtime import arithmetic_rate, cpu_threads, keep_freed_memory
@@ -151,6 +152,7 @@ def default_engines(device: str) -> list[str]:
     if device != "cpu" and torch.cuda.is_available():
         return ["torch:float16", "torch:bfloat16", "torch:float32"]
     found = ["auto:auto"]
+    found += ["native:bfloat16"] if multiplies_pairs() else []
     found += ["native:float32"] if is_installed("native") else []
     found += ["openvino:float32"] if is_installed("openvino") else []
     found += ["onnxruntime:float32"] if is_installed("onnxruntime") else []

@@ -1,4 +1,4 @@
-"""What runs a staged network: OpenVINO or ONNX Runtime on a CPU, without torch; torch on a GPU, or where nothing else is installed.
+"""What runs a staged network: the engine in C, OpenVINO or ONNX Runtime on a CPU, without torch; torch on a GPU, or where nothing else is installed.
 
 All engines take and give the same arrays, ``(N, H, W, 3)`` uint8 or ``(N, 3, H, W)`` float32 in [0, 1], and the same pictures.
 """
@@ -16,7 +16,8 @@ import numpy as np
 
 from fastnst.eight_bits import eight_bits
 from fastnst.model import damaged, read_model
-from fastnst.runtime import cpu_flags, cpu_threads, free_memory, give_back_memory, gpu_is_likely, is_out_of_memory, keep_freed_memory, multiplies_bfloat16, resolve_device
+from fastnst.native_library import multiplies_pairs
+from fastnst.runtime import cpu_threads, free_memory, give_back_memory, gpu_is_likely, has_matrix_unit, is_out_of_memory, keep_freed_memory, multiplies_bfloat16, resolve_device
 from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, fold, less_flat, minds_ground
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def load_network(model: str | Path) -> StagedNetwork:
 def load_engine(network: StagedNetwork, device: str = "auto", engine: str = "auto", precision: str = "auto") -> Engine:
     """The engine asked for; ``auto`` is the one that measures best of those installed, in the fastest precision of at least 45 dB.
 
-    That is torch on a GPU in float16; on a CPU OpenVINO, in bfloat16 where the CPU multiplies it, then ONNX Runtime, then torch.
+    That is torch on a GPU in float16; on a CPU our own, in bfloat16 where its vectors multiply it, or OpenVINO where AMX does; then ONNX Runtime, then torch.
     Raises ``ValueError`` naming what is not there and how to mend it.
     """
     if engine not in ENGINES:
@@ -93,18 +94,17 @@ def load_engine(network: StagedNetwork, device: str = "auto", engine: str = "aut
             raise ValueError("--engine native was not compiled when fastnst was installed, or has changed since; install a C compiler (gcc or clang), then fastnst again")
         raise ValueError(f"--engine {engine} is not installed; install it with: pip install 'fastnst[{engine}]'")
     if engine == "native":
-        _cpu_precision(engine, precision)  # float32 alone
         from fastnst.native import NativeEngine
 
-        return NativeEngine(network)
+        return NativeEngine(network, _cpu_precision(engine, precision))
     return (OpenVinoEngine if engine == "openvino" else OnnxRuntimeEngine)(network, precision)
 
 
 def _in_order(precision: str) -> tuple[str, ...]:
     """Engines for CPUs that have a precision, the fastest first; torch comes last."""
-    if precision in ("int8", "bfloat16"):
+    if precision == "int8" or (precision == "bfloat16" and not multiplies_pairs()):
         return ("openvino",)
-    if precision == "auto" and multiplies_bfloat16():
+    if precision == "auto" and multiplies_bfloat16() and not multiplies_pairs():
         return "openvino", "native", "onnxruntime"
     return "native", "openvino", "onnxruntime"
 
@@ -186,7 +186,7 @@ class OpenVinoEngine(_GraphEngine):
             if self._fixed[0] != this:
                 self._fixed = ((), None)  # frees the old one before the new one is made
                 # Transposed convolutions of AMX copy what they take: without them 3 megapixels and more take 0.8 of the memory, in 1.1 times the time.
-                shuffled = pictures.size >= 3 * _LARGE and self._floats == "bfloat16" and "amx_bf16" in cpu_flags()
+                shuffled = pictures.size >= 3 * _LARGE and self._floats == "bfloat16" and has_matrix_unit()
                 self._fixed = (this, self._load(self._graph(pixels, shuffled), pictures.shape))
                 give_back_memory()
             return self._fixed[1]({"pixels": np.ascontiguousarray(pictures)})[0]
@@ -446,6 +446,8 @@ def onnx_graph():
 
 def _cpu_precision(engine: str, precision: str) -> str:
     there = {"native": ("float32",), "openvino": ("float32", "bfloat16", "int8"), "onnxruntime": ("float32",), "torch": ("float32", "bfloat16")}[engine]
+    if engine == "native" and multiplies_pairs():
+        there = ("float32", "bfloat16")
     if precision == "auto":
         return "bfloat16" if "bfloat16" in there and multiplies_bfloat16() else "float32"
     if precision not in there:

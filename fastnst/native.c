@@ -12,7 +12,7 @@ ReLU (`struct input`). Whoever writes them gathers the moments of their channels
 
 Plain C with the vector extensions of GCC and Clang; compiled once for each kind of CPU. */
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 #include <math.h>
@@ -42,7 +42,7 @@ Plain C with the vector extensions of GCC and Clang; compiled once for each kind
 #define DIRECT_ROWS 4
 #define DIRECT_COLUMNS 60
 #define NESTED_ROWS 8 /* of tiles of 3x3 */
-#define NESTED_COLUMNS 24
+#define NESTED_COLUMNS (30 / ROWS * ROWS)
 
 #define INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
@@ -56,15 +56,20 @@ typedef int32_t mask __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 
 static inline vec load(const float *from) { return *(const vec *)from; }
 static inline void store(float *to, vec v) { *(vec *)to = v; }
+/* Which numbers of a vector are meant. */
 #if LANES == 16
-/* The first `left` numbers of a vector, zeros behind them. */
-static inline __mmask16 first(long left) { return left < 16 ? (1 << left) - 1 : 0xffff; }
-static inline vec load_of(const float *from, long left) { return (vec)_mm512_maskz_loadu_ps(first(left), from); }
-static inline void store_of(float *to, vec v, long left) { _mm512_mask_storeu_ps(to, first(left), (__m512)v); }
-static inline void store_piece(float *to, vec v, int piece) { _mm512_mask_storeu_ps(to - piece * PIECE, 0xff << piece * PIECE, (__m512)v); }
+typedef __mmask16 some;
+#define ALL 0xffff
+static inline some first(long left) { return left < 16 ? (1 << left) - 1 : ALL; }
+static inline vec load_some(const float *from, some which) { return (vec)_mm512_maskz_loadu_ps(which, from); } /* zeros for the others */
+static inline void store_some(float *to, vec v, some which) { _mm512_mask_storeu_ps(to, which, (__m512)v); }
+static inline void store_piece(float *to, vec v, int piece) { store_some(to - piece * PIECE, v, 0xff << piece * PIECE); }
 #else /* vectors are whole; of three channels some numbers more are read */
-static inline vec load_of(const float *from, long left) { return (void)left, load(from); }
-static inline void store_of(float *to, vec v, long left) { (void)left, store(to, v); }
+typedef int some;
+#define ALL 1
+static inline some first(long left) { return (void)left, ALL; }
+static inline vec load_some(const float *from, some which) { return (void)which, load(from); }
+static inline void store_some(float *to, vec v, some which) { (void)which, store(to, v); }
 static inline void store_piece(float *to, vec v, int piece) { (void)piece, store(to, v); }
 #endif
 #ifdef __AVX512BF16__
@@ -74,14 +79,14 @@ INLINE vec multiplied(int half, vec sum, vec a, vec b) {
     if (half) return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
     return sum + a * b;
 }
-INLINE void store_numbers(int half, float *to, vec v, long left) {
-    if (half) _mm256_mask_storeu_epi16(to, first(left), (__m256i)_mm512_cvtneps_pbh((__m512)v));
-    else store_of(to, v, left);
+INLINE void store_numbers(int half, float *to, vec v, some which) {
+    if (half) _mm256_mask_storeu_epi16(to, which, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+    else store_some(to, v, which);
 }
 #else
 #define HALVES 0
 INLINE vec multiplied(int half, vec sum, vec a, vec b) { return (void)half, sum + a * b; }
-INLINE void store_numbers(int half, float *to, vec v, long left) { (void)half, store_of(to, v, left); }
+INLINE void store_numbers(int half, float *to, vec v, some which) { (void)half, store_some(to, v, which); }
 #endif
 static inline vec splat(float value) { return value - (vec){0}; }
 static inline float total(vec v) {
@@ -91,9 +96,16 @@ static inline float total(vec v) {
     for (int i = 0; i < LANES / 4; i++) sum += parts[i];
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
+/* The larger of both; what is no number in `a` stays so. */
 static inline vec larger(vec a, vec b) {
-    mask is = a < b; /* what is no number stays so */
+#if LANES == 16
+    return (vec)_mm512_max_ps((__m512)b, (__m512)a);
+#elif LANES == 8
+    return (vec)_mm256_max_ps((__m256)b, (__m256)a);
+#else
+    mask is = a < b;
     return (vec)(((mask)b & is) | ((mask)a & ~is));
+#endif
 }
 
 /* What a convolution reads. `rows` and `columns` say for each row or column, padding included, which one of `x` lies there, or -1
@@ -104,10 +116,22 @@ struct input {
     int32_t width, channels;
 };
 
-static inline vec input_at(const struct input *in, const float *from, long channel) {
-    long left = in->channels - channel;
-    return larger(load_of(in->gain + channel, left) * load_of(from + channel, left) + load_of(in->shift + channel, left), load_of(in->floor + channel, left));
+/* How a vector of channels is read. */
+struct reading {
+    vec gain, shift, floor, value;
+    some which;
+};
+
+INLINE struct reading reading_of(const struct input *in, long channel) {
+    some which = first(in->channels - channel);
+    return (struct reading){
+        load_some(in->gain + channel, which), load_some(in->shift + channel, which), load_some(in->floor + channel, which),
+        in->value ? load_some(in->value + channel, which) : splat(0), which,
+    };
 }
+
+/* `from`: where it lies, or NULL for `value`. */
+INLINE vec read_from(const struct reading *r, const float *from) { return from ? larger(r->gain * load_some(from, r->which) + r->shift, r->floor) : r->value; }
 
 /* What it is, and what it writes: (height, width, channels), from `outputs` (a multiple of WIDE) numbers at each of
 (height, width) / shuffle positions: first those of all channels at the upper left, then at the upper right, and so on.
@@ -155,14 +179,14 @@ static void parallel(long threads, long count, void (*job)(void *, long, long), 
 
 /* Those of a part, counted from `pivot`, one of its own numbers. */
 struct part {
-    vec pivot[2], sum[2], squares[2];
+    vec pivot, sum, squares;
     long count;
 };
 
-static inline void part_add(struct part *part, int j, vec v) {
-    vec d = v - part->pivot[j];
-    part->sum[j] += d;
-    part->squares[j] += d * d;
+INLINE void part_add(struct part *part, vec v) {
+    vec d = v - part->pivot;
+    part->sum += d;
+    part->squares += d * d;
 }
 
 /* Chan, Golub and LeVeque 1979: of two samples together. */
@@ -219,41 +243,47 @@ static inline void put(const struct convolution *c, const struct target *t, long
         if (t->channel[piece] >= 0) store_piece(target_at(c, t, piece, y, x), v, piece);
 }
 
-static void moments_add(struct moments *m, const struct target *target, const struct part *part, int j) {
+/* `part` is a copy: where it were pointed to, it could not stay in registers while numbers are written elsewhere, which took a third of the time. */
+static void moments_add(struct moments *m, const struct target *target, struct part part) {
     for (int lane = 0; lane < LANES; lane++) {
-        double n = part->count, sum = part->sum[j][lane];
+        double n = part.count, sum = part.sum[lane];
         long channel = target->channel[lane / PIECE] + lane % PIECE;
         if (target->channel[lane / PIECE] >= 0)
-            merge(m->count + channel, m->mean + channel, m->squares + channel, n, part->pivot[j][lane] + sum / n, part->squares[j][lane] - sum * sum / n);
+            merge(m->count + channel, m->mean + channel, m->squares + channel, n, part.pivot[lane] + sum / n, part.squares[lane] - sum * sum / n);
     }
 }
 
-/* sums[r][j] += a[r * a_step + i] * b[i], over i; `half` and `rows` are known where it is called. */
-INLINE void product_of(int half, int rows, long n, const float *a, long a_step, const float *b, vec sums[][2]) {
+/* to[r] = start + the sum over `parts` and `n` of a[part][at + r * step + i] * b[part][i], a vector WIDE; what is known where it is called: `half` and `rows`. */
+struct factors {
+    const float *const *a;
+    long parts, n, step;
+    const vec *start;
+};
+
+INLINE void product_of(int half, int rows, const struct factors *f, long at, const float *b, float *to) {
     vec s[ROWS][2];
-    UNROLLED for (int r = 0; r < rows; r++) s[r][0] = sums[r][0], s[r][1] = sums[r][1];
-    for (long i = 0; i < n; i++) {
-        vec b0 = load(b + i * WIDE), b1 = load(b + i * WIDE + LANES);
-        UNROLLED for (int r = 0; r < rows; r++) {
-            vec x = splat(a[r * a_step + i]);
-            s[r][0] = multiplied(half, s[r][0], x, b0);
-            s[r][1] = multiplied(half, s[r][1], x, b1);
+    UNROLLED for (int r = 0; r < rows; r++) s[r][0] = f->start[0], s[r][1] = f->start[1];
+    for (long part = 0; part < f->parts; part++) {
+        const float *a = f->a[part] + at;
+        for (long i = 0; i < f->n; i++, b += WIDE) {
+            vec b0 = load(b), b1 = load(b + LANES);
+            UNROLLED for (int r = 0; r < rows; r++) {
+                vec x = splat(a[r * f->step + i]);
+                s[r][0] = multiplied(half, s[r][0], x, b0);
+                s[r][1] = multiplied(half, s[r][1], x, b1);
+            }
         }
     }
-    UNROLLED for (int r = 0; r < rows; r++) sums[r][0] = s[r][0], sums[r][1] = s[r][1];
+    UNROLLED for (int r = 0; r < rows; r++) store(to + r * WIDE, s[r][0]), store(to + r * WIDE + LANES, s[r][1]);
 }
 
 /* Functions of their own, where GCC 12 else keeps the sums of so many rows in memory. */
-static __attribute__((noinline)) void product_of_all(long n, const float *a, long a_step, const float *b, vec sums[][2]) { product_of(0, ROWS, n, a, a_step, b, sums); }
-#if HALVES
-static __attribute__((noinline)) void product_of_halves(long n, const float *a, long a_step, const float *b, vec sums[][2]) { product_of(1, ROWS, n, a, a_step, b, sums); }
-#else
-#define product_of_halves product_of_all
-#endif
+static __attribute__((noinline)) void product_of_all(const struct factors *f, long at, const float *b, float *to) { product_of(0, ROWS, f, at, b, to); }
+static __attribute__((noinline)) void product_of_halves(const struct factors *f, long at, const float *b, float *to) { product_of(HALVES, ROWS, f, at, b, to); }
 
-INLINE void product(int half, int rows, long n, const float *a, long a_step, const float *b, vec sums[][2]) {
-    if (LANES > 8 && rows == ROWS) (half ? product_of_halves : product_of_all)(n, a, a_step, b, sums);
-    else product_of(half, rows, n, a, a_step, b, sums);
+INLINE void product(int half, int rows, const struct factors *f, long at, const float *b, float *to) {
+    if (rows == ROWS) (half ? product_of_halves : product_of_all)(f, at, b, to);
+    else product_of(half, rows, f, at, b, to);
 }
 
 /* Calls one(rows, at) for as many rows at once as there are. */
@@ -303,26 +333,27 @@ INLINE void transform_output(int m, const vec *p, vec *y) {
 /* V[k][channel] of the tile at (m * row, m * column); `step` floats lie between two k. The last channels are written as a whole vector: what is too much
 the next tile overwrites. */
 INLINE void tile_in(int half, int m, const struct input *in, long row, long column, float *V, long step) {
-    static const float nothing[1] = {0};
     const float *from[6][6];
     int n = m + 2;
     for (int i = 0; i < n; i++)
         for (int j = 0; j < n; j++) {
             long y = in->rows[m * row + i], x = in->columns[m * column + j];
-            from[i][j] = y < 0 || x < 0 ? nothing : in->x + (y * in->width + x) * in->channels;
+            from[i][j] = y < 0 || x < 0 ? NULL : in->x + (y * in->width + x) * in->channels;
         }
     for (long c = 0; c < in->channels; c += LANES) {
+        struct reading reading = reading_of(in, c);
         vec between[6][6];
         for (int j = 0; j < n; j++) {
             vec d[6], t[6];
-            for (int i = 0; i < n; i++) d[i] = from[i][j] == nothing ? load_of(in->value + c, in->channels - c) : input_at(in, from[i][j], c);
+            for (int i = 0; j >= 2 && i < n; i++) __builtin_prefetch(from[i][j] + m * in->channels + c); /* of the next tile, most often */
+            for (int i = 0; i < n; i++) d[i] = read_from(&reading, from[i][j] ? from[i][j] + c : NULL);
             transform_input(m, d, t);
             for (int i = 0; i < n; i++) between[i][j] = t[i];
         }
         for (int i = 0; i < n; i++) {
             vec t[6];
             transform_input(m, between[i], t);
-            for (int j = 0; j < n; j++) store_numbers(half, V + (n * i + j) * step + (half ? c / 2 : c), t[j], LANES);
+            for (int j = 0; j < n; j++) store_numbers(half, V + (n * i + j) * step + (half ? c / 2 : c), t[j], ALL);
         }
     }
 }
@@ -351,29 +382,23 @@ INLINE void tiles_out(int m, const struct convolution *c, long block, const floa
         for (long tile = 0; tile < tiles; tile++) {
             vec y[4][4];
             tile_out(m, M + tile * WIDE + j * LANES, step, y);
-            if (!part.count) part.pivot[j] = y[0][0] + bias;
             long y0 = (first + tile) / across * m, x0 = (first + tile) % across * m;
             long rows = height - y0 < m ? height - y0 : m, columns = width - x0 < m ? width - x0 : m;
-            for (long i = 0; i < rows; i++)
-                for (long l = 0; l < columns; l++) {
-                    vec v = y[i][l] + bias;
-                    put(c, &target, y0 + i, x0 + l, v);
-                    part_add(&part, j, v);
-                }
+            if (!part.count) part.pivot = y[0][0] + bias;
+            UNROLLED for (int i = 0; i < m; i++)
+                UNROLLED for (int l = 0; l < m; l++)
+                    if (i < rows && l < columns) {
+                        vec v = y[i][l] + bias;
+                        put(c, &target, y0 + i, x0 + l, v);
+                        part_add(&part, v);
+                    }
             part.count += rows * columns;
         }
-        if (c->mean) moments_add(moments, &target, &part, j);
+        if (c->mean) moments_add(moments, &target, part);
     }
 }
 
 /* 3x3: a product of matrices for each k. */
-INLINE void winograd_product(int half, int rows, long words, const float *v, const float *u, float *m) {
-    vec sums[ROWS][2];
-    for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = splat(0);
-    product(half, rows, words, v, words, u, sums);
-    for (int r = 0; r < rows; r++) store(m + r * WIDE, sums[r][0]), store(m + r * WIDE + LANES, sums[r][1]);
-}
-
 INLINE void winograd_part(int half, struct task *task, long index, long thread) {
     const struct convolution *c = task->c;
     long height = c->height / c->shuffle, width = c->width / c->shuffle, words = task->words;
@@ -381,11 +406,13 @@ INLINE void winograd_part(int half, struct task *task, long index, long thread) 
     long tiles = left < task->tiles ? left : task->tiles;
     long v_step = task->tiles * words + 16, m_step = task->tiles * WIDE + 16; /* 16: not all in one set of the cache */
     float *V = task->memory + thread * task->per_thread, *M = V + 36 * v_step;
+    vec nothing[2] = {splat(0), splat(0)};
     for (long tile = 0; tile < tiles; tile++) tile_in(half, 4, task->in, (first + tile) / across, (first + tile) % across, V + tile * words, v_step);
     for (long block = 0; block < c->outputs / WIDE; block++) {
         for (int k = 0; k < 36; k++) {
-            const float *U = c->weight + (block * 36 + k) * words * WIDE;
-#define ONE(rows) winograd_product(half, rows, words, V + k * v_step + at * words, U, M + k * m_step + at * WIDE)
+            const float *a = V + k * v_step, *U = c->weight + (block * 36 + k) * words * WIDE;
+            struct factors f = {&a, 1, words, words, nothing};
+#define ONE(rows) product(half, rows, &f, at * words, U, M + k * m_step + at * WIDE)
             IN_ROWS(0, tiles, ONE)
 #undef ONE
         }
@@ -410,14 +437,6 @@ struct nest {
     float *M;
 };
 
-INLINE void nested_product(int half, int rows, const struct nest *nest, long k, long at, const float *u) {
-    vec sums[ROWS][2];
-    for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = splat(0);
-    for (int a = 0; a < 3; a++) product(half, rows, 3 * nest->words, nest->V[a] + k * nest->v_step + at * nest->words, nest->words, u + a * 3 * nest->words * WIDE, sums);
-    float *m = nest->M + k * nest->m_step + at * WIDE;
-    for (int r = 0; r < rows; r++) store(m + r * WIDE, sums[r][0]), store(m + r * WIDE + LANES, sums[r][1]);
-}
-
 /* To 3 channels: vectors along the input's channels. M[k][3 * tile + output] */
 INLINE void nested_dots(int half, int rows, const struct nest *nest, long k, long at, const float *u) {
     long n = 3 * nest->words;
@@ -426,9 +445,10 @@ INLINE void nested_dots(int half, int rows, const struct nest *nest, long k, lon
     for (int a = 0; a < 3; a++) {
         const float *v = nest->V[a] + k * nest->v_step + at * nest->words, *w = u + a * 3 * n;
         for (long i = 0; i < n; i += LANES) {
-            vec w0 = load_of(w + i, n - i), w1 = load_of(w + n + i, n - i), w2 = load_of(w + 2 * n + i, n - i);
+            some which = first(n - i);
+            vec w0 = load_some(w + i, which), w1 = load_some(w + n + i, which), w2 = load_some(w + 2 * n + i, which);
             UNROLLED for (int r = 0; r < rows; r++) {
-                vec x = load_of(v + r * nest->words + i, n - i);
+                vec x = load_some(v + r * nest->words + i, which);
                 sums[r][0] = multiplied(half, sums[r][0], x, w0);
                 sums[r][1] = multiplied(half, sums[r][1], x, w1);
                 sums[r][2] = multiplied(half, sums[r][2], x, w2);
@@ -460,6 +480,7 @@ INLINE void nested_part(int half, struct task *task, long index, long thread) {
     struct nest nest = {.v_step = (NESTED_COLUMNS + 2) * words + 16, .m_step = NESTED_COLUMNS * WIDE + 16, .words = words};
     float *V = task->memory + thread * task->per_thread;
     nest.M = V + 3 * 25 * nest.v_step;
+    vec nothing[2] = {splat(0), splat(0)};
     for (long row = begin; row < end + 2; row++) {
         for (long tile = 0; tile < tiles + 2; tile++) tile_in(half, 3, task->in, row, column + tile, V + row % 3 * 25 * nest.v_step + tile * words, nest.v_step);
         if (row < begin + 2) continue;
@@ -475,7 +496,10 @@ INLINE void nested_part(int half, struct task *task, long index, long thread) {
         }
         for (long block = 0; block < c->outputs / WIDE; block++) {
             for (long k = 0; k < 25; k++) {
-#define ONE(rows) nested_product(half, rows, &nest, k, at, c->weight + (block * 25 + k) * 9 * words * WIDE)
+                const float *a[3], *U = c->weight + (block * 25 + k) * 9 * words * WIDE;
+                for (int i = 0; i < 3; i++) a[i] = nest.V[i] + k * nest.v_step;
+                struct factors f = {a, 3, 3 * words, words, nothing};
+#define ONE(rows) product(half, rows, &f, at * words, U, nest.M + k * nest.m_step + at * WIDE)
                 IN_ROWS(0, tiles, ONE)
 #undef ONE
             }
@@ -491,30 +515,35 @@ IN_EITHER(nested)
 /* Rows and columns of the input, padded and normalized: (rows, columns, channels). */
 INLINE void rows_in(int half, const struct input *in, long row, long rows, long column, long columns, float *to) {
     long channels = in->channels, whole = channels % 8 ? 0 : channels, words = half ? channels / 2 : channels;
-    for (long i = 0; i < rows; i++)
-        for (long j = 0; j < columns; j++, to += words) {
-            long y = in->rows[row + i], x = in->columns[column + j];
-            const float *from = y < 0 || x < 0 ? NULL : in->x + (y * in->width + x) * channels;
-            for (long c = 0; c < whole; c += LANES)
-                store_numbers(half, to + (half ? c / 2 : c), from ? input_at(in, from, c) : load_of(in->value + c, whole - c), whole - c);
+    for (long i = 0; i < rows; i++) {
+        const int32_t *across = in->columns + column;
+        const float *x = in->rows[row + i] < 0 ? NULL : in->x + (long)in->rows[row + i] * in->width * channels;
+        for (long c = 0; c < whole; c += LANES) {
+            struct reading reading = reading_of(in, c);
+            float *at = to + (half ? c / 2 : c);
+            for (long j = 0; j < columns; j++, at += words) store_numbers(half, at, read_from(&reading, x && across[j] >= 0 ? x + across[j] * channels + c : NULL), reading.which);
+        }
+        for (long j = 0; j < columns; j++, to += words)
             for (long c = whole; c < channels; c++) { /* never halves */
+                const float *from = x && across[j] >= 0 ? x + across[j] * channels : NULL;
                 float v = from ? in->gain[c] * from[c] + in->shift[c] : in->value[c];
                 to[c] = from && v < in->floor[c] ? in->floor[c] : v;
             }
-        }
+    }
 }
 
-INLINE void direct_product(int half, int rows, const struct convolution *c, const float *x, long columns, long words, const float *weight, const vec bias[2],
-                           const struct target targets[2], long y, long at, struct part *part) {
-    vec sums[ROWS][2];
-    for (int r = 0; r < rows; r++) sums[r][0] = bias[0], sums[r][1] = bias[1];
-    for (long k = 0; k < c->kernel; k++)
-        product(half, rows, c->kernel * words, x + k * columns * words, c->stride * words, weight + k * c->kernel * words * WIDE, sums);
-    if (!part->count) part->pivot[0] = sums[0][0], part->pivot[1] = sums[0][1];
-    for (int j = 0; j < 2; j++)
+INLINE void direct_product(int half, int rows, const struct convolution *c, const struct factors *f, const float *weight, const struct target targets[2], long y, long x0,
+                           long at, struct part part[2]) {
+    float sums[ROWS * WIDE];
+    product(half, rows, f, (at - x0) * f->step, weight, sums);
+    for (int j = 0; j < 2; j++) {
+        const float *from = sums + j * LANES;
+        if (!part[j].count) part[j].pivot = load(from);
+        UNROLLED for (int r = 0; r < rows; r++) part_add(&part[j], load(from + r * WIDE));
+        part[j].count += rows;
         if (targets[j].channel[0] >= 0)
-            for (int r = 0; r < rows; r++) put(c, &targets[j], y, at + r, sums[r][j]), part_add(part, j, sums[r][j]);
-    part->count += rows;
+            UNROLLED for (int r = 0; r < rows; r++) put(c, &targets[j], y, at + r, load(from + r * WIDE));
+    }
 }
 
 INLINE void direct_part(int half, struct task *task, long index, long thread) {
@@ -528,19 +557,22 @@ INLINE void direct_part(int half, struct task *task, long index, long thread) {
     for (long block = 0; block < c->outputs / WIDE; block++) {
         struct target targets[2];
         vec bias[2];
-        struct part part = {.count = 0};
+        struct part part[2] = {{.count = 0}, {.count = 0}};
         for (int j = 0; j < 2; j++) {
             targets[j] = target_of(c, block * WIDE + j * LANES);
             bias[j] = c->bias ? load(c->bias + block * WIDE + j * LANES) : splat(0);
         }
         const float *weight = c->weight + block * kernel * kernel * words * WIDE;
         for (long y = y0; y < y1; y++) {
-#define ONE(rows) direct_product(half, rows, c, x + ((y - y0) * stride * columns + (at - x0) * stride) * words, columns, words, weight, bias, targets, y, at, &part)
+            const float *a[16];
+            for (long k = 0; k < kernel; k++) a[k] = x + ((y - y0) * stride + k) * columns * words;
+            struct factors f = {a, kernel, kernel * words, stride * words, bias};
+#define ONE(rows) direct_product(half, rows, c, &f, weight, targets, y, x0, at, part)
             IN_ROWS(x0, x1, ONE)
 #undef ONE
         }
         for (int j = 0; j < 2; j++)
-            if (c->mean && targets[j].channel[0] >= 0) moments_add(task->moments + thread, &targets[j], &part, j);
+            if (c->mean && targets[j].channel[0] >= 0) moments_add(task->moments + thread, &targets[j], part[j]);
     }
 }
 
@@ -563,8 +595,11 @@ static void add_row(void *given, long row, long thread) {
     const float *x = in->x + ((row + sum->inset) * in->width + sum->inset) * in->channels;
     (void)thread;
     for (long i = 0; i < sum->width; i++, y += in->channels, x += in->channels)
-        for (long c = 0; c < in->channels; c += LANES)
-            store_of(y + c, load_of(sum->gain + c, in->channels - c) * load_of(y + c, in->channels - c) + load_of(sum->shift + c, in->channels - c) + input_at(in, x, c), in->channels - c);
+        for (long c = 0; c < in->channels; c += LANES) {
+            struct reading reading = reading_of(in, c);
+            some which = reading.which;
+            store_some(y + c, load_some(sum->gain + c, which) * load_some(y + c, which) + load_some(sum->shift + c, which) + read_from(&reading, x + c), which);
+        }
 }
 
 /* Pixels of 0..255 from what the last convolution gave: (height / shuffle, width / shuffle, channels), to be shuffled and cropped. */

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastnst.runtime import has_matrix_unit
 from fastnst.stages import Stage
 
 _WINOGRAD, _DIRECT, _NESTED = range(3)  # kinds of convolutions
@@ -77,6 +78,12 @@ def native_library() -> ctypes.CDLL | None:
                     if library.fastnst_runs_here():
                         return library
     return None
+
+
+def multiplies_pairs() -> bool:
+    """Whether the compiled code multiplies bfloat16, at twice the rate of float32; not where there is a matrix unit, which others use and are faster."""
+    library = native_library()
+    return library is not None and bool(library.fastnst_halves()) and not has_matrix_unit()
 
 
 def whole_vectors(channels: int) -> int:
