@@ -28,7 +28,7 @@ def cpu_layers(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor
         weight = weight if index else weight / 255
         unminded = None if step.kind == "subpixel" else bias  # a norm follows
         bias = wide.by_place(bias).to(dtype) if unminded is None else None  # each pixel of a place has its own
-        x = convolved(x, weight.to(dtype), bias, step.conv.stride[0] if step.kind == "plain" else 1)
+        x = convolved(x, weight, bias, step.conv.stride[0] if step.kind == "plain" else 1)
         x = _InstanceNorm.apply(_in_pixels(x) if step.shuffle > 1 else x, step.norm.weight, step.norm.bias, unminded)
         if step.relu:
             x = F.relu_(x)

@@ -1,7 +1,8 @@
 /* Convolutions of a staged network on a CPU, each with the norm of the stage before folded into its reading.
 
-Activations and sums are float32. What is multiplied is, too, or bfloat16 (`half`) on CPUs whose vectors multiply two of these and add both to a sum: two
-channels then lie where a float32 would, so that all but the reading, the multiplication and the order of the weights is the same.
+Activations and sums are float32. What is multiplied is, too, or bfloat16 (`half` 1) on CPUs whose vectors multiply two of these and add both to a sum: two
+channels then lie where a float32 would, so that all but the reading, the multiplication and the order of the weights is the same. In training activations
+are bfloat16 as well (`half` 2), which only 3x3 convolutions know.
 
 Pictures between stages are (H, W, C) with C a multiple of 8, not normalized yet: whoever reads them applies gain, shift and
 ReLU (`struct input`). Whoever writes them gathers the moments of their channels, so an activation is written once and read once.
@@ -63,14 +64,12 @@ typedef __mmask16 some;
 static inline some first(long left) { return left < 16 ? (1 << left) - 1 : ALL; }
 static inline vec load_some(const float *from, some which) { return (vec)_mm512_maskz_loadu_ps(which, from); } /* zeros for the others */
 static inline void store_some(float *to, vec v, some which) { _mm512_mask_storeu_ps(to, which, (__m512)v); }
-static inline void store_piece(float *to, vec v, int piece) { store_some(to - piece * PIECE, v, 0xff << piece * PIECE); }
 #else /* vectors are whole; of three channels some numbers more are read */
 typedef int some;
 #define ALL 1
 static inline some first(long left) { return (void)left, ALL; }
 static inline vec load_some(const float *from, some which) { return (void)which, load(from); }
 static inline void store_some(float *to, vec v, some which) { (void)which, store(to, v); }
-static inline void store_piece(float *to, vec v, int piece) { (void)piece, store(to, v); }
 #endif
 #ifdef __AVX512BF16__
 #define HALVES 1
@@ -80,14 +79,28 @@ INLINE vec multiplied(int half, vec sum, vec a, vec b) {
     return sum + a * b;
 }
 INLINE void store_numbers(int half, float *to, vec v, some which) {
-    if (half) _mm256_mask_storeu_epi16(to, which, (__m256i)_mm512_cvtneps_pbh((__m512)v));
-    else store_some(to, v, which);
+    __m256i numbers = half ? (__m256i)_mm512_cvtneps_pbh((__m512)v) : _mm256_setzero_si256();
+    if (which != ALL && half) _mm256_mask_storeu_epi16(to, which, numbers);
+    else if (half) _mm256_storeu_si256((__m256i *)to, numbers);
+    else if (which != ALL) store_some(to, v, which);
+    else store(to, v);
+}
+/* Two of which lie in the place of a float. */
+INLINE vec load_halves(const float *from, some which) { return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, from)), 16); }
+INLINE vec pairs_of(vec low, vec high) {
+    __m512i a = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)low)), b = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)high));
+    return (vec)_mm512_or_si512(a, _mm512_slli_epi32(b, 16));
 }
 #else
 #define HALVES 0
+INLINE vec load_halves(const float *from, some which) { return load_some(from, which); }
+INLINE vec pairs_of(vec low, vec high) { return (void)high, low; }
 INLINE vec multiplied(int half, vec sum, vec a, vec b) { return (void)half, sum + a * b; }
 INLINE void store_numbers(int half, float *to, vec v, some which) { (void)half, store_some(to, v, which); }
 #endif
+INLINE void store_piece(int half, float *to, vec v, int piece) {
+    store_numbers(half, to - piece * PIECE / (half ? 2 : 1), v, PIECES > 1 ? 0xff << piece * PIECE : ALL);
+}
 static inline vec splat(float value) { return value - (vec){0}; }
 static inline float total(vec v) {
     typedef float four __attribute__((vector_size(16)));
@@ -131,11 +144,14 @@ INLINE struct reading reading_of(const struct input *in, long channel) {
 }
 
 /* `from`: where it lies, or NULL for `value`. */
-INLINE vec read_from(const struct reading *r, const float *from) { return from ? larger(r->gain * load_some(from, r->which) + r->shift, r->floor) : r->value; }
+INLINE vec read_from(int half, const struct reading *r, const float *from) {
+    if (!from) return r->value;
+    return larger(r->gain * (half == 2 ? load_halves(from, r->which) : load_some(from, r->which)) + r->shift, r->floor);
+}
 
 /* What it is, and what it writes: (height, width, channels), from `outputs` (a multiple of WIDE) numbers at each of
 (height, width) / shuffle positions: first those of all channels at the upper left, then at the upper right, and so on.
-With `half` the weights are bfloat16, two channels of the input side by side. `mean` and `squares` (the sum of squared differences from the mean) of each channel are of what was written; NULL: not asked for. */
+`half`: 1: the weights are bfloat16, two channels of the input side by side; 2: so is what is read and written. `mean` and `squares` (the sum of squared differences from the mean) of each channel are of what was written; NULL: not asked for. */
 struct convolution {
     const float *weight, *bias;
     float *output;
@@ -230,17 +246,18 @@ static inline struct target target_of(const struct convolution *c, int output) {
     return t;
 }
 
-static inline float *target_at(const struct convolution *c, const struct target *t, int piece, long y, long x) {
-    return c->output + ((y * c->shuffle + t->down[piece]) * c->width + x * c->shuffle + t->across[piece]) * c->channels + t->channel[piece];
+INLINE float *target_at(int half, const struct convolution *c, const struct target *t, int piece, long y, long x) {
+    long at = ((y * c->shuffle + t->down[piece]) * c->width + x * c->shuffle + t->across[piece]) * c->channels + t->channel[piece];
+    return c->output + (half == 2 ? at / 2 : at);
 }
 
-static inline void put(const struct convolution *c, const struct target *t, long y, long x, vec v) {
+INLINE void put(int half, const struct convolution *c, const struct target *t, long y, long x, vec v) {
     if (t->together) {
-        store(target_at(c, t, 0, y, x), v);
+        store_numbers(half == 2, target_at(half, c, t, 0, y, x), v, ALL);
         return;
     }
     for (int piece = 0; piece < PIECES; piece++)
-        if (t->channel[piece] >= 0) store_piece(target_at(c, t, piece, y, x), v, piece);
+        if (t->channel[piece] >= 0) store_piece(half == 2, target_at(half, c, t, piece, y, x), v, piece);
 }
 
 /* `part` is a copy: where it were pointed to, it could not stay in registers while numbers are written elsewhere, which took a third of the time. */
@@ -334,19 +351,21 @@ INLINE void transform_output(int m, const vec *p, vec *y) {
 the next tile overwrites. */
 INLINE void tile_in(int half, int m, const struct input *in, long row, long column, float *V, long step) {
     const float *from[6][6];
+    long words = half == 2 ? in->channels / 2 : in->channels;
     int n = m + 2;
     for (int i = 0; i < n; i++)
         for (int j = 0; j < n; j++) {
             long y = in->rows[m * row + i], x = in->columns[m * column + j];
-            from[i][j] = y < 0 || x < 0 ? NULL : in->x + (y * in->width + x) * in->channels;
+            from[i][j] = y < 0 || x < 0 ? NULL : in->x + (y * in->width + x) * words;
         }
     for (long c = 0; c < in->channels; c += LANES) {
         struct reading reading = reading_of(in, c);
+        long at = half == 2 ? c / 2 : c;
         vec between[6][6];
         for (int j = 0; j < n; j++) {
             vec d[6], t[6];
-            for (int i = 0; j >= 2 && i < n; i++) __builtin_prefetch(from[i][j] + m * in->channels + c); /* of the next tile, most often */
-            for (int i = 0; i < n; i++) d[i] = read_from(&reading, from[i][j] ? from[i][j] + c : NULL);
+            for (int i = 0; j >= 2 && i < n; i++) __builtin_prefetch(from[i][j] + m * words + at); /* of the next tile, most often */
+            for (int i = 0; i < n; i++) d[i] = read_from(half, &reading, from[i][j] ? from[i][j] + at : NULL);
             transform_input(m, d, t);
             for (int i = 0; i < n; i++) between[i][j] = t[i];
         }
@@ -372,8 +391,9 @@ INLINE void tile_out(int m, const float *M, long step, vec y[4][4]) {
 }
 
 /* A block of outputs of `tiles` tiles, counted row by row of `across`, from `first` on: M[k][tile][output] */
-INLINE void tiles_out(int m, const struct convolution *c, long block, const float *M, long step, long first, long across, long tiles, struct moments *moments) {
+INLINE void tiles_out(int half, int m, const struct convolution *c, long block, const float *M, long step, long first, long across, long tiles, struct moments *moments) {
     long height = c->height / c->shuffle, width = c->width / c->shuffle;
+    const int counted = c->mean != NULL;
     for (int j = 0; j < 2; j++) {
         struct target target = target_of(c, block * WIDE + j * LANES);
         if (target.channel[0] < 0) continue;
@@ -389,12 +409,12 @@ INLINE void tiles_out(int m, const struct convolution *c, long block, const floa
                 UNROLLED for (int l = 0; l < m; l++)
                     if (i < rows && l < columns) {
                         vec v = y[i][l] + bias;
-                        put(c, &target, y0 + i, x0 + l, v);
-                        part_add(&part, v);
+                        put(half, c, &target, y0 + i, x0 + l, v);
+                        if (counted) part_add(&part, v);
                     }
             part.count += rows * columns;
         }
-        if (c->mean) moments_add(moments, &target, part);
+        if (counted) moments_add(moments, &target, part);
     }
 }
 
@@ -416,7 +436,7 @@ INLINE void winograd_part(int half, struct task *task, long index, long thread) 
             IN_ROWS(0, tiles, ONE)
 #undef ONE
         }
-        tiles_out(4, c, block, M, m_step, first, across, tiles, task->moments + thread);
+        tiles_out(half, 4, c, block, M, m_step, first, across, tiles, task->moments + thread);
     }
 }
 
@@ -428,7 +448,12 @@ INLINE void winograd_part(int half, struct task *task, long index, long thread) 
         else name##_part(0, task, index, thread);                                  \
     }
 
-IN_EITHER(winograd)
+static void winograd(void *given, long index, long thread) {
+    struct task *task = given;
+    if (HALVES && task->c->half == 2) winograd_part(2, task, index, thread);
+    else if (HALVES && task->c->half) winograd_part(1, task, index, thread);
+    else winograd_part(0, task, index, thread);
+}
 
 /* 9x9, as 3x3 kernels of 3x3: each of them sees a tile three further on, so all share the tiles' transforms, and their products add up. */
 struct nest {
@@ -503,7 +528,7 @@ INLINE void nested_part(int half, struct task *task, long index, long thread) {
                 IN_ROWS(0, tiles, ONE)
 #undef ONE
             }
-            tiles_out(3, c, block, nest.M, nest.m_step, (row - 2) * across + column, across, tiles, task->moments + thread);
+            tiles_out(half, 3, c, block, nest.M, nest.m_step, (row - 2) * across + column, across, tiles, task->moments + thread);
         }
     }
 }
@@ -521,7 +546,7 @@ INLINE void rows_in(int half, const struct input *in, long row, long rows, long 
         for (long c = 0; c < whole; c += LANES) {
             struct reading reading = reading_of(in, c);
             float *at = to + (half ? c / 2 : c);
-            for (long j = 0; j < columns; j++, at += words) store_numbers(half, at, read_from(&reading, x && across[j] >= 0 ? x + across[j] * channels + c : NULL), reading.which);
+            for (long j = 0; j < columns; j++, at += words) store_numbers(half, at, read_from(0, &reading, x && across[j] >= 0 ? x + across[j] * channels + c : NULL), reading.which);
         }
         for (long j = 0; j < columns; j++, to += words)
             for (long c = whole; c < channels; c++) { /* never halves */
@@ -542,7 +567,7 @@ INLINE void direct_product(int half, int rows, const struct convolution *c, cons
         UNROLLED for (int r = 0; r < rows; r++) part_add(&part[j], load(from + r * WIDE));
         part[j].count += rows;
         if (targets[j].channel[0] >= 0)
-            UNROLLED for (int r = 0; r < rows; r++) put(c, &targets[j], y, at + r, load(from + r * WIDE));
+            UNROLLED for (int r = 0; r < rows; r++) put(0, c, &targets[j], y, at + r, load(from + r * WIDE));
     }
 }
 
@@ -598,7 +623,7 @@ static void add_row(void *given, long row, long thread) {
         for (long c = 0; c < in->channels; c += LANES) {
             struct reading reading = reading_of(in, c);
             some which = reading.which;
-            store_some(y + c, load_some(sum->gain + c, which) * load_some(y + c, which) + load_some(sum->shift + c, which) + read_from(&reading, x + c), which);
+            store_some(y + c, load_some(sum->gain + c, which) * load_some(y + c, which) + load_some(sum->shift + c, which) + read_from(0, &reading, x + c), which);
         }
 }
 
@@ -648,27 +673,35 @@ static void finish_row(void *given, long row, long thread) {
 struct kernels {
     const float *weight; /* (outputs, inputs, 3, 3), or with `back` (inputs, outputs, 3, 3) */
     float *to;
-    int32_t outputs, inputs, back, threads;
+    int32_t outputs, inputs, back, half, threads;
 };
 
-static void kernels_part(void *given, long block, long thread) {
+/* Of a vector of outputs, from `output` on. */
+INLINE void transform_kernel(const struct kernels *k, long output, long input, vec to[36]) {
     const float a = 1 / (2 * A * A * (A * A - B * B)), b = 1 / (2 * B * B * (B * B - A * A));
     const float G[6][3] = {{1, 0, 0}, {a, a * A, a * A * A}, {a, -a * A, a * A * A}, {b, b * B, b * B * B}, {b, -b * B, b * B * B}, {0, 0, 1}};
+    vec g[3][3], between[6][3];
+    for (int n = 0; n < 9; n++)
+        for (int lane = 0; lane < LANES; lane++) {
+            long o = output + lane;
+            g[n / 3][n % 3][lane] = o >= k->outputs ? 0 : k->back ? k->weight[(input * k->outputs + o) * 9 + 8 - n] : k->weight[(o * k->inputs + input) * 9 + n];
+        }
+    for (int x = 0; x < 6; x++)
+        for (int n = 0; n < 3; n++) between[x][n] = G[x][0] * g[0][n] + G[x][1] * g[1][n] + G[x][2] * g[2][n];
+    for (int x = 0; x < 6; x++)
+        for (int y = 0; y < 6; y++) to[6 * x + y] = G[y][0] * between[x][0] + G[y][1] * between[x][1] + G[y][2] * between[x][2];
+}
+
+static void kernels_part(void *given, long block, long thread) {
     struct kernels *k = given;
+    long step = k->half ? 2 : 1, words = k->inputs / step;
     (void)thread;
-    for (long i = 0; i < k->inputs; i++)
+    for (long i = 0; i < words; i++)
         for (long o = 0; o < WIDE; o += LANES) {
-            vec g[3][3], between[6][3];
-            for (int n = 0; n < 9; n++)
-                for (int lane = 0; lane < LANES; lane++) {
-                    long output = block * WIDE + o + lane;
-                    g[n / 3][n % 3][lane] = output >= k->outputs ? 0 : k->back ? k->weight[(i * k->outputs + output) * 9 + 8 - n] : k->weight[(output * k->inputs + i) * 9 + n];
-                }
-            for (int x = 0; x < 6; x++)
-                for (int n = 0; n < 3; n++) between[x][n] = G[x][0] * g[0][n] + G[x][1] * g[1][n] + G[x][2] * g[2][n];
-            for (int x = 0; x < 6; x++)
-                for (int y = 0; y < 6; y++)
-                    store(k->to + ((block * 36 + 6 * x + y) * k->inputs + i) * WIDE + o, G[y][0] * between[x][0] + G[y][1] * between[x][1] + G[y][2] * between[x][2]);
+            vec first[36], second[36];
+            transform_kernel(k, block * WIDE + o, step * i, first);
+            if (k->half) transform_kernel(k, block * WIDE + o, step * i + 1, second);
+            for (int n = 0; n < 36; n++) store(k->to + ((block * 36 + n) * words + i) * WIDE + o, k->half ? pairs_of(first[n], second[n]) : first[n]);
         }
 }
 

@@ -32,7 +32,7 @@ _G4, _G3 = _kernel_transform(_POINTS), _kernel_transform(_POINTS[:4])
 _VECTOR = 8  # numbers; a vector of any CPU that native.c is for is that many, half or twice
 
 _floats, _doubles, _bytes, _integers = (ctypes.POINTER(kind) for kind in (ctypes.c_float, ctypes.c_double, ctypes.c_uint8, ctypes.c_int32))
-_POINTERS = {np.dtype(np.float32): _floats, np.dtype(np.float64): _doubles, np.dtype(np.uint8): _bytes, np.dtype(np.int32): _integers}
+_POINTERS = {np.dtype(np.float32): _floats, np.dtype(np.float64): _doubles, np.dtype(np.uint8): _bytes, np.dtype(np.int32): _integers, np.dtype(np.int16): _floats}  # int16: the bits of bfloat16
 
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:
@@ -58,7 +58,7 @@ class _Picture(ctypes.Structure):
 
 
 class _Kernels(ctypes.Structure):
-    _fields_ = _fields(_floats, "weight target") + _fields(ctypes.c_int32, "outputs inputs back threads")
+    _fields_ = _fields(_floats, "weight target") + _fields(ctypes.c_int32, "outputs inputs back half threads")
 
 
 class _Transposition(ctypes.Structure):
@@ -110,7 +110,7 @@ def _at(array: np.ndarray | None):
 
 @dataclass(frozen=True)
 class Activation:
-    """``x`` is ``(H, W, C)``; gain, shift and a floor (of a ReLU: 0), ``(C,)`` each, are still to come."""
+    """``x`` is ``(H, W, C)``, float32 or, as int16, the bits of bfloat16; gain, shift and a floor (of a ReLU: 0), ``(C,)`` each, are still to come."""
 
     x: np.ndarray
     gain: np.ndarray
@@ -142,7 +142,7 @@ class Packed:
     outputs: int  # computed at each position, zeros that fill a block included
     shuffle: int
     channels: int  # of what comes out
-    half: bool = False  # multiplies bfloat16
+    half: int = 0  # 1: it multiplies bfloat16; 2: and takes and gives it
 
     @classmethod
     def of(cls, stage: Stage, is_first: bool, is_last: bool, half: bool = False) -> "Packed":
@@ -150,7 +150,7 @@ class Packed:
 
         ``half``: it multiplies bfloat16, but for the first stage, in whose pictures of few channels most would be lost and least gained.
         """
-        half = half and not is_first
+        half = int(half and not is_first)
         stage = stage.shuffled
         weight, bias, shuffle, stride = stage.weight, stage.bias, stage.shuffle, stage.stride
         if not is_first:
@@ -179,15 +179,15 @@ class Packed:
         return cls(kind, aligned(blocks.shape, blocks), None if bias is None else biases, kernel, stride, outputs, shuffle, channels, half)
 
     @classmethod
-    def of_kernels(cls, weight: np.ndarray, back: bool, threads: int) -> "Packed":
+    def of_kernels(cls, weight: np.ndarray, back: bool, threads: int, half: bool = False) -> "Packed":
         """A 3x3 convolution of stride 1, without bias, with ``weight``, ``(O, I, 3, 3)``, channels in whole vectors; ``back``: the way from its output's gradient to
-        its input's. The same as ``of``, at a tenth of the time: weights change with each step of a training."""
+        its input's; ``half``: of activations in bfloat16. The same as ``of``, at a tenth of the time: weights change with each step of a training."""
         weight = np.ascontiguousarray(weight)
         count, inputs = weight.shape[:2] if not back else weight.shape[1::-1]
         wide = 2 * native_library().fastnst_lanes()
-        packed = aligned((-(-count // wide), 6, 6, inputs, wide))
-        native_library().fastnst_pack(ctypes.byref(_Kernels(_at(weight), _at(packed), count, inputs, back, threads)))
-        return cls(_WINOGRAD, packed, None, 3, 1, len(packed) * wide, 1, count)
+        packed = aligned((-(-count // wide), 6, 6, inputs // (2 if half else 1), wide))
+        native_library().fastnst_pack(ctypes.byref(_Kernels(_at(weight), _at(packed), count, inputs, back, half, threads)))
+        return cls(_WINOGRAD, packed, None, 3, 1, len(packed) * wide, 1, count, 2 if half else 0)
 
     def operations(self, height: int, width: int) -> int:
         """Floating-point operations for so many rows and columns, two for each multiplication."""
