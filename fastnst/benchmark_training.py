@@ -31,6 +31,7 @@ from fastnst.gradient import Gradient
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import LossConfig, PerceptualLoss
 from fastnst.model import NetworkConfig
+from fastnst.native_library import multiplies_pairs
 from fastnst.network import TransformNetwork, plainly
 from fastnst.objective import Objective
 from fastnst.optimizer import adam
@@ -292,12 +293,12 @@ class Runner:
         self._process.join()
 
 
-def count_flops(task: Task, ours: bool = True, natively: bool = False) -> int:
+def count_flops(task: Task, ours: bool = True, natively: bool = False, precision: str = "float32") -> int:
     """Floating-point operations of one photo's step, by the formula of each operation's shapes: 2 x kernel^2 x channels in x channels
     out x pixels out for a convolution, once more for each gradient that is needed; norms, ReLUs and poolings are left out. ``natively``: a quarter of them
-    for what ``Conv3x3`` does in another way than torch."""
+    for what ``Conv3x3`` does in another way than torch in this precision."""
     one = replace(task, batch=1, device="cpu", loss=task.loss.model_copy(update={"weights": "random"}))
-    step = (OurStep if ours else PublishedStep)(one, replace(OURS if ours else PUBLISHED, precision="float32"))
+    step = (OurStep if ours else PublishedStep)(one, replace(OURS if ours else PUBLISHED, precision=precision))
     if ours:
         plainly(step.objective.network)  # as we make its last layer, it has more of them
         for module in [*step.objective.network.modules(), *step.objective.loss.loss_network.modules()]:
@@ -425,5 +426,7 @@ def measure(
                     top = own.ask("profile", profile) if profile else []
                     rows.insert(0, Row("published", [s for s, _ in theirs], [s for s, _ in theirs], statistics.median(w for _, w in theirs), 0.0, 0.0))
     plain = {"size": task.size, "batch": task.batch, "device": task.device, "network": task.network.model_dump(), "loss": task.loss.model_dump()}
-    flops, published_flops = count_flops(task, natively=task.device == "cpu" and precision == torch.float32), count_flops(task, ours=False)
-    return Report(plain, torch.get_num_threads(), str(precision).removeprefix("torch."), rows, flops, published_flops, rate, top)
+    name = str(precision).removeprefix("torch.")
+    natively = task.device == "cpu" and (precision == torch.float32 or multiplies_pairs())
+    flops, published_flops = count_flops(task, natively=natively, precision=name if natively else "float32"), count_flops(task, ours=False)
+    return Report(plain, torch.get_num_threads(), name, rows, flops, published_flops, rate, top)

@@ -164,7 +164,7 @@ struct convolution {
 struct work {
     void (*job)(void *args, long index, long thread);
     void *args;
-    long count, next, thread;
+    long count, next, thread, joined;
     struct work *shared;
 };
 
@@ -177,13 +177,29 @@ static void *work_on(void *given) {
     }
 }
 
+/* GOMP_parallel of the OpenMP that torch uses, in the process that told of it: threads that wait for torch's next work, busily for a while, would take a core from
+ours. Forked processes have none of them. */
+static void (*team)(void (*)(void *), void *, unsigned, unsigned);
+static pid_t team_of;
+
+static void work_in_team(void *given) {
+    struct work *all = given;
+    long thread = __atomic_fetch_add(&all->joined, 1, __ATOMIC_RELAXED);
+    all[thread].thread = thread, all[thread].shared = all;
+    work_on(&all[thread]);
+}
+
 static void parallel(long threads, long count, void (*job)(void *, long, long), void *args) {
-    struct work works[256] = {{job, args, count, 0, 0, works}};
+    struct work works[256] = {{job, args, count, 0, 0, 0, works}};
     pthread_t others[256];
     char runs[256] = {0};
     threads = threads > 256 ? 256 : threads;
+    if (threads > 1 && team && getpid() == team_of) {
+        team(work_in_team, works, threads, 0);
+        return;
+    }
     for (long thread = 1; thread < threads; thread++) {
-        works[thread] = (struct work){NULL, NULL, 0, 0, thread, works};
+        works[thread] = (struct work){NULL, NULL, 0, 0, thread, 0, works};
         runs[thread] = pthread_create(&others[thread], NULL, work_on, &works[thread]) == 0;
     }
     work_on(&works[0]); /* does all of it where no other thread could be started */
@@ -731,6 +747,11 @@ void fastnst_transpose(struct transposition *t, int32_t threads) { parallel(thre
 void fastnst_add(struct sum *sum) { parallel(sum->threads, sum->height, add_row, sum); }
 
 void fastnst_finish(struct picture *picture) { parallel(picture->threads, picture->height, finish_row, picture); }
+
+void fastnst_join(void *gomp_parallel) {
+    team_of = getpid();
+    team = (void (*)(void (*)(void *), void *, unsigned, unsigned))gomp_parallel;
+}
 
 int fastnst_lanes(void) { return LANES; }
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnst.native_library import Activation, Packed, aligned, from_planes, multiplies_pairs, native_library, to_planes, whole_vectors
+from fastnst.native_library import Activation, Packed, aligned, from_planes, join_threads, multiplies_pairs, native_library, to_planes, whole_vectors
 
 _FEWEST_CHANNELS = {torch.float32: 16, torch.bfloat16: 32}  # that pay
 operations = 0  # of floating point, two for each multiplication, that all of them took so far: torch's counter does not see them
@@ -30,36 +30,33 @@ class Conv3x3(nn.Conv2d):
     _packed_back: tuple[Any, Packed] | None = None
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if not self._is_native(x, weight, dtype):
+        if torch.compiler.is_compiling() or not self._is_native(x, weight):
             if self.padding_mode == "zeros" or x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
                 return super()._conv_forward(x, weight, bias)
             with torch.autocast("cpu", enabled=False):  # it would pad in float32
                 x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+        x = x.to(_dtype_of(x))
         with torch.autocast("cpu", enabled=False):
-            x = x.to(dtype)
             if self.padding_mode != "zeros":
                 x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             return _Convolution.apply(x, weight, bias, 0 if self.padding_mode != "zeros" else self.padding[0], self.packed)
 
-    def _is_native(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    def _is_native(self, x: Tensor, weight: Tensor) -> bool:
         return (
             self.natively
             and (self.training or not weight.requires_grad)
             and x.device.type == "cpu"
             and weight.dtype == torch.float32
-            and (x.dtype == dtype or torch.is_autocast_enabled("cpu"))
-            and x.is_floating_point()
+            and (x.dtype == weight.dtype or torch.is_autocast_enabled("cpu"))
             and x.dim() == 4
             and x.shape[1] == self.in_channels
-            and _suit(dtype, self.out_channels, self.in_channels)
+            and _suit(_dtype_of(x), self.out_channels, self.in_channels)
             and self.kernel_size == (3, 3)
             and self.stride == self.dilation == (1, 1)
             and self.groups == 1
             and self.padding in ((0, 0), (1, 1), (2, 2))
             and min(x.shape[2:]) + 2 * self.padding[0] >= 3
-            and not torch.compiler.is_compiling()
         )
 
     def packed(self, weight: Tensor, bias: Tensor | None, back: bool, half: bool) -> Packed:
@@ -114,6 +111,11 @@ class _Convolution(torch.autograd.Function):
         return x_gradient, weight_gradient, bias_gradient, None, None
 
 
+def _dtype_of(x: Tensor) -> torch.dtype:
+    """What a convolution of it is to be computed in."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") and x.dtype in (torch.float32, torch.bfloat16) else x.dtype
+
+
 def _suit(dtype: torch.dtype, *channels: int) -> bool:
     fewest = _FEWEST_CHANNELS.get(dtype)
     compiled = multiplies_pairs() if dtype == torch.bfloat16 else native_library() is not None
@@ -127,6 +129,7 @@ def _is_channels_last(x: Tensor) -> bool:
 def _convolve(packed: Packed, x: Tensor, padding: int, channels_last: bool) -> Tensor:
     """``(N, C, H, W)``, padded by zeros, -> ``(N, O, H', W')``."""
     global operations
+    join_threads()
     threads = torch.get_num_threads()
     half = x.dtype == torch.bfloat16
     channels_last |= half

@@ -62,7 +62,7 @@ NOUNS = {
     "gradient": {"fused", "fused_network", "objective", "ranks", "recording", "runtime"},
     "optimizer": {"fused", "fused_adam"},
     "benchmark_inference": {"checkpoint", "engine", "native_library", "network", "picture", "runtime", "stages"},
-    "benchmark_training": {"data", "gradient", "losses", "loss_network", "model", "network", "objective", "optimizer", "runtime", "winograd"},
+    "benchmark_training": {"data", "gradient", "losses", "loss_network", "model", "native_library", "network", "objective", "optimizer", "runtime", "winograd"},
     "benchmark_recipes": {"image", "judges", "losses", "metrics", "report"},
     "checkpoint": {"files", "model", "network"},
     "sheet": set(),

@@ -1,6 +1,11 @@
 """3x3 convolutions of training through native.c: torch's, forward and back."""
 
 import copy
+import ctypes
+import os
+import platform
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -8,10 +13,12 @@ import torch
 from torch import nn
 
 from fastnst import native_library, winograd
-from fastnst.native_library import Packed
+from fastnst.native_library import Activation, Packed
 from fastnst.network import plainly
 from fastnst.stages import Stage
 from fastnst.winograd import Conv3x3
+
+PAIRS_ALONE = pytest.mark.skipif(not native_library.multiplies_pairs(), reason="this CPU, or its compiler, has no vectors of bfloat16, or better")
 
 
 @pytest.fixture
@@ -28,6 +35,9 @@ def test_kernels_that_change_are_packed_as_those_that_stay(inputs, outputs):
     weight = rng.normal(size=(outputs, inputs, 3, 3)).astype(np.float32)
     there, expected = Packed.of_kernels(weight, False, 2), Packed.of(Stage(weight), False, False)
     assert np.allclose(there.weight, expected.weight, atol=1e-6)
+    if native_library.multiplies_pairs():  # but for what is rounded to the other side
+        pairs, alike = (packed.weight.view(np.uint16).astype(np.uint32) for packed in (Packed.of_kernels(weight, False, 2, half=True), Packed.of(Stage(weight), False, False, half=True)))
+        assert np.allclose(*((bits << 16).view(np.float32) for bits in (pairs, alike)), rtol=2**-7, atol=1e-6)
     assert (there.outputs, there.channels, there.kind) == (expected.outputs, expected.channels, expected.kind)
     back, turned = Packed.of_kernels(weight, True, 1), weight.transpose(1, 0, 2, 3)[:, :, ::-1, ::-1]
     assert np.allclose(back.weight, Packed.of(Stage(np.ascontiguousarray(turned)), False, False).weight, atol=1e-6)
@@ -61,6 +71,36 @@ def test_results_and_gradients_are_torchs(convolved, layout, frozen, padding, mo
         assert apart(ours.weight.grad, theirs.weight.grad) < 1e-5 and apart(ours.bias.grad, theirs.bias.grad) < 1e-5
 
 
+@PAIRS_ALONE
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("padding, mode", [(0, "zeros"), (1, "zeros"), (1, "reflect")])
+@pytest.mark.parametrize("inputs, outputs", [(32, 40), (64, 32)])
+def test_bfloat16_is_near(convolved, layout, frozen, padding, mode, inputs, outputs):
+    """Forward and back, some 1 % of the deviation from float64: V and U are rounded to 8 bits, and the transforms make that five times as much."""
+    torch.manual_seed(0)
+    ours = Conv3x3(inputs, outputs, 3, padding=padding, padding_mode=mode).requires_grad_(not frozen)
+    theirs = nn.Conv2d(inputs, outputs, 3, padding=padding, padding_mode=mode).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, inputs, 13, 18).contiguous(memory_format=layout).requires_grad_()
+    y = x.detach().double().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = ours(x), theirs(y)
+    assert out.dtype == torch.bfloat16 and out.is_contiguous(memory_format=torch.channels_last) and len(convolved) == 1
+    towards = torch.randn_like(expected)
+    out.backward(towards.bfloat16())
+    expected.backward(towards)
+    assert len(convolved) == 2 and x.grad.dtype == torch.float32
+
+    def apart(a, b):
+        return float((a - b).detach().square().mean().sqrt() / b.detach().std())
+
+    assert 0.002 < apart(out, expected) < 0.015 and 0.002 < apart(x.grad, y.grad) < 0.015
+    if not frozen:
+        assert ours.weight.grad.dtype == torch.float32
+        assert apart(ours.weight.grad, theirs.weight.grad) < 0.01 and apart(ours.bias.grad, theirs.bias.grad) < 0.01
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_weights_that_have_changed_are_used(frozen):
     conv = Conv3x3(16, 16, 3).requires_grad_(not frozen)
@@ -89,7 +129,9 @@ def test_so_are_other_types_few_channels_and_all_where_nothing_was_compiled(conv
     Conv3x3(3, 16, 3)(x[:, :3])  # torch takes a third of the time
     Conv3x3(20, 20, 3)(torch.randn(1, 20, 9, 9))
     with torch.autocast("cpu", torch.bfloat16):
-        Conv3x3(16, 16, 3)(x)
+        Conv3x3(24, 24, 3)(torch.randn(1, 24, 9, 9))  # pairs pay from 32 on
+        monkeypatch.setattr(winograd, "multiplies_pairs", lambda: False)
+        Conv3x3(32, 32, 3)(torch.randn(1, 32, 9, 9))
     monkeypatch.setattr(winograd, "native_library", lambda: None)
     Conv3x3(16, 16, 3)(x)
     assert not convolved
@@ -138,10 +180,57 @@ def test_weights_that_stand_in_for_its_own_and_biases_that_change(convolved):
     assert len(convolved) == 6
 
 
+def test_threads_of_torch_are_those_of_ours_but_in_forked_processes():
+    """A team may be smaller than asked for; a forked process, where none of its threads is left, takes its own."""
+    library, calls = native_library.native_library(), []
+    packed = Packed.of_kernels(np.random.default_rng(0).normal(size=(32, 32, 3, 3)).astype(np.float32), False, 1)
+    given, side = Activation.of(np.random.default_rng(1).normal(size=(40, 40, 32)).astype(np.float32)), np.arange(40)
+
+    def convolved(threads):
+        output = np.empty((38, 38, 32), np.float32)
+        packed.convolve(given, side, side, np.zeros(32, np.float32), output, False, threads)
+        return output
+
+    @ctypes.CFUNCTYPE(None, ctypes.CFUNCTYPE(None, ctypes.c_void_p), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def alone(work, given, count, flags):
+        calls.append(count)
+        work(given)
+
+    expected = convolved(1)
+    try:
+        library.fastnst_join(ctypes.cast(alone, ctypes.c_void_p))
+        assert np.array_equal(convolved(3), expected) and calls == [3]
+        if hasattr(os, "fork"):
+            child = os.fork()
+            if not child:
+                os._exit(int(not np.array_equal(convolved(3), expected) or calls != [3]))
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        library.fastnst_join(None)
+        native_library.join_threads.cache_clear()
+    assert np.array_equal(convolved(3), expected) and calls == [3]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or platform.machine() != "x86_64", reason="where torch comes with GNU's OpenMP")
+def test_torchs_threads_are_found(monkeypatch):
+    joined = []
+    library = types.SimpleNamespace(fastnst_join=lambda function: joined.append(function.value))
+    monkeypatch.setattr(native_library, "native_library", lambda: library)
+    native_library.join_threads.cache_clear()
+    native_library.join_threads()
+    native_library.join_threads.cache_clear()
+    assert joined and joined[0]
+
+
 @pytest.mark.parametrize("channels", [1, 3, 8, 32])
 def test_a_wrong_number_of_channels_is_torchs_error(channels):
     with pytest.raises(RuntimeError, match="channels"):
         Conv3x3(16, 24, 3, padding=1)(torch.randn(1, channels, 7, 7))
+
+
+def test_a_wrong_type_is_torchs_error():
+    with pytest.raises(RuntimeError, match="type"):
+        Conv3x3(32, 32, 3)(torch.randn(1, 32, 7, 7).bfloat16())
 
 
 @pytest.mark.parametrize("padding", [(1, 0), "same", "valid", 3])
