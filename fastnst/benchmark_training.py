@@ -295,7 +295,7 @@ class Runner:
 
 def count_flops(task: Task, ours: bool = True, natively: bool = False, precision: str = "float32") -> int:
     """Floating-point operations of one photo's step, by the formula of each operation's shapes: 2 x kernel^2 x channels in x channels
-    out x pixels out for a convolution, once more for each gradient that is needed; norms, ReLUs and poolings are left out. ``natively``: a quarter of them
+    out x pixels out for a convolution, once more for each gradient that is needed; norms, ReLUs and poolings are left out. ``natively``: a fifth or a quarter of them
     for what ``Conv3x3`` does in another way than torch in this precision."""
     one = replace(task, batch=1, device="cpu", loss=task.loss.model_copy(update={"weights": "random"}))
     step = (OurStep if ours else PublishedStep)(one, replace(OURS if ours else PUBLISHED, precision=precision))

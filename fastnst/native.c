@@ -7,7 +7,8 @@ are bfloat16 as well (`half` 2), which only 3x3 convolutions know.
 Pictures between stages are (H, W, C) with C a multiple of 8, not normalized yet: whoever reads them applies gain, shift and
 ReLU (`struct input`). Whoever writes them gathers the moments of their channels, so an activation is written once and read once.
 
-- 3x3 of stride 1: Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray 2016): 36 multiplications for 16 outputs instead of 144.
+- 3x3 of stride 1: Winograd's minimal filtering (Lavin and Gray 2016), in float32 F(6x6, 3x3), 64 multiplications for 36 outputs instead of 324, in bfloat16,
+  where that would round too much, F(4x4, 3x3), 36 for 16 instead of 144.
 - 9x9 of stride 1: F(3x3, 3x3), nested: 225 multiplications for 9 outputs instead of 729.
 - all others: directly.
 
@@ -329,8 +330,9 @@ INLINE void product(int half, int rows, const struct factors *f, long at, const 
 
 /* ---- Winograd ---- */
 
-/* F(4, 3) from 6 numbers and F(3, 3) from 5: `m` outputs of 3 taps from m + 2. Points 0, A, -A, B, -B (of F(3, 3) no -B) and infinity: A * B = 1 spares
-multiplications, and of all such pairs this one rounds least: a third less than the usual 1 and 2 (Barabasz et al. 2020 on the choice of points). */
+/* F(6, 3) from 8 numbers, F(4, 3) from 6 and F(3, 3) from 5: `m` outputs of 3 taps from m + 2. Points of the latter two are 0, A, -A, B, -B (of F(3, 3) no -B)
+and infinity: A * B = 1 spares multiplications, and of all such pairs this one rounds least, a third less than the usual 1 and 2 (Barabasz et al. 2020 on the
+choice of points); of F(6, 3) 0, 1, -1, 2, -2, 1/2, -1/2 and infinity. */
 #define A (2 / 3.f)
 #define B (3 / 2.f)
 
@@ -343,6 +345,18 @@ INLINE void transform_input(int m, const vec *d, vec *t) {
         t[3] = e + B * f;
         t[4] = e - B * f;
         t[5] = d[1] - (A * A + B * B) * d[3] + d[5];
+    } else if (m == 6) {
+        vec a = d[6] - 4.25f * d[4] + d[2], b = d[5] - 4.25f * d[3] + d[1];
+        t[1] = a + b;
+        t[2] = a - b;
+        a = d[6] - 1.25f * d[4] + 0.25f * d[2], b = d[5] - 1.25f * d[3] + 0.25f * d[1];
+        t[3] = a + 2 * b;
+        t[4] = a - 2 * b;
+        a = d[6] - 5 * d[4] + 4 * d[2], b = d[5] - 5 * d[3] + 4 * d[1];
+        t[5] = a + 0.5f * b;
+        t[6] = a - 0.5f * b;
+        t[0] = d[6] - d[0] - 5.25f * (d[4] - d[2]);
+        t[7] = d[7] - d[1] - 5.25f * (d[5] - d[3]);
     } else {
         vec e = d[3] - A * A * d[1];
         t[0] = e - B * (d[2] - A * A * d[0]);
@@ -354,6 +368,16 @@ INLINE void transform_input(int m, const vec *d, vec *t) {
 }
 
 INLINE void transform_output(int m, const vec *p, vec *y) {
+    if (m == 6) {
+        vec s = p[1] + p[2], d = p[1] - p[2], s2 = p[3] + p[4], d2 = p[3] - p[4], s3 = p[5] + p[6], d3 = p[5] - p[6];
+        y[0] = p[0] + s + s2 + s3;
+        y[1] = d + 2 * d2 + 0.5f * d3;
+        y[2] = s + 4 * s2 + 0.25f * s3;
+        y[3] = d + 8 * d2 + 0.125f * d3;
+        y[4] = s + 16 * s2 + 0.0625f * s3;
+        y[5] = d + 32 * d2 + 0.03125f * d3 + p[7];
+        return;
+    }
     vec s = p[1] + p[2], d = p[1] - p[2], q = p[3], r = p[3];
     if (m == 4) q += p[4], r -= p[4];
     y[0] = p[0] + s + q;
@@ -366,7 +390,7 @@ INLINE void transform_output(int m, const vec *p, vec *y) {
 /* V[k][channel] of the tile at (m * row, m * column); `step` floats lie between two k. The last channels are written as a whole vector: what is too much
 the next tile overwrites. */
 INLINE void tile_in(int half, int m, const struct input *in, long row, long column, float *V, long step) {
-    const float *from[6][6];
+    const float *from[8][8];
     long words = half == 2 ? in->channels / 2 : in->channels;
     int n = m + 2;
     for (int i = 0; i < n; i++)
@@ -377,16 +401,16 @@ INLINE void tile_in(int half, int m, const struct input *in, long row, long colu
     for (long c = 0; c < in->channels; c += LANES) {
         struct reading reading = reading_of(in, c);
         long at = half == 2 ? c / 2 : c;
-        vec between[6][6];
+        vec between[8][8];
         for (int j = 0; j < n; j++) {
-            vec d[6], t[6];
+            vec d[8], t[8];
             for (int i = 0; j >= 2 && i < n; i++) __builtin_prefetch(from[i][j] + m * words + at); /* of the next tile, most often */
             for (int i = 0; i < n; i++) d[i] = read_from(half, &reading, from[i][j] ? from[i][j] + at : NULL);
             transform_input(m, d, t);
             for (int i = 0; i < n; i++) between[i][j] = t[i];
         }
         for (int i = 0; i < n; i++) {
-            vec t[6];
+            vec t[8];
             transform_input(m, between[i], t);
             for (int j = 0; j < n; j++) store_numbers(half, V + (n * i + j) * step + (half ? c / 2 : c), t[j], ALL);
         }
@@ -394,11 +418,11 @@ INLINE void tile_in(int half, int m, const struct input *in, long row, long colu
 }
 
 /* y[i][j] of M[k]; `step` floats lie between two k. */
-INLINE void tile_out(int m, const float *M, long step, vec y[4][4]) {
-    vec between[4][6];
+INLINE void tile_out(int m, const float *M, long step, vec y[6][6]) {
+    vec between[6][8];
     int n = m + 2;
     for (int k = 0; k < n; k++) {
-        vec p[6], t[4];
+        vec p[8], t[6];
         for (int i = 0; i < n; i++) p[i] = load(M + (n * i + k) * step);
         transform_output(m, p, t);
         for (int i = 0; i < m; i++) between[i][k] = t[i];
@@ -416,7 +440,7 @@ INLINE void tiles_out(int half, int m, const struct convolution *c, long block, 
         vec bias = c->bias ? load(c->bias + block * WIDE + j * LANES) : splat(0);
         struct part part = {.count = 0};
         for (long tile = 0; tile < tiles; tile++) {
-            vec y[4][4];
+            vec y[6][6];
             tile_out(m, M + tile * WIDE + j * LANES, step, y);
             long y0 = (first + tile) / across * m, x0 = (first + tile) % across * m;
             long rows = height - y0 < m ? height - y0 : m, columns = width - x0 < m ? width - x0 : m;
@@ -435,24 +459,24 @@ INLINE void tiles_out(int half, int m, const struct convolution *c, long block, 
 }
 
 /* 3x3: a product of matrices for each k. */
-INLINE void winograd_part(int half, struct task *task, long index, long thread) {
+INLINE void winograd_part(int half, int m, struct task *task, long index, long thread) {
     const struct convolution *c = task->c;
     long height = c->height / c->shuffle, width = c->width / c->shuffle, words = task->words;
-    long across = (width + 3) / 4, first = index * task->tiles, left = (height + 3) / 4 * across - first;
+    long across = (width + m - 1) / m, first = index * task->tiles, left = (height + m - 1) / m * across - first, points = (m + 2) * (m + 2);
     long tiles = left < task->tiles ? left : task->tiles;
     long v_step = task->tiles * words + 16, m_step = task->tiles * WIDE + 16; /* 16: not all in one set of the cache */
-    float *V = task->memory + thread * task->per_thread, *M = V + 36 * v_step;
+    float *V = task->memory + thread * task->per_thread, *M = V + points * v_step;
     vec nothing[2] = {splat(0), splat(0)};
-    for (long tile = 0; tile < tiles; tile++) tile_in(half, 4, task->in, (first + tile) / across, (first + tile) % across, V + tile * words, v_step);
+    for (long tile = 0; tile < tiles; tile++) tile_in(half, m, task->in, (first + tile) / across, (first + tile) % across, V + tile * words, v_step);
     for (long block = 0; block < c->outputs / WIDE; block++) {
-        for (int k = 0; k < 36; k++) {
-            const float *a = V + k * v_step, *U = c->weight + (block * 36 + k) * words * WIDE;
+        for (int k = 0; k < points; k++) {
+            const float *a = V + k * v_step, *U = c->weight + (block * points + k) * words * WIDE;
             struct factors f = {&a, 1, words, words, nothing};
 #define ONE(rows) product(half, rows, &f, at * words, U, M + k * m_step + at * WIDE)
             IN_ROWS(0, tiles, ONE)
 #undef ONE
         }
-        tiles_out(half, 4, c, block, M, m_step, first, across, tiles, task->moments + thread);
+        tiles_out(half, m, c, block, M, m_step, first, across, tiles, task->moments + thread);
     }
 }
 
@@ -466,9 +490,9 @@ INLINE void winograd_part(int half, struct task *task, long index, long thread) 
 
 static void winograd(void *given, long index, long thread) {
     struct task *task = given;
-    if (HALVES && task->c->half == 2) winograd_part(2, task, index, thread);
-    else if (HALVES && task->c->half) winograd_part(1, task, index, thread);
-    else winograd_part(0, task, index, thread);
+    if (HALVES && task->c->half == 2) winograd_part(2, 4, task, index, thread);
+    else if (HALVES && task->c->half) winograd_part(1, 4, task, index, thread);
+    else winograd_part(0, 6, task, index, thread);
 }
 
 /* 9x9, as 3x3 kernels of 3x3: each of them sees a tile three further on, so all share the tiles' transforms, and their products add up. */
@@ -503,7 +527,7 @@ INLINE void nested_dots(int half, int rows, const struct nest *nest, long k, lon
 
 static void dots_out(const struct convolution *c, const struct nest *nest, long row, long column, long tiles) {
     for (long at = 0; at < 3 * tiles; at += LANES) {
-        vec y[4][4];
+        vec y[6][6];
         tile_out(3, nest->M + at, nest->m_step, y);
         for (int lane = 0; lane < LANES && at + lane < 3 * tiles; lane++) {
             long o = (at + lane) % 3, y0 = 3 * row, x0 = 3 * (column + (at + lane) / 3);
@@ -692,32 +716,42 @@ struct kernels {
     int32_t outputs, inputs, back, half, threads;
 };
 
-/* Of a vector of outputs, from `output` on. */
-INLINE void transform_kernel(const struct kernels *k, long output, long input, vec to[36]) {
-    const float a = 1 / (2 * A * A * (A * A - B * B)), b = 1 / (2 * B * B * (B * B - A * A));
-    const float G[6][3] = {{1, 0, 0}, {a, a * A, a * A * A}, {a, -a * A, a * A * A}, {b, b * B, b * B * B}, {b, -b * B, b * B * B}, {0, 0, 1}};
-    vec g[3][3], between[6][3];
+/* Of a vector of outputs, from `output` on. A row of G is 1, p, p^2 over the product of the differences to the other points. */
+INLINE void transform_kernel(int m, const struct kernels *k, long output, long input, vec to[64]) {
+    static const float points[2][7] = {{0, A, -A, B, -B}, {0, 1, -1, 2, -2, 0.5f, -0.5f}};
+    const float *at = points[m == 6];
+    float G[8][3] = {0};
+    for (int x = 0; x <= m; x++) {
+        float scale = 1;
+        for (int other = 0; other <= m; other++) scale *= other == x ? 1 : at[x] - at[other];
+        G[x][0] = 1 / scale, G[x][1] = at[x] / scale, G[x][2] = at[x] * at[x] / scale;
+    }
+    G[m + 1][2] = 1;
+    vec g[3][3], between[8][3];
     for (int n = 0; n < 9; n++)
         for (int lane = 0; lane < LANES; lane++) {
             long o = output + lane;
             g[n / 3][n % 3][lane] = o >= k->outputs ? 0 : k->back ? k->weight[(input * k->outputs + o) * 9 + 8 - n] : k->weight[(o * k->inputs + input) * 9 + n];
         }
-    for (int x = 0; x < 6; x++)
+    for (int x = 0; x < m + 2; x++)
         for (int n = 0; n < 3; n++) between[x][n] = G[x][0] * g[0][n] + G[x][1] * g[1][n] + G[x][2] * g[2][n];
-    for (int x = 0; x < 6; x++)
-        for (int y = 0; y < 6; y++) to[6 * x + y] = G[y][0] * between[x][0] + G[y][1] * between[x][1] + G[y][2] * between[x][2];
+    for (int x = 0; x < m + 2; x++)
+        for (int y = 0; y < m + 2; y++) to[(m + 2) * x + y] = G[y][0] * between[x][0] + G[y][1] * between[x][1] + G[y][2] * between[x][2];
 }
 
 static void kernels_part(void *given, long block, long thread) {
     struct kernels *k = given;
-    long step = k->half ? 2 : 1, words = k->inputs / step;
+    long step = k->half ? 2 : 1, words = k->inputs / step, points = k->half ? 36 : 64;
     (void)thread;
     for (long i = 0; i < words; i++)
         for (long o = 0; o < WIDE; o += LANES) {
-            vec first[36], second[36];
-            transform_kernel(k, block * WIDE + o, step * i, first);
-            if (k->half) transform_kernel(k, block * WIDE + o, step * i + 1, second);
-            for (int n = 0; n < 36; n++) store(k->to + ((block * 36 + n) * words + i) * WIDE + o, k->half ? pairs_of(first[n], second[n]) : first[n]);
+            vec one[64], other[64];
+            if (k->half) transform_kernel(4, k, block * WIDE + o, step * i, one), transform_kernel(4, k, block * WIDE + o, step * i + 1, other);
+            else transform_kernel(6, k, block * WIDE + o, i, one);
+            for (int n = 0; n < points; n++) {
+                if (k->half) one[n] = pairs_of(one[n], other[n]);
+                store(k->to + ((block * points + n) * words + i) * WIDE + o, one[n]);
+            }
         }
 }
 
@@ -786,11 +820,12 @@ int fastnst_convolve(const struct input *in, const struct convolution *c, int32_
     long height = c->height / c->shuffle, width = c->width / c->shuffle, threads = c->threads < 1 ? 1 : c->threads > 256 ? 256 : c->threads, parts;
     struct task task = {.in = in, .c = c, .words = c->half ? in->channels / 2 : in->channels};
     if (kind == WINOGRAD) {
-        task.tiles = tiles_bytes() / (36 * 4 * task.words) / ROWS * ROWS;
+        long m = c->half ? 4 : 6, points = (m + 2) * (m + 2);
+        task.tiles = tiles_bytes() / (points * 4 * task.words) / ROWS * ROWS;
         long fewest = in->channels < 256 ? ROWS : 2 * ROWS; /* kernels too large for a cache are read less often so */
         task.tiles = task.tiles < fewest ? fewest : task.tiles;
-        parts = ((width + 3) / 4 * ((height + 3) / 4) + task.tiles - 1) / task.tiles;
-        task.per_thread = 36 * (task.tiles * (task.words + WIDE) + 32);
+        parts = ((width + m - 1) / m * ((height + m - 1) / m) + task.tiles - 1) / task.tiles;
+        task.per_thread = points * (task.tiles * (task.words + WIDE) + 32);
     } else if (kind == DIRECT) {
         task.across = (width + DIRECT_COLUMNS - 1) / DIRECT_COLUMNS, parts = task.across * ((height + DIRECT_ROWS - 1) / DIRECT_ROWS);
         task.per_thread = ((DIRECT_ROWS - 1) * c->stride + c->kernel) * ((DIRECT_COLUMNS - 1) * c->stride + c->kernel) * task.words;

@@ -19,7 +19,8 @@ from fastnst.stages import Stage
 
 _WINOGRAD, _DIRECT, _NESTED = range(3)  # kinds of convolutions
 _OUTPUTS = ("linear", "tanh", "sigmoid")
-_POINTS = (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)  # of native.c's filtering; F(3x3, 3x3) has no last one
+_POINTS = (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)  # of native.c's F(4x4, 3x3); F(3x3, 3x3) has no last one
+_POINTS_6 = (0, 1, -1, 2, -2, 1 / 2, -1 / 2)  # of its F(6x6, 3x3)
 
 
 def _kernel_transform(points: Sequence[float]) -> np.ndarray:
@@ -28,7 +29,7 @@ def _kernel_transform(points: Sequence[float]) -> np.ndarray:
     return np.array([*([1 / scale, point / scale, point**2 / scale] for point, scale in zip(points, scales)), [0, 0, 1]])
 
 
-_G4, _G3 = _kernel_transform(_POINTS), _kernel_transform(_POINTS[:4])
+_G6, _G4, _G3 = map(_kernel_transform, (_POINTS_6, _POINTS, _POINTS[:4]))
 _VECTOR = 8  # numbers; a vector of any CPU that native.c is for is that many, half or twice
 
 _floats, _doubles, _bytes, _integers = (ctypes.POINTER(kind) for kind in (ctypes.c_float, ctypes.c_double, ctypes.c_uint8, ctypes.c_int32))
@@ -176,7 +177,8 @@ class Packed:
             ordered[place * channels :][:count] = weight[place::places]
             biases[place * channels :][:count] = 0 if bias is None else bias[place::places]
         if (kernel, stride) == (3, 1):
-            kind, packed = _WINOGRAD, np.einsum("xk,yl,oikl->oxyi", _G4, _G4, ordered, optimize=True)
+            transform = _G4 if half else _G6
+            kind, packed = _WINOGRAD, np.einsum("xk,yl,oikl->oxyi", transform, transform, ordered, optimize=True)
         elif (kernel, stride) == (9, 1):
             kind, packed = _NESTED, _nested(ordered)
         else:
@@ -192,13 +194,13 @@ class Packed:
         weight = np.ascontiguousarray(weight)
         count, inputs = weight.shape[:2] if not back else weight.shape[1::-1]
         wide = 2 * native_library().fastnst_lanes()
-        packed = aligned((-(-count // wide), 6, 6, inputs // (2 if half else 1), wide))
+        packed = aligned((-(-count // wide), *((6, 6, inputs // 2) if half else (8, 8, inputs)), wide))
         native_library().fastnst_pack(ctypes.byref(_Kernels(_at(weight), _at(packed), count, inputs, back, half, threads)))
         return cls(_WINOGRAD, packed, None, 3, 1, len(packed) * wide, 1, count, 2 if half else 0)
 
     def operations(self, height: int, width: int) -> int:
         """Floating-point operations for so many rows and columns, two for each multiplication."""
-        of_a_position = {_WINOGRAD: 1 / 16, _NESTED: 1 / 9, _DIRECT: 1.0}[self.kind]
+        of_a_position = {_WINOGRAD: 1 / (16 if self.half else 36), _NESTED: 1 / 9, _DIRECT: 1.0}[self.kind]
         return round((4 if self.half else 2) * self.weight.size * of_a_position * height * width / self.shuffle**2)
 
     def size(self, rows: np.ndarray, columns: np.ndarray) -> tuple[int, int]:
@@ -212,7 +214,7 @@ class Packed:
 
         ``rows`` and ``columns``: where each of the input's, padded, is found, -1 where ``value``, ``(I,)``, lies. Raises ``MemoryError``.
         """
-        rows, columns = (np.concatenate([side, side[-1:].repeat(4)]).astype(np.int32) for side in (rows, columns))  # tiles may stick out
+        rows, columns = (np.concatenate([side, side[-1:].repeat(5)]).astype(np.int32) for side in (rows, columns))  # tiles may stick out
         mean, squares = np.zeros((2, self.channels)) if statistics else (None, None)
         source, (height, width, _) = given._input(rows, columns, value), output.shape
         c = _Convolution(

@@ -1,4 +1,4 @@
-"""3x3 convolutions of training on a CPU: forward, and back to their input, by the minimal filtering of `native.c`, a quarter of the multiplications.
+"""3x3 convolutions of training on a CPU: forward, and back to their input, by the minimal filtering of `native.c`, a fifth or a quarter of the multiplications.
 
 In float32, and in bfloat16 where vectors multiply it; elsewhere, and where nothing was compiled, they are torch's.
 """
@@ -19,7 +19,7 @@ operations = 0  # of floating point, two for each multiplication, that all of th
 
 
 class Conv3x3(nn.Conv2d):
-    """``nn.Conv2d`` with a 3x3 kernel of stride 1. While it is trained, and where it is frozen, its results differ from torch's by some 1e-6 of
+    """``nn.Conv2d`` with a 3x3 kernel of stride 1. While it is trained, and where it is frozen, its results differ from torch's by some 1e-5 of
     the largest, in bfloat16 by 1 % of their deviation (torch's own by 0.2 %, from float32); a trained network that is evaluated gives torch's own, which are flat where a picture is (norms make noise of rounding large there).
 
     Frozen weights are laid out once; writing to them through ``.data``, which torch does not notice either, is not noticed.

@@ -26,10 +26,10 @@ SOURCE = Path(native_library.__file__).with_name("native.c")
 FLAGS = ["-O2", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-shared", "-fPIC"]
 
 
-@pytest.mark.parametrize("transform, step", [(native_library._G4, 4), (native_library._G3, 3)])
+@pytest.mark.parametrize("transform, step", [(native_library._G6, 6), (native_library._G4, 4), (native_library._G3, 3)])
 def test_kernels_of_ones_by_hand(transform, step):
     # A polynomial's values at the points, infinity last: of taps (1, 1, 1), that is 1 + p + p^2, over the product of the differences to the other points.
-    points = [0, 2 / 3, -2 / 3, 3 / 2, -3 / 2][: step + 1]
+    points = [0, 1, -1, 2, -2, 1 / 2, -1 / 2] if step == 6 else [0, 2 / 3, -2 / 3, 3 / 2, -3 / 2][: step + 1]
     expected = [(1 + p + p * p) / np.prod([p - other for other in points if other != p]) for p in points] + [1]
     assert np.allclose(transform @ np.ones(3), expected)
 
@@ -168,10 +168,10 @@ def test_it_counts_the_arithmetic_that_is_left():
     wide = 2 * native_library.native_library().fastnst_lanes()
     stem = 25 * 3 * max(8, wide) * 32 * 32
     down = 9 * (8 * max(16, wide) * 16 * 16 + 16 * 32 * 8 * 8)
-    block = 2 * 36 / 16 * 32 * 32 * 8 * 8
-    up = 36 / 16 * (32 * 4 * 16 * 8 * 8 + 16 * 4 * 8 * 16 * 16)
+    block = 2 * 64 / 36 * 32 * 32 * 8 * 8
+    up = 64 / 36 * (32 * 4 * 16 * 8 * 8 + 16 * 4 * 8 * 16 * 16)
     last = 25 * 8 * 3 * 32 * 32
-    assert counted == 2 * (stem + down + block + up + last)
+    assert counted == pytest.approx(2 * (stem + down + block + up + last), abs=20)  # each convolution's are rounded
     assert counted < operations(stages, 32, 32)
 
 

@@ -66,7 +66,7 @@ def test_results_and_gradients_are_torchs(convolved, layout, frozen, padding, mo
     def apart(a, b):
         return float((a - b).detach().abs().max() / b.detach().abs().max())
 
-    assert apart(out, expected) < 1e-5 and apart(x.grad, y.grad) < 1e-5
+    assert apart(out, expected) < 2e-5 and apart(x.grad, y.grad) < 2e-5
     if not frozen:
         assert apart(ours.weight.grad, theirs.weight.grad) < 1e-5 and apart(ours.bias.grad, theirs.bias.grad) < 1e-5
 
