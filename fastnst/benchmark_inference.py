@@ -21,7 +21,6 @@ from PIL import Image
 
 from fastnst.checkpoint import load_model
 from fastnst.engine import WORTH_COMPILING, Engine, is_installed, load_engine, load_network
-from fastnst.native_library import multiplies_pairs
 from fastnst.network import plainly
 from fastnst.picture import open_rgb
 from fastnst.runtime import arithmetic_rate, cpu_threads, keep_freed_memory
@@ -115,10 +114,13 @@ def ways_to_apply(model: str | Path, device: str, engines: list[str]) -> Iterato
         yield "published, memory kept", lambda pictures: published(pictures, True), None
     else:
         yield PUBLISHED + ON_DEVICE, _staying(eager, place), None
-    staged = load_network(model)
+    staged, there = load_network(model), set()
     for name in engines:
         engine, _, precision = name.partition(":")
         made = load_engine(staged, str(place), engine, precision or "auto")
+        if (made.name, made.precision) in there:  # asked for by two names
+            continue
+        there.add((made.name, made.precision))
         yield f"{made.name} {made.precision}", _keeping(made.run), made
         if place.type != "cpu":
             yield f"{made.name} {made.precision}{ON_DEVICE}", _staying(lambda pictures, made=made: made.run_tensor(pictures, "uint8"), place), made
@@ -152,9 +154,8 @@ def default_engines(device: str) -> list[str]:
     if device != "cpu" and torch.cuda.is_available():
         return ["torch:float16", "torch:bfloat16", "torch:float32"]
     found = ["auto:auto"]
-    found += ["native:bfloat16"] if multiplies_pairs() else []
     found += ["native:float32"] if is_installed("native") else []
-    found += ["openvino:float32"] if is_installed("openvino") else []
+    found += ["openvino:auto", "openvino:float32"] if is_installed("openvino") else []
     found += ["onnxruntime:float32"] if is_installed("onnxruntime") else []
     return [*found, "torch:auto", "torch:float32"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastnst.moments import Moments
-from fastnst.native_library import Activation, Packed, add, aligned, finish, from_planes, to_planes, whole_vectors
+from fastnst.native_library import Activation, Packed, add, aligned, finish, from_planes, join_threads, to_planes, whole_vectors
 from fastnst.runtime import cpu_threads, free_memory
 from fastnst.stages import EPSILON, Stage, StagedNetwork, flat_values, ground
 
@@ -86,6 +86,7 @@ class NativeEngine:
         in_a_row, self._last_shape = (height, width) == self._last_shape, (height, width)
         needed = self.needed_memory(1, height, width)
         self._spare.most, self._spare.taken = (needed * (2 if self.free_memory() > 8 * needed else 1) if in_a_row else 0), 0
+        join_threads()
         for picture, target in zip(pictures, stylized):
             levels = picture if pixels == "uint8" else picture.transpose(1, 2, 0) * np.float32(255)
             raw = self._run(np.subtract(levels, ground(self.network, levels), out=self._spare.take(levels.shape), dtype=np.float32))

@@ -5,6 +5,7 @@ Activations are ``(H, W, C)``, C rounded up to whole vectors.
 
 import ctypes
 import math
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -81,9 +82,14 @@ def native_library() -> ctypes.CDLL | None:
     return None
 
 
-@cache
 def join_threads() -> None:
-    """Let the compiled code work in the threads that torch works in, where their OpenMP is of a kind that it knows: 0.85 of a training step."""
+    """Where torch computes in this process, too, let the compiled code work in its threads, if their OpenMP is of a kind that it knows: 0.85 of a training step."""
+    if "torch" in sys.modules:
+        _join_threads()
+
+
+@cache
+def _join_threads() -> None:
     with suppress(OSError, TypeError, AttributeError):  # no such process, or no such function
         native_library().fastnst_join(ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p))
 

@@ -49,6 +49,11 @@ def test_every_way_is_measured_and_compared(model, tmp_path):
     assert (told[-1].done, told[-1].total) == (12, 12)  # 4 ways, 2 rounds and a first pass
 
 
+def test_what_is_asked_for_by_two_names_is_measured_once(model):
+    ways = [way for way, _, _ in benchmark_inference.ways_to_apply(model, "cpu", ["auto:auto", "torch:float32", "torch:float32", *benchmark_inference.default_engines("cpu")])]
+    assert len(ways) == len(set(ways)) and {PUBLISHED, "torch float32", "native float32", "openvino float32", "onnxruntime float32"} < set(ways)
+
+
 def test_on_a_device_pictures_stay_there_and_are_compared_with_those_that_stay(model, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
     moved, sleeps = [], {PUBLISHED: 0.04, PUBLISHED + ON_DEVICE: 0.02, "ours": 0.01, "ours" + ON_DEVICE: 0.005}

@@ -61,7 +61,7 @@ NOUNS = {
     "objective": {"background", "losses", "native_library", "runtime"},
     "gradient": {"fused", "fused_network", "objective", "ranks", "recording", "runtime"},
     "optimizer": {"fused", "fused_adam"},
-    "benchmark_inference": {"checkpoint", "engine", "native_library", "network", "picture", "runtime", "stages"},
+    "benchmark_inference": {"checkpoint", "engine", "network", "picture", "runtime", "stages"},
     "benchmark_training": {"data", "gradient", "losses", "loss_network", "model", "native_library", "network", "objective", "optimizer", "runtime", "winograd"},
     "benchmark_recipes": {"image", "judges", "losses", "metrics", "report"},
     "checkpoint": {"files", "model", "network"},

@@ -207,7 +207,7 @@ def test_threads_of_torch_are_those_of_ours_but_in_forked_processes():
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
         library.fastnst_join(None)
-        native_library.join_threads.cache_clear()
+        native_library._join_threads.cache_clear()
     assert np.array_equal(convolved(3), expected) and calls == [3]
 
 
@@ -216,9 +216,9 @@ def test_torchs_threads_are_found(monkeypatch):
     joined = []
     library = types.SimpleNamespace(fastnst_join=lambda function: joined.append(function.value))
     monkeypatch.setattr(native_library, "native_library", lambda: library)
-    native_library.join_threads.cache_clear()
+    native_library._join_threads.cache_clear()
     native_library.join_threads()
-    native_library.join_threads.cache_clear()
+    native_library._join_threads.cache_clear()
     assert joined and joined[0]
 
 
