@@ -5,6 +5,7 @@ Activations are ``(H, W, C)``, C rounded up to whole vectors.
 
 import ctypes
 import math
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,6 +32,7 @@ def _kernel_transform(points: Sequence[float]) -> np.ndarray:
 
 
 _G6, _G4, _G3 = map(_kernel_transform, (_POINTS_6, _POINTS, _POINTS[:4]))
+_PROCESS = os.getpid()  # a forked one has not the threads that torch started in this one, and waits for them
 _VECTOR = 8  # numbers; a vector of any CPU that native.c is for is that many, half or twice
 
 _floats, _doubles, _bytes, _integers = (ctypes.POINTER(kind) for kind in (ctypes.c_float, ctypes.c_double, ctypes.c_uint8, ctypes.c_int32))
@@ -84,7 +86,7 @@ def native_library() -> ctypes.CDLL | None:
 
 def join_threads() -> None:
     """Where torch computes in this process, too, let the compiled code work in its threads, if their OpenMP is of a kind that it knows: 0.85 of a training step."""
-    if "torch" in sys.modules:
+    if "torch" in sys.modules and os.getpid() == _PROCESS:
         _join_threads()
 
 

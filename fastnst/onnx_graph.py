@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fastnst.eight_bits import EightBits
 from fastnst.files import atomic_write
 from fastnst.model import model_metadata, parse_metadata
-from fastnst.stages import EPSILON, PIXEL_SHIFT, ROUNDING, Stage, StagedNetwork, describe, less_flat, minds_ground, restore_stages
+from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, describe, less_flat, minds_ground, restore_stages, rounding
 
 _OPSET = 17  # the first with everything used here; ONNX Runtime from 1.12 on reads it
 _MODES = {"reflect": "reflect", "replicate": "edge", "constant": "constant"}
@@ -73,10 +73,10 @@ def network_graph(network: StagedNetwork, pixels: str = "uint8", metadata: dict[
     if not minds_ground(network):
         x = g.add("Sub", x, g.add("Round", _mean(g, x)))  # still whole numbers
     values = [x]  # what went into each stage, and out of the last
-    for stage, numbers in zip(stages, int8 or [None] * len(network.stages)):
+    for stage, numbers, least in zip(stages, int8 or [None] * len(network.stages), rounding(network)):
         x = _convolution(g, stage, values[-1], numbers=numbers)
         if stage.norm_weight is not None:
-            x = _norm_by_rows(g, x, stage, len(values) == 1) if norms_by_rows else _norm(g, x, stage.norm_weight, stage.norm_bias)
+            x = _norm_by_rows(g, x, stage, least) if norms_by_rows else _norm(g, x, stage.norm_weight, stage.norm_bias)
         if stage.relu:
             x = g.add("Relu", x)
         if stage.skip:
@@ -142,13 +142,14 @@ def _norm(g: _Graph, x: str, weight: np.ndarray, bias: np.ndarray) -> str:
     return g.add("InstanceNormalization", x, g.constant(weight), g.constant(bias), epsilon=EPSILON)
 
 
-def _norm_by_rows(g: _Graph, x: str, stage: Stage, first: bool) -> str:
+def _norm_by_rows(g: _Graph, x: str, stage: Stage, least: np.ndarray) -> str:
+    """``least``: the variance of what is more than rounding, ``(C,)``."""
     weight, bias = stage.norm_weight, stage.norm_bias
     mean = _mean(g, x)
     variance = g.add("Max", g.add("Sub", _mean_square(g, x), g.add("Mul", mean, mean)), g.float(0))
     gain = g.add("Div", g.constant(weight[:, None, None]), g.add("Sqrt", g.add("Add", variance, g.float(EPSILON))))
-    if not first:
-        gain = g.add("Where", g.add("Less", variance, g.float(ROUNDING)), g.float(0), gain)
+    if least.any():
+        gain = g.add("Where", g.add("Less", variance, g.constant(least[:, None, None].astype(np.float32))), g.float(0), gain)
     return g.add("Add", g.add("Mul", x, gain), g.add("Sub", g.constant(bias[:, None, None]), g.add("Mul", mean, gain)))
 
 

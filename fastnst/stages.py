@@ -22,9 +22,10 @@ import numpy as np
 from fastnst.model import ModelInfo
 
 EPSILON = 1e-5  # of torch's norms
-# A variance that is less is rounding alone, from the second norm on: it is 5e-6 or more where one pixel of 3 megapixels is a level off, and 2e-10 or less where all
-# are of one color (the shipped styles in float32). Norms would divide that rounding by the root of their epsilon, one after the other.
-ROUNDING = 1e-9
+# A share of the variance that a stage would give of unrelated inputs, which is rounding alone from the second norm on: 9e-7 or more where one pixel of 3 megapixels
+# is a level off, 9e-9 or less where all are of one color, or stripes or squares of a pixel, of which strides leave one color (the shipped styles in float32, which round
+# from pixel to pixel in another way). Norms would divide that rounding by the root of their epsilon, one after the other.
+_ROUNDING = 2e-8
 PIXEL_SHIFT = 128.0  # what is subtracted from pixels of 0..255
 ARRAYS = ("weight", "bias", "norm_weight", "norm_bias")
 # How much of small row i - 1 + a there is, of what kernel row k of large row 2i + p sees: [p, a, k]. Bilinear: large row 2j is 1/4 of small row j - 1 and 3/4 of
@@ -227,6 +228,17 @@ def flat_values(network: StagedNetwork) -> tuple[list[np.ndarray], list[np.ndarr
         value = np.maximum(value, 0) if stage.relu else value
         values.append(value + values[-2] if stage.skip else value)
     return values[:-1], found
+
+
+def rounding(network: StagedNetwork) -> list[np.ndarray]:
+    """For each stage, ``(O,)``, the variance of what its convolution gives that is rounding alone, if it is not more; 0 for the first."""
+    found = [np.zeros(network.stages[0].channels)]
+    for before, stage in zip(network.stages, network.stages[1:]):
+        squares = (stage.weight.astype(np.float64) ** 2).sum(axis=(2, 3))
+        spread = np.ones(squares.shape[0 if stage.transposed else 1]) if before.norm_weight is None else before.norm_weight.astype(np.float64) ** 2
+        variance = spread @ squares / 4 if stage.transposed else squares @ spread
+        found.append(_ROUNDING * variance.reshape(-1, stage.shuffle**2).mean(axis=1))
+    return found
 
 
 def less_flat(network: StagedNetwork) -> list[Stage]:

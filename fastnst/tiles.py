@@ -15,7 +15,7 @@ import numpy as np
 from fastnst.engine import Engine
 from fastnst.moments import Moments
 from fastnst.runtime import is_out_of_memory
-from fastnst.stages import EPSILON, ROUNDING, Stage, StagedNetwork, ground
+from fastnst.stages import EPSILON, Stage, StagedNetwork, ground, rounding
 
 _STRIP_BYTES = 128 * 2**20
 _SMALLEST_STRIP = 16
@@ -59,7 +59,7 @@ class _Strips:
         self.pixels = np.pad(pixels, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge") if any(missing) else pixels
         if start := config.start_padding:
             self.pixels = np.pad(self.pixels, ((start, start), (start, start), (0, 0)), mode="reflect")
-        self.ground = ground(network, pixels)
+        self.ground, self.rounding = ground(network, pixels), rounding(network)
         self.sizes = [self.pixels.shape[:2]]  # (height, width) of what goes into each stage, and out of the last
         for stage in self.stages:
             self.sizes.append(tuple(stage.size(side) for side in self.sizes[-1]))
@@ -123,7 +123,7 @@ class _Strips:
             gain, shift = np.ones(stage.channels, np.float32), np.zeros(stage.channels, np.float32)
         else:
             gain = stage.norm_weight / np.sqrt(moments.variance + EPSILON)
-            gain = gain if index == 0 else np.where(moments.variance < ROUNDING, 0, gain)
+            gain = np.where(moments.variance < self.rounding[index], 0, gain)
             shift = stage.norm_bias - moments.mean * gain
         self.pending[index] = (gain.astype(np.float32), shift.astype(np.float32))
         if keeps:

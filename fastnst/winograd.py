@@ -26,8 +26,8 @@ class Conv3x3(nn.Conv2d):
     """
 
     natively = True  # may be set to False
-    _packed_forward: tuple[Any, Packed] | None = None  # of frozen weights, and which they were
-    _packed_back: tuple[Any, Packed] | None = None
+    _packed_forward: tuple[Any, Packed, Tensor] | None = None  # of frozen weights, and which they were
+    _packed_back: tuple[Any, Packed, Tensor] | None = None
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling() or not self._is_native(x, weight):
@@ -66,9 +66,12 @@ class Conv3x3(nn.Conv2d):
             return _packed(weight, bias, back, half)
         now, kept = (weight.data_ptr(), weight._version, half), self._packed_back if back else self._packed_forward
         if kept is None or kept[0] != now:
-            kept = (now, _packed(weight, None, back, half))
+            kept = (now, _packed(weight, None, back, half), weight.detach())  # kept, so that nothing else comes to lie there
             setattr(self, "_packed_back" if back else "_packed_forward", kept)
         return _with_bias(kept[1], bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_packed_")}
 
 
 def _packed(weight: Tensor, bias: Tensor | None, back: bool, half: bool) -> Packed:

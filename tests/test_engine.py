@@ -162,6 +162,27 @@ def test_a_thing_on_a_plain_ground(picture, style):
             assert np.abs(Stylizer(engine).pictures(picture) - expected).max() <= 1.5
 
 
+@pytest.mark.parametrize("style", ["wave", "mosaic_sun"])
+@pytest.mark.parametrize("picture", ["rows", "columns", "squares", "a line"])
+def test_what_strides_leave_one_color_of(picture, style):
+    """Stripes or squares of a pixel are constant from the second convolution on, but for rounding, which each norm would multiply by 316; a line's norms multiply it by 14."""
+    from fastnst.checkpoint import load_model
+    from fastnst.cli import shipped_styles
+
+    down, across = np.mgrid[:80, :96]
+    is_white = {"rows": down % 2, "columns": across % 2, "squares": (down + across) % 2, "a line": down > 0}[picture]
+    pixels = np.where(is_white, 255, 0).astype(np.uint8)[None, ..., None].repeat(3, axis=3)
+    path = shipped_styles()[style]
+    expected = eager(load_model(path)[0], pixels)
+    network = load_network(path)
+    for name in ("native", "openvino"):
+        engine = load_engine(network, "cpu", name, "float32")
+        assert np.abs(engine.run(pixels) - expected).max() <= 0.6, name
+        assert np.abs(stylize_tiled(engine, pixels[0], 32, 10**12) - expected).max() <= 0.6, name
+    if native_library.multiplies_pairs():
+        assert np.array_equal(load_engine(network, "cpu", "native", "bfloat16").run(pixels), load_engine(network, "cpu", "native", "float32").run(pixels))
+
+
 def test_strips_of_one_color_are_flat_however_wide():
     """Sums of 1,920 numbers in float32 are rounded by more than those of 300; each stage's are of numbers near 0."""
     from fastnst.cli import shipped_styles

@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import os
+import pickle
 import platform
 import sys
 import types
@@ -220,6 +221,33 @@ def test_torchs_threads_are_found(monkeypatch):
     native_library.join_threads()
     native_library._join_threads.cache_clear()
     assert joined and joined[0]
+
+
+@pytest.mark.parametrize("half", [False, pytest.param(True, marks=PAIRS_ALONE)])
+def test_weights_that_come_to_lie_where_others_lay(half):
+    conv, x = Conv3x3(32, 32, 3, bias=False).requires_grad_(False), torch.randn(1, 32, 12, 12)
+    for _ in range(30):
+        weight = torch.randn(32, 32, 3, 3)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found = torch.func.functional_call(conv, {"weight": weight}, (x,)).float()
+        expected = nn.functional.conv2d(x, weight)
+        assert float((found - expected).std()) < 0.02 * float(expected.std())
+        del weight
+
+
+def test_what_is_laid_out_is_not_written_with_a_layer():
+    conv = Conv3x3(32, 32, 3).requires_grad_(False)
+    size = len(pickle.dumps(conv))
+    x = torch.randn(1, 32, 9, 9)
+    expected = conv(x)
+    assert conv._packed_forward is not None and len(pickle.dumps(conv)) == size
+    assert torch.equal(copy.deepcopy(conv)(x), expected) and torch.equal(pickle.loads(pickle.dumps(conv))(x), expected)
+
+
+def test_a_forked_process_joins_no_threads(monkeypatch):
+    monkeypatch.setattr(native_library, "_PROCESS", os.getpid() + 1)
+    monkeypatch.setattr(native_library, "_join_threads", lambda: pytest.fail("it did"))
+    native_library.join_threads()
 
 
 @pytest.mark.parametrize("channels", [1, 3, 8, 32])
