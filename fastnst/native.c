@@ -41,6 +41,7 @@ Plain C with the vector extensions of GCC and Clang; compiled once for each kind
 #define WIDE (2 * LANES)                /* outputs of a block */
 #define PIECES (LANES > 8 ? LANES / 8 : 1) /* of a vector, each of which belongs to one pixel */
 #define PIECE (LANES / PIECES)
+#define OUTPUTS(half) ((half) ? 4 : 6) /* of a 3x3 convolution's tile, down and across */
 #define DIRECT_ROWS 4
 #define DIRECT_COLUMNS 60
 #define NESTED_ROWS 8 /* of tiles of 3x3 */
@@ -179,7 +180,7 @@ static void *work_on(void *given) {
 }
 
 /* GOMP_parallel of the OpenMP that torch uses, in the process that told of it: threads that wait for torch's next work, busily for a while, would take a core from
-ours. Forked processes have none of them. */
+ours. Processes that are forked later have none of them. */
 static void (*team)(void (*)(void *), void *, unsigned, unsigned);
 static pid_t team_of;
 
@@ -459,7 +460,8 @@ INLINE void tiles_out(int half, int m, const struct convolution *c, long block, 
 }
 
 /* 3x3: a product of matrices for each k. */
-INLINE void winograd_part(int half, int m, struct task *task, long index, long thread) {
+INLINE void winograd_part(int half, struct task *task, long index, long thread) {
+    const int m = OUTPUTS(half);
     const struct convolution *c = task->c;
     long height = c->height / c->shuffle, width = c->width / c->shuffle, words = task->words;
     long across = (width + m - 1) / m, first = index * task->tiles, left = (height + m - 1) / m * across - first, points = (m + 2) * (m + 2);
@@ -490,9 +492,9 @@ INLINE void winograd_part(int half, int m, struct task *task, long index, long t
 
 static void winograd(void *given, long index, long thread) {
     struct task *task = given;
-    if (HALVES && task->c->half == 2) winograd_part(2, 4, task, index, thread);
-    else if (HALVES && task->c->half) winograd_part(1, 4, task, index, thread);
-    else winograd_part(0, 6, task, index, thread);
+    if (HALVES && task->c->half == 2) winograd_part(2, task, index, thread);
+    else if (HALVES && task->c->half) winograd_part(1, task, index, thread);
+    else winograd_part(0, task, index, thread);
 }
 
 /* 9x9, as 3x3 kernels of 3x3: each of them sees a tile three further on, so all share the tiles' transforms, and their products add up. */
@@ -741,13 +743,13 @@ INLINE void transform_kernel(int m, const struct kernels *k, long output, long i
 
 static void kernels_part(void *given, long block, long thread) {
     struct kernels *k = given;
-    long step = k->half ? 2 : 1, words = k->inputs / step, points = k->half ? 36 : 64;
+    long step = k->half ? 2 : 1, words = k->inputs / step, points = (OUTPUTS(k->half) + 2) * (OUTPUTS(k->half) + 2);
     (void)thread;
     for (long i = 0; i < words; i++)
         for (long o = 0; o < WIDE; o += LANES) {
             vec one[64], other[64];
-            if (k->half) transform_kernel(4, k, block * WIDE + o, step * i, one), transform_kernel(4, k, block * WIDE + o, step * i + 1, other);
-            else transform_kernel(6, k, block * WIDE + o, i, one);
+            if (k->half) transform_kernel(OUTPUTS(1), k, block * WIDE + o, step * i, one), transform_kernel(OUTPUTS(1), k, block * WIDE + o, step * i + 1, other);
+            else transform_kernel(OUTPUTS(0), k, block * WIDE + o, i, one);
             for (int n = 0; n < points; n++) {
                 if (k->half) one[n] = pairs_of(one[n], other[n]);
                 store(k->to + ((block * points + n) * words + i) * WIDE + o, one[n]);
@@ -820,7 +822,7 @@ int fastnst_convolve(const struct input *in, const struct convolution *c, int32_
     long height = c->height / c->shuffle, width = c->width / c->shuffle, threads = c->threads < 1 ? 1 : c->threads > 256 ? 256 : c->threads, parts;
     struct task task = {.in = in, .c = c, .words = c->half ? in->channels / 2 : in->channels};
     if (kind == WINOGRAD) {
-        long m = c->half ? 4 : 6, points = (m + 2) * (m + 2);
+        long m = OUTPUTS(c->half), points = (m + 2) * (m + 2);
         task.tiles = tiles_bytes() / (points * 4 * task.words) / ROWS * ROWS;
         long fewest = in->channels < 256 ? ROWS : 2 * ROWS; /* kernels too large for a cache are read less often so */
         task.tiles = task.tiles < fewest ? fewest : task.tiles;

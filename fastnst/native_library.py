@@ -32,6 +32,11 @@ def _kernel_transform(points: Sequence[float]) -> np.ndarray:
 
 
 _G6, _G4, _G3 = map(_kernel_transform, (_POINTS_6, _POINTS, _POINTS[:4]))
+
+
+def _outputs_of_a_tile(half: int) -> int:
+    """``m`` of F(m x m, 3x3), native.c's OUTPUTS."""
+    return 4 if half else 6
 _PROCESS = os.getpid()  # a forked one has not the threads that torch started in this one, and waits for them
 _VECTOR = 8  # numbers; a vector of any CPU that native.c is for is that many, half or twice
 
@@ -185,7 +190,7 @@ class Packed:
             ordered[place * channels :][:count] = weight[place::places]
             biases[place * channels :][:count] = 0 if bias is None else bias[place::places]
         if (kernel, stride) == (3, 1):
-            transform = _G4 if half else _G6
+            transform = {4: _G4, 6: _G6}[_outputs_of_a_tile(half)]
             kind, packed = _WINOGRAD, np.einsum("xk,yl,oikl->oxyi", transform, transform, ordered, optimize=True)
         elif (kernel, stride) == (9, 1):
             kind, packed = _NESTED, _nested(ordered)
@@ -202,13 +207,14 @@ class Packed:
         weight = np.ascontiguousarray(weight)
         count, inputs = weight.shape[:2] if not back else weight.shape[1::-1]
         wide = 2 * native_library().fastnst_lanes()
-        packed = aligned((-(-count // wide), *((6, 6, inputs // 2) if half else (8, 8, inputs)), wide))
+        side = _outputs_of_a_tile(half) + 2
+        packed = aligned((-(-count // wide), side, side, inputs // 2 if half else inputs, wide))
         native_library().fastnst_pack(ctypes.byref(_Kernels(_at(weight), _at(packed), count, inputs, back, half, threads)))
         return cls(_WINOGRAD, packed, None, 3, 1, len(packed) * wide, 1, count, 2 if half else 0)
 
     def operations(self, height: int, width: int) -> int:
         """Floating-point operations for so many rows and columns, two for each multiplication."""
-        of_a_position = {_WINOGRAD: 1 / (16 if self.half else 36), _NESTED: 1 / 9, _DIRECT: 1.0}[self.kind]
+        of_a_position = {_WINOGRAD: 1 / _outputs_of_a_tile(self.half) ** 2, _NESTED: 1 / 9, _DIRECT: 1.0}[self.kind]
         return round((4 if self.half else 2) * self.weight.size * of_a_position * height * width / self.shuffle**2)
 
     def size(self, rows: np.ndarray, columns: np.ndarray) -> tuple[int, int]:
