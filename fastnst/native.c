@@ -631,7 +631,7 @@ INLINE void direct_part(int half, struct task *task, long index, long thread) {
         }
         const float *weight = c->weight + block * kernel * kernel * words * WIDE;
         for (long y = y0; y < y1; y++) {
-            const float *a[16];
+            const float *a[16]; /* the largest kernel, which Python knows */
             for (long k = 0; k < kernel; k++) a[k] = x + ((y - y0) * stride + k) * columns * words;
             struct factors f = {a, kernel, kernel * words, stride * words, bias};
 #define ONE(rows) direct_product(half, rows, c, &f, weight, targets, y, x0, at, part)

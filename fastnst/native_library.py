@@ -20,6 +20,7 @@ from fastnst.runtime import has_matrix_unit
 from fastnst.stages import Stage
 
 _WINOGRAD, _DIRECT, _NESTED = range(3)  # kinds of convolutions
+_LARGEST_KERNEL = 16  # as many rows of the input `direct_part` of native.c knows at once
 _OUTPUTS = ("linear", "tanh", "sigmoid")
 _POINTS = (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)  # of native.c's F(4x4, 3x3); F(3x3, 3x3) has no last one
 _POINTS_6 = (0, 1, -1, 2, -2, 1 / 2, -1 / 2)  # of its F(6x6, 3x3)
@@ -183,6 +184,8 @@ class Packed:
             return cls(_NESTED, aligned(weight.shape, weight), bias.astype(np.float32), 9, 1, 3, 1, 3, half)
         shuffle = 1 if is_last else shuffle
         wide, places, kernel = 2 * native_library().fastnst_lanes(), shuffle**2, weight.shape[2]
+        if kernel > _LARGEST_KERNEL:
+            raise ValueError(f"got a convolution of {kernel}x{kernel} pixels, --engine native takes {_LARGEST_KERNEL}x{_LARGEST_KERNEL} at most; use another engine")
         count, channels = len(weight) // places, whole_vectors(len(weight) // places)
         outputs = -(-places * channels // wide) * wide
         ordered, biases = np.zeros((outputs, *weight.shape[1:])), np.zeros(outputs, np.float32)

@@ -72,6 +72,12 @@ def test_a_convolution_is_torchs(kernel, stride, inputs, outputs, mode, threads,
     assert np.allclose(variance[:outputs], expected.var(axis=(0, 1)), rtol=1e-4)
 
 
+def test_a_kernel_that_is_too_large_is_named():
+    Packed.of(Stage(np.zeros((8, 8, 16, 16), np.float32)), False, False)
+    with pytest.raises(ValueError, match="got a convolution of 17x17 pixels, --engine native takes 16x16 at most"):
+        Packed.of(Stage(np.zeros((8, 8, 17, 17), np.float32)), False, False)
+
+
 def test_moments_far_from_zero_keep_their_digits():
     # 1,000 and a noise of 0.01: the squares' sum in float32 would have no digit of the variance, 1e-4
     noise = np.random.default_rng(0).normal(scale=0.01, size=(64, 64, 8))
