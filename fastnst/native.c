@@ -153,7 +153,8 @@ INLINE vec read_from(int half, const struct reading *r, const float *from) {
 
 /* What it is, and what it writes: (height, width, channels), from `outputs` (a multiple of WIDE) numbers at each of
 (height, width) / shuffle positions: first those of all channels at the upper left, then at the upper right, and so on.
-`half`: 1: the weights are bfloat16, two channels of the input side by side; 2: so is what is read and written. `mean` and `squares` (the sum of squared differences from the mean) of each channel are of what was written; NULL: not asked for. */
+`half`: 1: the weights are bfloat16, two channels of the input side by side; 2: so is what is read and written.
+`mean` and `squares` (the sum of squared differences from the mean) of each channel are of what was written; NULL: not asked for. */
 struct convolution {
     const float *weight, *bias;
     float *output;

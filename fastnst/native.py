@@ -93,7 +93,7 @@ class NativeEngine:
         join_threads()
         for picture, target in zip(pictures, stylized):
             levels = picture if pixels == "uint8" else picture.transpose(1, 2, 0) * np.float32(255)
-            self._packed = self._pack("float32" if _is_drawn(levels) else self.precision)
+            self._packed = self._pack("float32" if self.precision == "float32" or _is_drawn(levels) else self.precision)
             raw = self._run(np.subtract(levels, ground(self.network, levels), out=self._spare.take(levels.shape), dtype=np.float32))
             finish(raw, 1 if self._packed[-1].outputs == 3 else self.network.stages[-1].shuffle, self.network.info.network.output, target, self._threads)
             self._spare.give(raw)
@@ -126,9 +126,9 @@ class NativeEngine:
     def operations(self, height: int, width: int) -> int:
         """Floating-point operations of the convolutions of one picture, two for each multiplication; those of Winograd's transforms are not counted."""
         total = 0
-        for stage, packed in zip(self.network.stages, self._packed):
+        for stage, packed in zip(self.network.stages, self._pack(self.precision)):
             height, width = stage.size(height), stage.size(width)
-            shuffled = stage.shuffle if packed is self._packed[-1] and packed.outputs > 3 else 1
+            shuffled = stage.shuffle if stage is self.network.stages[-1] and packed.outputs > 3 else 1
             total += packed.operations(height // shuffled, width // shuffled)
         return total
 

@@ -9,11 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+from fastnst.native_library import multiplies_pairs
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # asked for when Triton is imported: kernels for GPUs are interpreted then
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+PAIRS_ALONE = pytest.mark.skipif(not multiplies_pairs(), reason="this CPU, or its compiler, has no vectors of bfloat16, or better")
 
 # A loss network with random filters: no download, a few milliseconds.
 TOY_LOSS = {

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PAIRS_ALONE
 from test_stages import staged
 
 from fastnst import engine as engines
@@ -22,7 +23,7 @@ ARCHITECTURES = [
     for norm, padding, upsampling in itertools.product(("instance", "batch"), ("reflect", "replicate", "zeros", "start"), ("nearest", "bilinear", "transposed", "subpixel"))
 ] + [{"output": "sigmoid"}, {"output": "linear", "output_scale": 20.0}, {"residual_blocks": 0}, {"stem": "half"}, {"stem": "half", "padding": "zeros", "upsampling": "bilinear", "norm": "batch"}]
 NAMES = [name for name in ENGINES if name != "auto"]
-PAIRS = pytest.param("native", marks=pytest.mark.skipif(not native_library.multiplies_pairs(), reason="this CPU, or its compiler, has no vectors of bfloat16, or better"))
+PAIRS = pytest.param("native", marks=PAIRS_ALONE)
 
 
 def photo(height: int, width: int, count: int = 1) -> np.ndarray:

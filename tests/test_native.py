@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_engine import ARCHITECTURES, PAIRS, eager, photo, psnr
+from conftest import PAIRS_ALONE
+from test_engine import ARCHITECTURES, eager, photo, psnr
 from test_stages import staged
 
 from fastnst import native, native_library
@@ -37,7 +38,7 @@ def test_kernels_of_ones_by_hand(transform, step):
 @pytest.mark.parametrize("kernel, stride, inputs, outputs", [(3, 1, 8, 16), (3, 1, 20, 12), (9, 1, 3, 8), (9, 1, 3, 40), (9, 1, 8, 12), (3, 2, 16, 24), (10, 2, 3, 8), (5, 1, 8, 12), (1, 1, 8, 8)])
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "constant"])
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("half", [False, pytest.param(True, marks=PAIRS.marks)])
+@pytest.mark.parametrize("half", [False, pytest.param(True, marks=PAIRS_ALONE)])
 def test_a_convolution_is_torchs(kernel, stride, inputs, outputs, mode, threads, half):
     """With the norm and the ReLU that its input still owes, and with moments of what it gives, at sizes that no tile divides."""
     rng = np.random.default_rng(kernel)
