@@ -13,41 +13,31 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from fastnst.fused import on_device
+from fastnst.optimizer import Adam, same_order
 
 _TABLES = 4  # that are kept: two recorded passes have gradients of their own each
 _NUMBERS = 2048  # that a program steps: a network takes some 900, all of which a large GPU runs at once
 
 
-class FusedAdam(torch.optim.Adam):
-    """``torch.optim.Adam(parameters, fused=True)``, its state included: each of the two loads the other's.
+class FusedAdam(Adam):
+    """``Adam`` in a kernel of our own.
 
-    Where parameters have not all had as many steps, or are no dense float32 ones, it steps by torch's own kernel. Its state changes by steps and
+    Where parameters have not all had as many steps, or are no dense float32 ones, it steps by torch's. Its state changes by steps and
     ``load_state_dict`` alone: where it lies, and how many steps it has had, is not asked for again at each step.
     """
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        super().__init__(parameters, fused=True)
+        super().__init__(parameters)
         self._forget()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes the state of an Adam that is not fused, too."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group["fused"] = True
-        for parameter, its in self.state.items():
-            if its:
-                its["step"] = its["step"].to(parameter.device, torch.float32)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self._forget()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        loss = None if closure is None else torch.enable_grad()(closure)()
+    def step(self) -> None:
         (group,) = self.param_groups
-        parameters: list[nn.Parameter] = group["params"]
-        for parameter in parameters:
-            if parameter.grad is not None and not _same_order(parameter.grad, parameter):
-                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
-        gradients = [parameter.grad for parameter in parameters]
+        parameters, gradients = group["params"], self._gradients()
         places = len(self.state), *((parameter.data_ptr(), gradient is not None and gradient.data_ptr()) for parameter, gradient in zip(parameters, gradients))
         if places not in self._tables:
             if len(self._tables) == _TABLES:
@@ -58,13 +48,12 @@ class FusedAdam(torch.optim.Adam):
             self._steps = None  # which it no longer counts
             self._tables.clear()
             super().step()
-            return loss
+            return
         self._steps += 1
         (beta1, beta2), steps = group["betas"], self._steps
         rate, correction = group["lr"] / (1 - beta1**steps), (1 - beta2**steps) ** -0.5
         with on_device(parameters[0].device):
             _step[(len(table),)](table, float(steps), rate, 1 - beta1, 1 - beta2, correction, group["eps"], NUMBERS=_NUMBERS, num_warps=8)
-        return loss
 
     def _forget(self) -> None:
         self._tables: dict[tuple, Tensor | None] = {}  # `_rows`, if the kernel may, by how many have moments, and where parameters and gradients lie
@@ -72,13 +61,11 @@ class FusedAdam(torch.optim.Adam):
 
     def _tabulate(self, parameters: list[nn.Parameter], gradients: list[Tensor | None]) -> Tensor | None:
         """``_rows`` on the device, copied there without waiting for it; ``None`` where torch is to step."""
-        group, states = self.param_groups[0], [self.state.get(parameter) for parameter in parameters]
-        if any(group[name] for name in ("weight_decay", "amsgrad", "maximize", "capturable", "differentiable")):
-            return None
+        states = [self.state.get(parameter) for parameter in parameters]
         if not all(states) or any(gradient is None for gradient in gradients):  # at the first step torch makes the state
             return None
         stepped = list(zip(parameters, gradients, *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))))
-        if not all(_dense(each[0]) and all(one.dtype == torch.float32 and _same_order(one, each[0]) for one in each) for each in stepped):
+        if not all(_dense(each[0]) and all(one.dtype == torch.float32 and same_order(one, each[0]) for one in each) for each in stepped):
             return None
         counts = [state["step"] for state in states]
         if self._steps is None:
@@ -93,13 +80,6 @@ class FusedAdam(torch.optim.Adam):
 
 def _dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
-
-
-def _same_order(one: Tensor, other: Tensor) -> bool:
-    """Whether numbers at the same place of both lie at the same place of memory."""
-    if one.stride() == other.stride():
-        return True
-    return all(side == 1 or a == b for side, a, b in zip(other.shape, one.stride(), other.stride()))
 
 
 def _rows(stepped: list[tuple[Tensor, ...]], counts: list[Tensor]) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -34,6 +36,60 @@ def test_adam_in_one_kernel_steps_as_plain_adam_does():
             give_gradients(one, step)
             optimizer.step()
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(network.parameters(), plain.parameters()))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_adam_and_torchs_go_on_from_each_others_state(fused):
+    network = TransformNetwork(SMALL)
+    plain = copy_of(network)
+    ours, theirs = adam(list(network.parameters())), torch.optim.Adam(plain.parameters(), fused=fused)
+    for step in range(2):
+        for one, optimizer in ((network, ours), (plain, theirs)):
+            give_gradients(one, step)
+            optimizer.step()
+    swapped = copy.deepcopy(ours.state_dict()), copy.deepcopy(theirs.state_dict())
+    assert swapped[0]["param_groups"][0].keys() == swapped[1]["param_groups"][0].keys()
+    for one, optimizer, state in ((network, ours, swapped[1]), (plain, theirs, swapped[0])):
+        optimizer.load_state_dict(state)
+        give_gradients(one, 2)
+        optimizer.step()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(network.parameters(), plain.parameters()))
+    assert {float(its["step"]) for its in ours.state.values()} == {3.0}
+
+
+def test_a_state_is_copied_and_one_that_does_not_fit_is_refused():
+    network = nn.Linear(3, 2)
+    optimizer = adam(list(network.parameters()))
+    give_gradients(network, 0)
+    optimizer.step()
+    kept = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(kept)
+    optimizer.step()
+    assert kept["state"][0]["step"] == 1 and optimizer.state[network.weight]["step"] == 2
+    with pytest.raises(ValueError, match="of 2 parameters, need that of 1"):
+        adam([network.weight]).load_state_dict(kept)
+    with pytest.raises(ValueError, match="an Adam with weight_decay"):
+        optimizer.load_state_dict({**kept, "param_groups": [kept["param_groups"][0] | {"weight_decay": 0.1}]})
+    assert optimizer.state[network.weight]["step"] == 2
+
+
+def test_a_training_does_not_import_torchs_compiler():
+    """Which takes seconds."""
+    program = """
+import sys, torch
+from fastnst.optimizer import make_optimizer
+from fastnst.network import TransformNetwork
+from fastnst.model import NetworkConfig
+import fastnst.train
+for name in ("adam", "muon"):
+    network = TransformNetwork(NetworkConfig(width=4, residual_blocks=1))
+    optimizer = make_optimizer(name, network)
+    network(torch.rand(1, 3, 16, 16)).sum().backward()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+print("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_muon_moves_kernels_along_the_nearest_orthogonal_matrix():

@@ -25,6 +25,7 @@ from fastnst.checkpoint import load_model, load_training_state
 from fastnst.config import validate_config
 from fastnst.gradient import Gradient
 from fastnst.network import TransformNetwork
+from fastnst.optimizer import Adam
 from fastnst.task import _cut
 from fastnst.train import TrainConfig, TrainingDiverged, train
 from fastnst.watchdog import Trouble
@@ -270,7 +271,7 @@ def test_the_same_seed_gives_the_same_network_and_another_seed_another(train_dat
 
 def sabotaged(monkeypatch, spoil, at: set[int]) -> None:
     """Let ``spoil(network)`` happen once at each of the updates ``at``, counted from 1 over everything that is learned."""
-    step_of_adam, calls = torch.optim.Adam.step, []
+    step_of_adam, calls = Adam.step, []
 
     def step(self, *args, **kwargs):
         calls.append(None)
@@ -280,7 +281,7 @@ def sabotaged(monkeypatch, spoil, at: set[int]) -> None:
                 spoil(self.param_groups[0]["params"])
         return result
 
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(Adam, "step", step)
 
 
 def with_nan(parameters) -> None:
