@@ -3,8 +3,7 @@
 A GPU takes longer to start a kernel than to compute a few numbers, and the loss consists of little else once the features are there.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -18,64 +17,48 @@ _NUMBERS = 2048  # that a program takes at once: 16 bytes in half precision by e
 _PROGRAMS = 1024  # that share a mean: what an H100 runs at once
 
 
-class Compared(NamedTuple):
-    """Features of a layer, float64 apart, and what they are compared to: ``content``, of their shape and type, and ``gram``, float32 ``(1 or N, C, C)``,
-    symmetric as Grams are, which ``divisor`` divides theirs by. No gradient goes to either."""
-
-    features: Tensor
-    content: Tensor | None = None
-    gram: Tensor | None = None
-    divisor: float = 1.0
-    content_weight: float = 1.0
-    style_weight: float = 1.0
-
-
-def mean_squares(layers: Sequence[Compared]) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Weighted mean squares of the differences in content and in style, in float32; None where there is nothing to compare to."""
-    found = _MeanSquares.apply([layer[1:] for layer in layers], *(layer.features for layer in layers))
-    return list(zip(found[::2], found[1::2]))
+def mean_squares(
+    features: Tensor, content: Tensor | None = None, gram: Tensor | None = None, divisor: float = 1.0, content_weight: float = 1.0, style_weight: float = 1.0
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weighted mean squares of how far the features of a layer, float64 apart, are from ``content``, of their shape and type, and their Grams from ``gram``, float32
+    ``(1 or N, C, C)``, symmetric as Grams are, which ``divisor`` divides theirs by; in float32, None where there is nothing to compare to. No gradient goes to either.
+    """
+    return _MeanSquares.apply(features, content, gram, divisor, content_weight, style_weight)
 
 
 class _MeanSquares(torch.autograd.Function):
-    """All at once, so that one kernel adds up what others left, and a layer's gradients of content and style are one tensor."""
+    """Both at once, so that one kernel adds up what others left, and a layer's gradients of content and style are one tensor."""
 
     @staticmethod
-    def forward(ctx: Any, targets: list[tuple], *features: Tensor) -> tuple[Tensor | None, ...]:
-        sums = features[0].new_empty(sum(target is not None for each in targets for target in each[:2]), _PROGRAMS, dtype=torch.float32)
-        rows, kept, ctx.factors = iter(sums), [], []
-        for x, (content, gram, divisor, content_weight, style_weight) in zip(features, targets):
-            layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-            x, difference, per_content, per_style = x.contiguous(memory_format=layout), None, content_weight / x.numel(), 0.0
-            if content is not None:
-                content = content.contiguous(memory_format=layout)
-                _squares[(_PROGRAMS,)](x, content, next(rows), x.numel(), per_content, NUMBERS=_NUMBERS, num_warps=8)
-            if gram is not None:
-                difference, per_style = _compare_grams(x, gram, divisor, style_weight, next(rows))
-            kept.append((x, content, difference))
-            ctx.factors.append((2 * per_content, 4 * per_style / divisor))
-        ctx.save_for_backward(*(tensor for each in kept for tensor in each))
+    def forward(ctx: Any, x: Tensor, content: Tensor | None, gram: Tensor | None, divisor: float, content_weight: float, style_weight: float) -> tuple[Tensor | None, ...]:
+        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        targets = content, gram
+        sums = x.new_empty(sum(target is not None for target in targets), _PROGRAMS, dtype=torch.float32)
+        x, difference, per_content, per_style, rows = x.contiguous(memory_format=layout), None, content_weight / x.numel(), 0.0, iter(sums)
+        if content is not None:
+            content = content.contiguous(memory_format=layout)
+            _squares[(_PROGRAMS,)](x, content, next(rows), x.numel(), per_content, NUMBERS=_NUMBERS, num_warps=8)
+        if gram is not None:
+            difference, per_style = _compare_grams(x, gram, divisor, style_weight, next(rows))
+        ctx.save_for_backward(x, content, difference)
+        ctx.factors = 2 * per_content, 4 * per_style / divisor
         ctx.set_materialize_grads(False)
         numbers = iter(sums.sum(1).unbind())
-        return tuple(None if target is None else next(numbers) for each in targets for target in each[:2])
+        return tuple(None if target is None else next(numbers) for target in targets)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None):
-        saved, found = ctx.saved_tensors, []
-        for index, factors in enumerate(ctx.factors):
-            x, content, difference = saved[3 * index : 3 * index + 3]
-            of_content, of_style = gradients[2 * index : 2 * index + 2]
-            back = None
-            if of_style is not None:
-                matrix = torch.empty_like(difference, dtype=precision_back(x.dtype))
-                _scale[(triton.cdiv(matrix.numel(), 1024),)](difference, of_style.float(), matrix, matrix.numel(), factors[1], NUMBERS=1024)
-                back = product_back(matrix, x.flatten(2)).view_as(x)
-            if of_content is not None:
-                further, back = back is not None, torch.empty_like(x) if back is None else back
-                programs = triton.cdiv(x.numel(), _NUMBERS)
-                _difference[(programs,)](x, content, of_content.float(), back, x.numel(), factors[0], NUMBERS=_NUMBERS, FURTHER=further, num_warps=8)
-            found.append(back)
-        return None, *found
+    def backward(ctx: Any, of_content: Tensor | None, of_style: Tensor | None):
+        (x, content, difference), (per_content, per_style), back = ctx.saved_tensors, ctx.factors, None
+        if of_style is not None:
+            matrix = torch.empty_like(difference, dtype=precision_back(x.dtype))
+            _scale[(triton.cdiv(matrix.numel(), 1024),)](difference, of_style.float(), matrix, matrix.numel(), per_style, NUMBERS=1024)
+            back = product_back(matrix, x.flatten(2)).view_as(x)
+        if of_content is not None:
+            further, back = back is not None, torch.empty_like(x) if back is None else back
+            programs = triton.cdiv(x.numel(), _NUMBERS)
+            _difference[(programs,)](x, content, of_content.float(), back, x.numel(), per_content, NUMBERS=_NUMBERS, FURTHER=further, num_warps=8)
+        return back, None, None, None, None, None
 
 
 def _compare_grams(x: Tensor, target: Tensor, divisor: float, weight: float, sums: Tensor) -> tuple[Tensor, float]:

@@ -27,10 +27,18 @@ def can_fuse(network: nn.Module) -> bool:
     return frozen and all(isinstance(module, (nn.Conv2d, nn.ReLU, nn.MaxPool2d)) for module in network.features) and network.features[0].kernel_size == (3, 3)
 
 
-def fused_features(network: nn.Module, images: Tensor, wanted: dict[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
+def fused_features(
+    network: nn.Module, images: Tensor, wanted: dict[str, int], dtype: torch.dtype, each: Callable[[str, Tensor], None] = lambda layer, features: None
+) -> dict[str, Tensor]:
     """What a ``LossNetwork`` gives for ``images`` at ``wanted``, layers with their places, in ``dtype``."""
-    asked, modules = set(wanted.values()), network.features
+    asked, modules, heads = set(wanted.values()), network.features, network.heads
     x, found = images.float(), {}
+
+    def give(place: int, features: Tensor) -> None:
+        for layer in (layer for layer, index in wanted.items() if index == place):
+            found[layer] = _convolve(network, layer, heads[layer], features, True) if layer in heads else features
+            each(layer, found[layer])
+
     for index, module in enumerate(modules[: max(asked, default=-1) + 1]):
         if isinstance(module, nn.Conv2d):
             relu = index not in asked and index < max(asked)
@@ -43,15 +51,13 @@ def fused_features(network: nn.Module, images: Tensor, wanted: dict[str, int], d
                 x = _First.apply(x, network.mean, network.std, _kernels(network, "first", module, dtype, _Kernels.of_first), relu, pooled)
         elif isinstance(module, nn.MaxPool2d):
             pooled, alias = _MaxPool.apply(x)
-            if index - 1 in asked:
-                found[index - 1] = alias
+            give(index - 1, alias)
             x = pooled
         elif index - 1 in asked:  # else the convolution did it
             x = torch.relu(x)
-        if index in asked:
-            found[index] = x
-    heads = network.heads
-    return {layer: _convolve(network, layer, heads[layer], found[index], True) if layer in heads else found[index] for layer, index in wanted.items()}
+        if not (index + 1 <= max(asked) and isinstance(modules[index + 1], nn.MaxPool2d)):  # else its alias is given
+            give(index, x)
+    return {layer: found[layer] for layer in wanted}
 
 
 def _convolve(network: nn.Module, name: str, module: nn.Conv2d, x: Tensor, relu: bool, pooled: bool = False) -> Tensor:

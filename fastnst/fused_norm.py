@@ -122,9 +122,9 @@ def _forward(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, relu: boo
     if skip is not None and skip.stride()[1::2] != (1, channels):
         skip = skip.contiguous(memory_format=_LAST)
     other = x if skip is None else skip
-    grid = (out_height, triton.cdiv(out_width, sizes["BLOCK"]), images)  # the first may be large
+    grid = (triton.cdiv(out_height * out_width, sizes["BLOCK"]), images)  # the first may be large
     choices = {"PADDING": padding, "MODE": mode, "RELU": relu, "SKIP": skip is not None, "SHUFFLE": shuffle, "PLACES": places, "enable_fp_fusion": True}
-    _apply[grid](x, moments, weight, bias, other, out, height, width, other.stride(0), other.stride(2), **choices, **sizes)
+    _apply[grid](x, moments, weight, bias, other, out, height, width, other.stride(0) // channels, other.stride(2) // channels, **choices, **sizes)
     return out
 
 
@@ -214,12 +214,12 @@ def _apply(
     PADDING: tl.constexpr, MODE: tl.constexpr, RELU: tl.constexpr, SKIP: tl.constexpr, SHUFFLE: tl.constexpr, PLACES: tl.constexpr,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A stretch of a row of the output, from the pixels that padding finds there."""
-    row, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """Some pixels of the output, one after the other, from those that padding finds there: rows are no whole number of programs, and those of a share would wait."""
+    at, image, broad = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64), width + 2 * PADDING
+    row, column = at // broad, at % broad
     channel = tl.arange(0, WIDTH)[None, :]
     real = channel < CHANNELS
-    there = (column < width + 2 * PADDING)[:, None] & real
+    there = (row < height + 2 * PADDING)[:, None] & real
     y, across = row - PADDING, column - PADDING
     inside = (y >= 0) & (y < height) & (across >= 0) & (across < width)
     if MODE == "reflect":
@@ -235,10 +235,10 @@ def _apply(
     if RELU:
         value = tl.where(value < 0, 0.0, value)  # what is no number stays so
     if SKIP:
-        value += tl.load(skip + image * skip_image + y.to(tl.int64) * skip_row + across[:, None] * CHANNELS + channel, mask=there, other=0).to(tl.float32)
+        pixel = image * skip_image + (y.to(tl.int64) * skip_row + across)[:, None]  # counted in pixels: that these are of so many numbers is what lets 16 bytes be read at once
+        value += tl.load(skip + pixel * CHANNELS + channel, mask=there, other=0).to(tl.float32)
     if MODE == "constant":
         value = tl.where(inside[:, None], value, 0.0)
-    broad = width + 2 * PADDING
     pixel = image * (height + 2 * PADDING) * broad + lies_at(row, column, broad, PLACES)[:, None]
     tl.store(out + pixel * CHANNELS + channel, value.to(out.dtype.element_ty), mask=there)
 

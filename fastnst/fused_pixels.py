@@ -1,6 +1,7 @@
 """The ends of a pass on an NVIDIA GPU, in Triton: photos as the first convolution takes them, pictures of what the last one gives, and these as a loss
 network takes them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fastnst.stages import PIXEL_SHIFT
 from fastnst.wide import CHANNELS, NUMBERS, PLACE
 
 _PIXELS = 1024  # that a program makes
+_PLACES = 64  # of which a program makes a row of pixels
 _ROWS = 32  # of numbers, a place's or 64, that a program moves
 
 
@@ -21,8 +23,8 @@ def take(x: Tensor, pixels: str, dtype: torch.dtype, missing: tuple[int, int], s
     """Photos, ``(N, H, W, 3)`` uint8 or ``(N, 3, H, W)`` in [0, 1], as places of 4x4 pixels, ``(N, 64, H', W')`` channels-last, of 0..255 less ``PIXEL_SHIFT``.
 
     They are padded by replication by ``missing`` rows below and columns on the right, then by ``start`` on all sides by reflection, then by ``padding``
-    by ``mode``, of which ``constant`` is ``value``; what then lacks of a place is of no account. The second is for each photo 0 where all
-    of its pixels are the same, else 1.
+    by ``mode``, of which ``constant`` is ``value``; what then lacks of a place is of no account. The second, int32 ``(N, M)``, is for each photo all 0 where all
+    of its pixels are the same.
     """
     x = x if pixels == "uint8" else x.permute(0, 2, 3, 1)
     images, height, width, _ = x.shape
@@ -34,7 +36,7 @@ def take(x: Tensor, pixels: str, dtype: torch.dtype, missing: tuple[int, int], s
     grid = (triton.cdiv(rows * PLACE, _PIXELS // across), triton.cdiv(columns * PLACE, across), images)
     unlike = x.new_empty(images, grid[0] * grid[1], dtype=torch.int32)
     _take[grid](x, out, unlike, *x.stride(), height, width, *whole, start, padding, float(value), rows * PLACE, columns * PLACE, ACROSS=across, **choices)
-    return out.permute(0, 3, 1, 2), unlike.amax(1)
+    return out.permute(0, 3, 1, 2), unlike
 
 
 def finish(x: Tensor, bias: Tensor, output: str, height: int, width: int, pixels: str) -> Tensor:
@@ -46,24 +48,29 @@ def finish(x: Tensor, bias: Tensor, output: str, height: int, width: int, pixels
         out = x.new_empty(images, height, width, 3, dtype=torch.uint8)
     else:
         out = x.new_empty(images, 3, height, width, dtype=torch.float32).permute(0, 2, 3, 1)
-    grid = (height, triton.cdiv(3 * width, _PIXELS), images)
-    _finish[grid](x, bias, out, *out.stride(), rows, columns, width, 3 * width, OUTPUT=output, FLOAT=pixels != "uint8", PLACE=PLACE, NUMBERS=NUMBERS, PIXELS=_PIXELS, num_warps=8)
+    grid = (height, triton.cdiv(columns, _PLACES), images)
+    _finish[grid](x, bias, out, *out.stride(), rows, columns, width, OUTPUT=output, FLOAT=pixels != "uint8", PLACE=PLACE, NUMBERS=NUMBERS, PLACES=_PLACES, WHOLE=width == columns * PLACE, num_warps=8)
     return out if pixels == "uint8" else out.permute(0, 3, 1, 2)
 
 
 class AsPixels(torch.autograd.Function):
-    """Places of pictures, ``(N, 64, h, w)``, with ``bias`` ``(48,)`` -> ``(N, 3, 4 h, 4 w)`` float32."""
+    """Places of pictures, ``(N, 64, h, w)``, with ``bias`` ``(48,)`` -> ``(N, 3, 4 h, 4 w)`` float32. ``give``, instead of ``bias``, gets what is to be added up
+    for the gradient of that."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
-        ctx.dtype = x.dtype
+    def forward(ctx: Any, x: Tensor, bias: Tensor, give: Callable[[Tensor], None] | None = None) -> Tensor:
+        ctx.dtype, ctx.give = x.dtype, give
         return places_to_pixels(x, bias, bias, scaled=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor):
         out, sums = _from_pixels(gradient, gradient, gradient, ctx.dtype, PLACE, 3, scaled=False)
-        return out, sums.sum(0)[: PLACE**2 * 3]
+        sums = sums[:, : PLACE**2 * 3]
+        if ctx.give is None:
+            return out, sums.sum(0), None
+        ctx.give(sums)
+        return out, None, None
 
 
 def places_to_pixels(x: Tensor, bias: Tensor, std: Tensor, scaled: bool) -> Tensor:
@@ -129,28 +136,30 @@ def _take(
     tl.store(out + pixel_at * CHANNELS + channel, pixel.to(out.dtype.element_ty), mask=there[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "width"])  # for `numbers` see `_to_places`
+@triton.jit(do_not_specialize=["rows", "columns", "width"])
 def _finish(
-    x, bias, out, image_stride, row_stride, column_stride, channel_stride, rows, columns, width, numbers,
-    OUTPUT: tl.constexpr, FLOAT: tl.constexpr, PLACE: tl.constexpr, NUMBERS: tl.constexpr, PIXELS: tl.constexpr,
+    x, bias, out, image_stride, row_stride, column_stride, channel_stride, rows, columns, width,
+    OUTPUT: tl.constexpr, FLOAT: tl.constexpr, PLACE: tl.constexpr, NUMBERS: tl.constexpr, PLACES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Numbers of a row, in the order in which the result has them."""
+    """A row of pixels of some places, four numbers by each thread: the 12 of a place lie side by side, there and, as bytes, in the result."""
     y, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    number = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
-    there = number < numbers
-    column, channel = (number % width, number // width) if FLOAT else (number // 3, number % 3)
-    place, within = (image * rows + y // PLACE) * columns + column // PLACE, (y % PLACE * PLACE + column % PLACE) * 3 + channel
-    value = tl.load(x + place * NUMBERS + within, mask=there, other=0).to(tl.float32) + tl.load(bias + within, mask=there, other=0)
+    place, number = tl.program_id(1) * PLACES + tl.arange(0, PLACES)[:, None], tl.arange(0, PLACE * 4)[None, :]
+    column, channel, there = place * PLACE + number // 3, number % 3, (place < columns) & (number < PLACE * 3)
+    within = y % PLACE * (PLACE * 3) + number
+    value = tl.load(x + ((image * rows + y // PLACE) * columns + place) * NUMBERS + within, mask=there, other=0).to(tl.float32)
+    value += tl.load(bias + within, mask=number < PLACE * 3, other=0)
     if OUTPUT == "tanh":
         value = 127.5 + 150 * (2 * tl.sigmoid(2 * value) - 1)
     elif OUTPUT == "sigmoid":
         value = 255 * tl.sigmoid(value)
     value = tl.where(value < 0, 0.0, tl.where(value > 255, 255.0, value))  # what is no number stays so
     out += image * image_stride + y.to(tl.int64) * row_stride
+    if not WHOLE:
+        there = there & (column < width)
     if FLOAT:
         tl.store(out + column.to(tl.int64) * column_stride + channel * channel_stride, value / 255, mask=there)
     else:
-        tl.store(out + number, ((value + 12582912.0) - 12582912.0).to(tl.uint8), mask=there)  # 1.5 x 2^23, beside which halves are rounded to even
+        tl.store(out + place * (PLACE * 3) + number, ((value + 12582912.0) - 12582912.0).to(tl.uint8), mask=there)  # 1.5 x 2^23, beside which halves are rounded to even
 
 
 @triton.jit

@@ -149,8 +149,12 @@ def _add_up(numbers, programs, start, source, coefficient, out, ROWS: tl.constex
     begin, count, copied, place = tl.load(program), tl.load(program + 1), tl.load(program + 2), tl.load(program + 3)
     if copied:
         at = tl.arange(0, ROWS * TURNS)
-        value = tl.load(numbers + place + at, mask=at < count, other=0)
-        tl.store(out + begin + at, value.to(out.dtype.element_ty), mask=at < count)
+        if (count == ROWS * TURNS) & ((place | begin) % 16 == 0):  # in steps of 16 bytes
+            value = tl.load(numbers + tl.multiple_of(place, 16) + at)
+            tl.store(out + tl.multiple_of(begin, 16) + at, value.to(out.dtype.element_ty))
+        else:
+            value = tl.load(numbers + place + at, mask=at < count, other=0)
+            tl.store(out + begin + at, value.to(out.dtype.element_ty), mask=at < count)
     else:
         row, turn = tl.arange(0, ROWS), tl.arange(0, TURNS)[None, :]
         first, end = tl.load(start + begin + row, mask=row < count, other=0), tl.load(start + begin + row + 1, mask=row < count, other=0)

@@ -101,13 +101,14 @@ class Gradient:
             share = len(part) / self._batch_size
             with self._ranks.averaging(network, now=index == len(parts) - 1), self._aside():
                 terms, stylized = self.objective(part, cut)
-                total = terms.total
                 with self.objective.side.beside():  # small work, which the way back does not wait for
+                    self.objective.comparing.wait()
                     seen = stylized.detach().float().clamp(0, 1)
                     numbers = terms.scalars() | {"output/contrast": seen.std(dim=(2, 3)).mean(), "output/brightness": seen.mean()}
                     sums = sums + share * torch.stack(list(numbers.values()))
-                total.backward(torch.full_like(total, share * self._ranks.size))  # averaged over the ranks, each photo then weighs the same
-            self.objective.side.wait()
+                terms.pull(share * self._ranks.size)  # averaged over the ranks, each photo then weighs the same
+            for stream in (self.objective.side, self.objective.comparing):
+                stream.wait()
         norm = nn.utils.get_total_norm(parameter.grad for parameter in self._parameters if parameter.grad is not None)
         if self._clip is not None:  # torch multiplies all of the gradient, whether it is too large or not
             nn.utils.clip_grads_with_norm_(self._parameters, self._clip, norm)

@@ -7,7 +7,7 @@ by a later layer. Topologies and parameter names are torchvision's, so its weigh
 import difflib
 import math
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -168,16 +168,24 @@ class LossNetwork(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
-    def forward(self, images: Tensor, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """``(N, 3, H, W)`` RGB in [0, 1] -> ``{layer: (N, C, H', W')}`` for ``layers``, by default all that it was built for."""
+    def forward(self, images: Tensor, layers: Iterable[str] | None = None, each: Callable[[str, Tensor], None] = lambda layer, features: None) -> dict[str, Tensor]:
+        """``(N, 3, H, W)`` RGB in [0, 1] -> ``{layer: (N, C, H', W')}`` for ``layers``, by default all that it was built for.
+
+        ``each`` is called with a layer and its features as soon as they are there, before what lies deeper is computed.
+        """
         wanted = {layer: self._index[layer] for layer in (self._index if layers is None else layers)}
         if self._fuses(images):
             from fastnst.fused_features import fused_features
 
             dtype = torch.get_autocast_dtype("cuda")
+
+            def as_outside(layer: str, features: Tensor) -> None:
+                with torch.autocast("cuda", dtype):
+                    each(layer, features)
+
             with torch.autocast("cuda", enabled=False), on_device(images.device):
-                return fused_features(self, images, wanted, dtype)
-        found: dict[int, Tensor] = {}
+                return fused_features(self, images, wanted, dtype, as_outside)
+        found: dict[str, Tensor] = {}
         x = (images - self.mean) / self.std
         for index, module in enumerate(self.features[: max(wanted.values(), default=-1) + 1]):
             try:
@@ -189,9 +197,10 @@ class LossNetwork(nn.Module):
                     f"an image of {images.shape[3]}x{images.shape[2]} pixels is too small for {max(wanted, key=wanted.get)} of {self.network}; "
                     f"enlarge it, or use shallower layers{', or loss.padding: zeros' if self._reflects else ''}"
                 ) from error
-            if index in wanted.values():
-                found[index] = x
-        return {layer: torch.relu(self.heads[layer](found[index])) if layer in self.heads else found[index] for layer, index in wanted.items()}
+            for layer in (layer for layer, place in wanted.items() if place == index):
+                found[layer] = torch.relu(self.heads[layer](x)) if layer in self.heads else x
+                each(layer, found[layer])
+        return {layer: found[layer] for layer in wanted}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_in_half"}  # `fused_features` keeps weights there

@@ -6,7 +6,7 @@ mathematics, classes the settings.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastnst.background import SideStream
 from fastnst.fused import on_device, triton_works
 from fastnst.loss_network import LossNetwork, LossNetworkConfig, layer_index
 from fastnst.self_product import SelfProduct
@@ -171,10 +172,8 @@ def spectrum_distance(images: Tensor, target: Tensor) -> Tensor:
 def distance(a: Tensor, b: Tensor, kind: Distance = "mse") -> Tensor:
     """Distance of each ``a[i]`` to ``b[i]`` (or to a single ``b``), averaged over the batch; in float32 at least."""
     if kind == "mse" and _fuses(a, b):
-        from fastnst.fused_distances import Compared, mean_squares
-
         with on_device(a.device):
-            return mean_squares([Compared(a, b.expand_as(a))])[0][0]
+            return _compare(a, b.expand_as(a))[0]
     if kind == "mse":
         return _MeanSquare.apply(a, b)
     difference = _difference(a, b)
@@ -206,6 +205,12 @@ class _MeanSquare(torch.autograd.Function):
         return tuple(
             (of_a if sign > 0 else -of_a).sum_to_size(shape).to(dtype) if wanted else None for sign, wanted, (dtype, shape) in zip((1, -1), ctx.needs_input_grad, ctx.kinds)
         )
+
+
+def _compare(features: Tensor, *targets: Any) -> tuple[Tensor | None, Tensor | None]:
+    from fastnst.fused_distances import mean_squares
+
+    return mean_squares(features, *targets)
 
 
 def _fuses(features: Tensor, *targets: Tensor) -> bool:
@@ -251,10 +256,19 @@ class LossTerms:
     spectrum: Tensor | float = 0.0
     stability: Tensor | float = 0.0
 
+    @property
+    def summands(self) -> list[Tensor]:
+        others = (self.tv, self.grid, self.spectrum, self.stability)
+        return [*self.content.values(), *self.style.values(), *(term for term in others if isinstance(term, Tensor))]
+
     @cached_property
     def total(self) -> Tensor:
-        others = (self.tv, self.grid, self.spectrum, self.stability)
-        return _sum([*self.content.values(), *self.style.values(), *(term for term in others if isinstance(term, Tensor))])
+        return _sum(self.summands)
+
+    def pull(self, factor: float) -> None:
+        """``total.backward()``, times ``factor``, which waits for none of the numbers."""
+        pulled = [term for term in self.summands if term.requires_grad]
+        torch.autograd.backward(pulled, [torch.full_like(pulled[0], factor)] * len(pulled))
 
     def scalars(self) -> dict[str, Tensor]:
         """Detached, by the names under which TensorBoard shows them."""
@@ -292,19 +306,23 @@ class PerceptualLoss(nn.Module):
         """Features of ``(N, 3, H, W)`` RGB in [0, 1] at the content layers, no deeper than they lie."""
         return self.loss_network(content, self.config.content_layers)
 
-    def forward(self, images: Tensor, content_targets: dict[str, Tensor]) -> LossTerms:
-        """The weighted terms for ``(N, 3, H, W)`` RGB in [0, 1], against the ``content_targets`` of as many photos."""
+    def forward(self, images: Tensor, content_targets: dict[str, Tensor], side: SideStream | None = None) -> LossTerms:
+        """The weighted terms for ``(N, 3, H, W)`` RGB in [0, 1], against the ``content_targets`` of as many photos.
+
+        ``side``: a stream on which layers are compared, there and back, while the loss network goes on: products of few channels do not fill a GPU. The
+        terms of content and style are there once it has been waited for.
+        """
         c = self.config
         if c.strength is not None:
             raise ValueError("loss.strength stands for weights that are not measured yet: calibrate first")
-        return self._terms(images, content_targets, c)
+        return self._terms(images, content_targets, c, side or SideStream(None))
 
     def measure(self, images: Tensor, content_targets: dict[str, Tensor]) -> LossTerms:
         """The terms before any weight."""
-        return self._terms(images, content_targets, self.config.bare)
+        return self._terms(images, content_targets, self.config.bare, SideStream(None))
 
-    def _terms(self, images: Tensor, content_targets: dict[str, Tensor], c: LossConfig) -> LossTerms:
-        content, style = self._distances(self.loss_network(images, c.layers), content_targets, c)
+    def _terms(self, images: Tensor, content_targets: dict[str, Tensor], c: LossConfig, side: SideStream) -> LossTerms:
+        content, style = self._distances(images, content_targets, c, side)
         tv = self.zero
         if c.tv_weight:
             units = (images - self.loss_network.mean) / self.loss_network.std if c.tv_units == "network" else images
@@ -312,24 +330,26 @@ class PerceptualLoss(nn.Module):
         grid = c.grid_weight * regular_grid(images) if c.grid_weight else 0.0
         return LossTerms(content, style, tv, grid, c.spectrum_weight * spectrum_distance(images, self._spectrum) if c.spectrum_weight else 0.0)
 
-    def _distances(self, features: dict[str, Tensor], content_targets: dict[str, Tensor], c: LossConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _distances(self, images: Tensor, targets: dict[str, Tensor], c: LossConfig, side: SideStream) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Weighted, of content and of style."""
         contents = {layer: c.content_weight * weight for layer, weight in c.content_layers.items()}
         styles = {layer: c.style_weight * weight for layer, weight in c.style_layers.items()}
-        targets = {layer: content_targets[layer] for layer in contents}
-        squares = c.distance == "mse" and c.statistics == "gram"
-        if not (squares and all(_fuses(feature, *([targets[layer]] if layer in targets else [])) for layer, feature in features.items())):
-            content = {layer: weight * distance(features[layer], targets[layer], c.distance) for layer, weight in contents.items()}
-            return content, {layer: weight * self._style_distance(layer, features[layer]) for layer, weight in styles.items()}
-        from fastnst.fused_distances import Compared, mean_squares
+        content, style = {}, {}
 
-        compared = []
-        for layer, feature in features.items():
-            target, gram = targets[layer].expand_as(feature) if layer in targets else None, self._style_targets[layer][0] if layer in styles else None
-            compared.append(Compared(feature, target, gram, _divisor(feature, c.gram), contents.get(layer, 0.0), styles.get(layer, 0.0)))
-        with on_device(compared[0].features.device):
-            found = dict(zip(features, mean_squares(compared)))
-        return {layer: found[layer][0] for layer in contents}, {layer: found[layer][1] for layer in styles}
+        def compare(layer: str, features: Tensor) -> None:
+            target = targets[layer].expand_as(features) if layer in contents else None
+            if c.distance == "mse" and c.statistics == "gram" and _fuses(features, *([] if target is None else [target])):
+                gram = self._style_targets[layer][0] if layer in styles else None
+                with side.beside(), on_device(features.device):
+                    content[layer], style[layer] = _compare(features, target, gram, _divisor(features, c.gram), contents.get(layer, 0.0), styles.get(layer, 0.0))
+                return
+            if layer in contents:
+                content[layer] = contents[layer] * distance(features, targets[layer], c.distance)
+            if layer in styles:
+                style[layer] = styles[layer] * self._style_distance(layer, features)
+
+        self.loss_network(images, c.layers, compare)
+        return {layer: content[layer] for layer in contents}, {layer: style[layer] for layer in styles}
 
     def _style_target(self, features: Tensor) -> tuple[Tensor, ...]:
         if self.config.statistics == "gram":

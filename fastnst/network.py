@@ -61,7 +61,7 @@ class TransformNetwork(nn.Module):
             images = F.pad(images, (0, short[0], 0, short[1]), mode="replicate")
         x = self._layers_of(images)
         x = x[..., :height, :width]  # strides round sizes up to a multiple of 4
-        x = x * self.config.output_scale
+        x = x * self.config.output_scale if self.config.output_scale != 1 else x
         if self.config.output == "tanh":
             return 0.5 + 150 / 255 * torch.tanh(x)
         return torch.sigmoid(x) if self.config.output == "sigmoid" else x / 255

@@ -58,6 +58,7 @@ class NvidiaPass:
         head, last = stages[0], len(stages) - 1
         x, unlike = take(x, pixels, self._dtype, missing, config.start_padding, head.padding, head.padding_mode, head.value)
         even = config.padding in ("reflect", "replicate") and config.upsampling in ("nearest", "bilinear")  # one color stays one color, but for rounding
+        unlike = unlike.amax(1) if even else None
         before, inset = x, 0  # the input of the stage before, and by how much it is padded
         for index, (stage, arrays) in enumerate(zip(stages, self._arrays)):
             cut = inset + stage.shave
@@ -72,7 +73,7 @@ class NvidiaPass:
                 x, shuffle = wide.cropped(x, shuffle, *(stage.size(side + less + 2 * config.start_padding) for side, less in zip((height, width), missing)))
             after = stages[index + 1]
             places = wide.PLACE // (3 - after.stride) if index + 1 == last else 1
-            x = self._between(x, arrays, stage, skip, after.padding, after.padding_mode, shuffle, places, unlike if even else None)
+            x = self._between(x, arrays, stage, skip, after.padding, after.padding_mode, shuffle, places, unlike)
         raise AssertionError("a network has a last stage")
 
     @staticmethod

@@ -1,10 +1,11 @@
 """A batch of photos -> the weighted terms of the objective and the stylized photos, as every training step computes it, compiled where that pays."""
 
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastnst.background import SideStream
 from fastnst.losses import LossTerms, PerceptualLoss
@@ -46,12 +47,12 @@ class Objective:
         if precision == torch.bfloat16 or native:  # 1.1 times as fast in bfloat16, and what ``Conv3x3`` takes: this network has no norms, which would copy it back
             loss.loss_network.to(memory_format=torch.channels_last)
         self._compute = torch.compile(self._measure) if compile == "on" else self._measure
-        self.side = SideStream(self.device if compile != "on" else None)  # for small work
+        self.side, self.comparing = (SideStream(self.device if compile != "on" else None) for _ in range(2))  # for small work
 
     def __call__(self, photos: Tensor, cut: Cut | None = None) -> tuple[LossTerms, Tensor]:
         """uint8 ``(N, 3, S, S)``, on any device -> terms with gradient, and what the network made of the photos.
 
-        With a ``cut`` the stability term is there too, at the price of another pass of the network.
+        With a ``cut`` the stability term is there too, at the price of another pass of the network. Who reads the terms waits for ``comparing``.
         """
         photos = photos.to(self.device, non_blocking=True)
         if cut is not None:
@@ -59,14 +60,14 @@ class Objective:
         return self._compute(photos, cut)
 
     def _measure(self, photos: Tensor, cut: Cut | None) -> tuple[LossTerms, Tensor]:
-        content = (photos / 255).contiguous(memory_format=memory_format(self.device))
+        content = photos.contiguous(memory_format=memory_format(self.device)) / 255
         with autocast(self.device, self.precision):
             with self.side.beside():  # neither fills a GPU by itself
                 targets, colorful = self.loss.content_targets(content), _colorful(photos)
             stylized = self.network(content)
             self.side.wait()
-            stylized = torch.where(colorful, stylized, stylized.detach())
-            terms = self.loss(stylized, targets)
+            stylized = _Heard.apply(stylized, colorful)
+            terms = self.loss(stylized, targets, self.comparing)
             weight = self.loss.config.stability_weight
             if cut is None:
                 return (replace(terms, stability=self.loss.zero) if weight else terms), stylized
@@ -74,19 +75,30 @@ class Objective:
             network = getattr(self.network, "module", self.network)  # averaging over ranks counts on one pass a step
             piece = _crop(content, rows, columns)
             of_piece = network(piece)
-            of_piece = torch.where(_colorful(piece), of_piece, of_piece.detach())
+            of_piece = _Heard.apply(of_piece, _colorful(piece))
             change = of_piece.float() - _crop(stylized, rows, columns).float()
             return replace(terms, stability=weight * cut.share * change.square().mean()), stylized
 
 
 def _colorful(photos: Tensor) -> Tensor:
-    """Which of ``(N, 3, S, S)`` are not of a single color, ``(N, 1, 1, 1)``.
-
-    No gradient may pass through those that are: each instance norm would multiply it by 316, the root of its epsilon, having no deviation to divide by, and one
-    such photo ended a training in bfloat16.
-    """
+    """Which of ``(N, 3, S, S)`` are not of a single color, ``(N, 1, 1, 1)``."""
     least, most = photos.flatten(2).aminmax(dim=2)
     return (least < most).any(1)[:, None, None, None]
+
+
+class _Heard(torch.autograd.Function):
+    """The same images, ``(N, 3, S, S)``, of which those that are not ``colorful`` get no gradient: each instance norm would multiply it by 316, the root of its
+    epsilon, having no deviation to divide by, and one such photo ended a training in bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, colorful: Tensor) -> Tensor:
+        ctx.save_for_backward(colorful)
+        return images.view_as(images)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor):
+        return torch.where(ctx.saved_tensors[0], gradient, 0.0), None
 
 
 def _crop(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -35,7 +35,10 @@ def test_features_and_gradients_are_those_of_the_layers(name, layers, padding, s
     pulls = {layer: torch.randn_like(feature) for layer, feature in network(images).items()}
     wanted, pull = gradient(made(name, layers, padding=padding).double(), images.double())
     network.to(DEVICE)
-    found, own = gradient(lambda images: fused_features(network, images, {layer: network._index[layer] for layer in layers}, torch.float32), images.to(DEVICE))
+    given: list[str] = []
+    wanted_here = {layer: network._index[layer] for layer in layers}
+    found, own = gradient(lambda images: fused_features(network, images, wanted_here, torch.float32, lambda layer, features: given.append(layer)), images.to(DEVICE))
+    assert given == layers
     for layer in layers:
         torch.testing.assert_close(found[layer].detach().cpu().double(), wanted[layer].detach(), atol=1e-4, rtol=1e-4)
     assert (own.cpu().double() - pull).norm() < 1e-4 * pull.norm()

@@ -185,7 +185,7 @@ for kernel, constants, other in (
     (fused_pixels._to_places, {"SCALED": False, "SIDE": 4, "CHANNELS": 3, "NUMBERS": 64, "ROWS": 32}, dict.fromkeys(("images", "mean", "std"), "*fp32")),
     (fused_weights._add_up, {"ROWS": 256, "TURNS": 4}, {"numbers": "*fp32", "programs": "*i64", "start": "*i32", "source": "*i64", "coefficient": "*fp32"}),
     (fused_adam._step, {"NUMBERS": 2048}, {"table": "*i64"} | dict.fromkeys(fused_adam._FLOATS, "fp32")),
-    (fused_pixels._finish, {"OUTPUT": "tanh", "FLOAT": False, "PLACE": 4, "NUMBERS": 64, "PIXELS": 256}, {"bias": "*fp32", "out": "*u8"}),
+    (fused_pixels._finish, {"OUTPUT": "tanh", "FLOAT": False, "PLACE": 4, "NUMBERS": 64, "PLACES": 64}, {"bias": "*fp32", "out": "*u8"}),
 ):
     kinds = halves | dict.fromkeys(("sums", "moments", "totals", "weight", "bias", "whole"), "*fp32") | {"factor": "fp32", "unlike": "*i32"} | other
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}

@@ -251,6 +251,16 @@ def test_tv_units(units, factor):
     assert loss(images, loss.content_targets(images)).tv.item() == pytest.approx(factor * total_variation(images).item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"tv_weight": 1.0, "grid_weight": 2.0}, {"content_layers": {}}], ids=str)
+def test_the_pull_is_the_gradient_of_the_total(options):
+    loss = toy_loss(**options)
+    images = [image(1, 2).requires_grad_() for _ in range(2)]
+    whole, parts = (loss(each, loss.content_targets(image(2, 2))) for each in images)
+    (0.5 * whole.total).backward()
+    parts.pull(0.5)
+    torch.testing.assert_close(images[1].grad, images[0].grad)
+
+
 @pytest.mark.parametrize("options", [*STATISTICS, {"distance": "rmse"}, {"content_layers": {}}, {"style_layers": {}, "tv_weight": 1.0}])
 def test_gradient_reaches_the_image(options):
     loss = toy_loss(**options)
