@@ -185,13 +185,17 @@ for kernel, constants, other in (
     (fused_pixels._to_places, {"SCALED": False, "SIDE": 4, "CHANNELS": 3, "NUMBERS": 64, "ROWS": 32}, dict.fromkeys(("images", "mean", "std"), "*fp32")),
     (fused_weights._add_up, {"ROWS": 256, "TURNS": 4}, {"numbers": "*fp32", "programs": "*i64", "start": "*i32", "source": "*i64", "coefficient": "*fp32"}),
     (fused_adam._step, {"NUMBERS": 2048}, {"table": "*i64"} | dict.fromkeys(fused_adam._FLOATS, "fp32")),
-    (fused_pixels._finish, {"OUTPUT": "tanh", "FLOAT": False, "PLACE": 4, "NUMBERS": 64, "PLACES": 64}, {"bias": "*fp32", "out": "*u8"}),
+    (fused_pixels._finish, {"OUTPUT": "tanh", "FLOAT": False, "PLACE": 4, "NUMBERS": 64, "PLACES": 64, "WHOLE": False}, {"bias": "*fp32", "out": "*u8"}),
 ):
     kinds = halves | dict.fromkeys(("sums", "moments", "totals", "weight", "bias", "whole"), "*fp32") | {"factor": "fp32", "unlike": "*i32"} | other
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
-    source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
+    even = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if signature[name].startswith("*")}  # where tensors begin
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, even)
     for capability in (75, 90):
-        assert f"sm_{capability}" in triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+        program = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+        assert f"sm_{capability}" in program
+        if kernel in (fused_norm._apply, fused_norm._fold, fused_norm._back, fused_features._pool, fused_features._pool_back):
+            assert "ld.global.b16" not in program, kernel  # 16 bytes at once, not 2
 print("compiled")
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
