@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from fastnst.checkpoint import STATE_NAME, restore, save_model, save_training_state
+from fastnst.background import Later
+from fastnst.checkpoint import STATE_NAME, restore, save_model, save_training_state, snapshot
 from fastnst.image import resize, to_pil
 from fastnst.model import MODEL_NAME, read_model
 from fastnst.picture import ImageSize
@@ -59,15 +60,11 @@ class NoBoard:
         return lambda *args, **kwargs: None
 
 
-def snapshot(network: nn.Module, optimizer: torch.optim.Optimizer, step: int, watchdog: Watchdog) -> dict[str, Any]:
-    """A copy of what a rollback restores."""
-    return deepcopy({"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict(), "watchdog": watchdog.state()})
-
-
 class Training:
     """A run of ``task`` from ``step`` on, into ``run_dir``: ``due``, ``log`` and ``last_look``, then ``go_back`` or ``validate``, ``save`` and ``learn``.
 
     ``begun`` is the ``snapshot`` of the untrained network; ``fresh`` is false where the run was resumed; ``unreadable`` are complaints by photo.
+    It is saved ``later``, a context to be entered ahead of this one, while it goes on.
     """
 
     def __init__(
@@ -87,11 +84,14 @@ class Training:
         self.losses: dict[str, float] = {}
         self.validation: dict[str, float] = {}
         self.learned, self.waited = 0, 0.0  # steps, and seconds in waiting for photos
-        self.good = snapshot(task.network, optimizer, step, watchdog)
+        self.good = snapshot(task.network, optimizer, step, watchdog.state())
+        self.photos = fingerprint(task.photos.train)
+        self.later = Later("saving")
         self.board: SummaryWriter | NoBoard = NoBoard()
         self._begun, self._older = begun, begun if fresh else self.good
         self._went_back = -1  # the step of the good one, where it may prove not to be
         self._fresh, self._first = fresh, step  # what lies at a resumed step was logged before
+        self._thumbnail = to_pil(resize(task.style, ImageSize(long_side=128).of(*task.style.shape[-2:])))
         self._flat = min(0.01, 0.1 * float(task.style.std(dim=(2, 3)).mean()))  # contrast: a painting may be nearly flat itself
         self._window: list[Tensor] = []  # the numbers of each step since the last log, still on the device
         self._names: list[str] = []
@@ -106,7 +106,7 @@ class Training:
             if loop.keep == "best" and watchdog.best_step not in (0, self.step) and not _holds_model_of(self.run_dir, watchdog.best_step):
                 watchdog.best_step, watchdog.best_total = 0, math.inf  # train.keep was `last`, and the best is gone
             if (loop.keep == "last" or watchdog.best_step in (0, self.step)) and not _holds_model_of(self.run_dir, self.step):
-                self._save_model()  # a crash came between the state and the model
+                self._write_model(self.good)  # a crash came between the state and the model
         self._batches = self._loading.enter_context(batches_from(self.step, self.task))
         return self
 
@@ -152,7 +152,7 @@ class Training:
     def last_look(self) -> Trouble | None:
         """What speaks against saving the weights."""
         advice = "lower train.learning_rate.initial or the weights of loss, or set train.clip_gradient"
-        if not all(bool(parameter.isfinite().all()) for parameter in self.task.network.parameters()):
+        if not torch.stack([parameter.isfinite().all() for parameter in self.task.network.parameters()]).all():  # sync point
             return Trouble(f"the weights are not finite at step {self.step}", advice)
         if self._wary and self.step >= self.task.config.train.steps:
             return Trouble(f"the loss or the output of the last steps, up to {self.step}, is far from what it was", advice)
@@ -160,6 +160,7 @@ class Training:
 
     def go_back(self, trouble: Trouble) -> None:
         """Restore the last good state, with a lower rate. Raises ``TrainingDiverged`` where that was done often enough."""
+        self.later.wait()
         allowed = self.task.config.train.rollbacks
         if self.watchdog.rollbacks >= allowed:
             self.board.add_text("watchdog", f"{trouble.what}; given up after {self.watchdog.rollbacks} rollbacks", self.good["step"])
@@ -179,7 +180,7 @@ class Training:
         self.board.add_text("watchdog", message, self.step)
         self.say(f"watchdog: {message}")
         if self.task.ranks.main:
-            self._save_state()
+            self._write_state(self.good, self.unreadable)
             self.board.flush()
         self._wary, self._fresh = False, False
 
@@ -210,16 +211,14 @@ class Training:
         """Keep the state, and the model where it is the best so far; not where the last steps look suspicious."""
         if self._wary:
             return
+        self._older, self.good = self.good, snapshot(self.task.network, self.optimizer, self.step, self.watchdog.state())
         if self.task.ranks.main:
-            self._save_state()
-            if self._is_best or self.task.config.train.keep == "last" or not self.watchdog.best_step or not (self.run_dir / MODEL_NAME).exists():
-                self._save_model()  # behind the state: a model alone could not be gone on with
-            self.board.flush()
-        self._older, self.good = self.good, snapshot(self.task.network, self.optimizer, self.step, self.watchdog)
+            self.later(partial(self._write, self.good, dict(self.unreadable), self._is_best))
         self._saved = time.monotonic()
 
     def learn(self) -> None:
         """One step, of the next photos."""
+        self.later.check()
         loop, asked = self.task.config.train, time.monotonic()
         content, messages = next(self._batches)
         self._window_waited += time.monotonic() - asked
@@ -235,15 +234,19 @@ class Training:
         self._is_best = False
         self._report(TrainProgress(self.step, loop.steps))
 
-    def _save_state(self) -> None:
-        check_there(self.run_dir)
-        loss, photos = self.task.loss.config.model_dump(), fingerprint(self.task.photos.train)
-        save_training_state(self.run_dir / STATE_NAME, self.task.network, self.optimizer, self.step, self.unreadable, loss, self.watchdog.state(), photos)
+    def _write(self, learned: dict[str, Any], unreadable: dict[str, str], is_best: bool) -> None:
+        self._write_state(learned, unreadable)
+        if is_best or self.task.config.train.keep == "last" or not learned["watchdog"]["best_step"] or not (self.run_dir / MODEL_NAME).exists():
+            self._write_model(learned)  # behind the state: a model alone could not be gone on with
+        self.board.flush()
 
-    def _save_model(self) -> None:
-        style = self.task.style
-        thumbnail = to_pil(resize(style, ImageSize(long_side=128).of(*style.shape[-2:])))
-        save_model(self.run_dir / MODEL_NAME, self.task.network, self.step, portable(self.task.config), thumbnail)
+    def _write_state(self, learned: dict[str, Any], unreadable: dict[str, str]) -> None:
+        check_there(self.run_dir)
+        save_training_state(self.run_dir / STATE_NAME, learned, unreadable, self.task.loss.config.model_dump(), self.photos)
+
+    def _write_model(self, learned: dict[str, Any]) -> None:
+        recipe = portable(self.task.config)
+        save_model(self.run_dir / MODEL_NAME, self.task.network, learned["step"], recipe, self._thumbnail, weights=learned["network"])
 
 
 def _holds_model_of(run_dir: Path, step: int) -> bool:

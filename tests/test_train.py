@@ -1,10 +1,12 @@
 """Training: resuming is exact, nothing is overwritten or saved broken, and what happened can be read afterwards."""
 
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -67,6 +69,13 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert moments[0].keys() == moments[1].keys() and (moments[0] or optimizer not in of_optimizers[0])
         for index in moments[0]:
             assert all(torch.equal(moments[0][index][key], moments[1][index][key]) for key in keys)
+
+
+def saved() -> None:
+    """Wait until what is being saved is."""
+    for thread in threading.enumerate():
+        if thread.name == "saving":
+            thread.join(10)
 
 
 def events_of(run_dir: Path) -> EventAccumulator:
@@ -149,16 +158,63 @@ def test_a_crash_loses_only_the_steps_since_the_last_save(train_data, tmp_path):
 def test_a_crash_between_the_last_state_and_the_model_is_mended_by_the_same_command(train_data, tmp_path, monkeypatch):
     save_model = fastnst.training.save_model
 
-    def disk_full(path, network, step, *rest):
+    def disk_full(path, network, step, *rest, **more):
         if step == 6:
             raise OSError("No space left on device")
-        save_model(path, network, step, *rest)
+        save_model(path, network, step, *rest, **more)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(fastnst.training, "save_model", disk_full)
         fit(train_data, tmp_path / "run")
     fit(train_data, tmp_path / "run")
     assert load_model(tmp_path / "run" / "model.safetensors")[1].step == 6
+
+
+def test_a_crash_during_a_save_beside_the_training_leaves_it_whole(train_data, tmp_path, monkeypatch):
+    save, under_way, crashed = fastnst.training.save_training_state, [], threading.Event()
+
+    def save_slowly(path, learned, *rest):
+        if learned["step"] == 4:
+            under_way.append(crashed.wait(10))  # the run goes on by a step meanwhile, which changes nothing of what is saved
+            time.sleep(0.1)
+        save(path, learned, *rest)
+
+    def crash(progress):
+        if progress.step == 5:
+            crashed.set()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fastnst.training, "save_training_state", save_slowly)
+        fit(train_data, tmp_path / "crashed", report=crash)
+    assert under_way == [True]
+    assert load_training_state(tmp_path / "crashed" / "training_state.pt")["step"] == 4
+    fit(train_data, tmp_path / "crashed")
+    fit(train_data, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "crashed")
+
+
+def test_a_save_that_fails_beside_the_training_ends_it_and_the_one_before_is_intact(train_data, tmp_path, monkeypatch):
+    save, steps, run_dir = fastnst.training.save_training_state, [], tmp_path / "run"
+
+    def disk_full(path, learned, *rest):
+        if learned["step"] == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, learned, *rest)
+
+    def watch(progress):
+        steps.append(progress.step)
+        if progress.step == 5:
+            saved()
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot write in .*run: No space left on device; what was saved before is intact"):
+        patch.setattr(fastnst.training, "save_training_state", disk_full)
+        fit(train_data, run_dir, report=watch, train__keep="last")
+    assert max(steps) in (4, 5)  # at 6 the next would be saved
+    assert load_training_state(run_dir / "training_state.pt")["step"] == load_model(run_dir / "model.safetensors")[1].step == 3
+    fit(train_data, run_dir, train__keep="last")
+    fit(train_data, tmp_path / "whole", train__keep="last")
+    assert_same_run(tmp_path / "whole", run_dir)
 
 
 def test_more_steps_may_be_asked_of_a_finished_run(train_data, tmp_path):
@@ -391,6 +447,20 @@ def test_the_model_is_the_best_on_validation_and_says_its_step(train_data, tmp_p
     assert load_training_state(tmp_path / "run" / "training_state.pt")["step"] == 6
 
 
+def test_the_best_that_is_still_being_written_is_not_replaced_by_a_worse_one(train_data, tmp_path, monkeypatch):
+    save = fastnst.training.save_model
+
+    def save_slowly(*args, **more):
+        time.sleep(0.3)  # the next one is due before
+        save(*args, **more)
+
+    totals = iter([9.0, 4.0, 5.0])  # at steps 0, 1, 2
+    monkeypatch.setattr(fastnst.training, "validate", lambda *_: ({"validation/total": next(totals)}, torch.zeros(3, 8, 8)))
+    monkeypatch.setattr(fastnst.training, "save_model", save_slowly)
+    result = fit(train_data, tmp_path / "run", train__validate_every=1, train__steps=2)
+    assert (result.best_step, load_model(result.model)[1].step) == (1, 1)
+
+
 def test_a_best_that_is_gone_is_forgotten(train_data, tmp_path, monkeypatch):
     totals = iter([9.0, 4.0, 5.0, 6.0])  # at steps 0, 2, 4, and 6 after the resumption
     monkeypatch.setattr(fastnst.training, "validate", lambda *_: ({"validation/total": next(totals)}, torch.zeros(3, 8, 8)))
@@ -477,6 +547,7 @@ def test_a_run_folder_that_is_gone_is_named_and_not_begun_anew(train_data, tmp_p
 
     def move_away(progress):
         if progress.step == 3 and run_dir.exists():
+            saved()
             run_dir.rename(tmp_path / "elsewhere")
 
     with pytest.raises(FileNotFoundError, match=r"run/config\.yaml is gone"):
