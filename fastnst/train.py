@@ -199,7 +199,7 @@ def _bytes_to_save(task: Task) -> int:
 def _bytes_needed(task: Task) -> int:
     """On disk in the end: with pictures and curves for TensorBoard."""
     loop, crop = task.config.train, task.config.data.crop_size
-    pictures = (2 + loop.steps // loop.validates_every) * 2 * min(4, len(task.validation)) * 2 * crop**2
+    pictures = (2 + loop.steps // loop.validates_every) * min(4, len(task.validation)) * crop**2  # two of half a byte a pixel
     return _bytes_to_save(task) + pictures + 1500 * (loop.steps // loop.log_every)
 
 

@@ -1,5 +1,6 @@
 """A training under way: one step after another, what is said and saved between them, and the way back when it goes wrong."""
 
+import io
 import math
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -191,7 +193,7 @@ class Training:
         self.validation, pairs = self._judged()
         for name, value in self.validation.items():
             self.board.add_scalar(name, value, self.step)
-        self.board.add_image("validation/content_and_stylized", pairs, self.step)
+        self.board.file_writer.add_summary(_picture("validation/content_and_stylized", pairs), self.step)
         self._report(TrainProgress(self.step, self.task.config.train.steps, validation=self.validation))
         self._is_best = not self._wary and self.step > 0 and self.watchdog.is_best(self.step, self.validation["validation/total"])
         self._window_began = time.monotonic()
@@ -247,6 +249,14 @@ class Training:
     def _write_model(self, learned: dict[str, Any]) -> None:
         recipe = portable(self.task.config)
         save_model(self.run_dir / MODEL_NAME, self.task.network, learned["step"], recipe, self._thumbnail, weights=learned["network"])
+
+
+def _picture(tag: str, picture: Tensor) -> Summary:
+    """``(3, H, W)`` in [0, 1] for TensorBoard, as JPEG: it takes 0.2 us for each byte, in Python, and no step is launched meanwhile (0.2 s for a PNG)."""
+    image, encoded = to_pil(picture), io.BytesIO()
+    image.save(encoded, "JPEG", quality=90, subsampling=0)
+    shown = Summary.Image(height=image.height, width=image.width, colorspace=3, encoded_image_string=encoded.getvalue())
+    return Summary(value=[Summary.Value(tag=tag, image=shown)])
 
 
 def _holds_model_of(run_dir: Path, step: int) -> bool:

@@ -1,6 +1,7 @@
 """Training: resuming is exact, nothing is overwritten or saved broken, and what happened can be read afterwards."""
 
 import errno
+import io
 import os
 import shutil
 import signal
@@ -636,6 +637,7 @@ def test_tensorboard_shows_losses_rates_images_and_config(finished):
     pairs = events.Images("validation/content_and_stylized")
     assert [pair.step for pair in pairs] == [0, 3, 6]
     assert pairs[0].width == 2 * 32  # the photo and beside it the stylized one
+    assert Image.open(io.BytesIO(pairs[0].encoded_image_string)).size == (2 * 32, 32)
     (text,) = events.Tensors("config/text_summary")
     assert b"batch_size: 2" in text.tensor_proto.string_val[0]
 
