@@ -90,6 +90,24 @@ class Later:
             self._error = error
 
 
+class Mark:
+    """A place in the work that a ``device`` was given, to be asked whether it has got there; elsewhere than on a GPU it always has."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self._device, self._cuda = device, torch.cuda
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+
+    def set(self) -> None:
+        """Behind all so far."""
+        if self._event is not None:
+            self._event.record(self._cuda.current_stream(self._device))
+
+    def passed(self) -> bool:
+        return self._event is None or self._event.query()
+
+
 class SideStream:
     """A stream of a GPU beside the current one; elsewhere, and without a ``device``, all goes one after the other."""
 

@@ -40,8 +40,8 @@ _MAY_CHANGE |= {"data.workers", "data.cache", "data.cache_gb"}
 class TrainResult:
     """How a call of ``train`` ended; ``finished`` is false when it was asked to stop before the last step.
 
-    ``seconds``, ``photos_per_second`` and ``waiting``, the share of time spent waiting for photos, are those of this call;
-    ``losses`` are the last means, ``best_step`` is the step of the best on validation.
+    ``seconds``, ``photos_per_second`` and ``waiting``, the share of time spent waiting for photos with nothing left for the device to do, are those of
+    this call; ``losses`` are the last means, ``best_step`` is the step of the best on validation.
     """
 
     step: int

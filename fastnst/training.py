@@ -16,7 +16,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from fastnst.background import Later
+from fastnst.background import Later, Mark
 from fastnst.checkpoint import STATE_NAME, restore, save_model, save_training_state, snapshot
 from fastnst.image import resize, to_pil
 from fastnst.model import MODEL_NAME, read_model
@@ -98,6 +98,7 @@ class Training:
         self._window: list[Tensor] = []  # the numbers of each step since the last log, still on the device
         self._names: list[str] = []
         self._complaints: list[tuple[str, int]] = []
+        self._launched = Mark(task.device)
         self._wary, self._is_best, self._window_waited = False, False, 0.0
         self._loading = ExitStack()
         self.began = self._window_began = self._saved = time.monotonic()
@@ -223,13 +224,15 @@ class Training:
         self.later.check()
         loop, asked = self.task.config.train, time.monotonic()
         content, messages = next(self._batches)
-        self._window_waited += time.monotonic() - asked
-        self.waited += time.monotonic() - asked
+        waited = time.monotonic() - asked if self._launched.passed() else 0.0  # else the device has lost nothing
+        self._window_waited += waited
+        self.waited += waited
         self._complaints += [(message, self.step) for message in messages]
         self._names, numbers = learn(self.task, content, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.watchdog.rate * learning_rate_at(loop.learning_rate, self.step, loop.steps)
         self.optimizer.step()
+        self._launched.set()
         self.step += 1
         self.learned += 1
         self._window.append(numbers)

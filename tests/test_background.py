@@ -3,8 +3,9 @@
 import threading
 
 import pytest
+import torch
 
-from fastnst.background import Later
+from fastnst.background import Later, Mark
 
 
 def fail() -> None:
@@ -59,3 +60,9 @@ def test_an_error_under_way_is_not_hidden_and_the_work_is_done_all_the_same():
     with pytest.raises(KeyError), Later("working") as later:
         later(fail)
         raise KeyError
+
+
+def test_the_cpu_has_always_done_what_it_was_given():
+    mark = Mark(torch.device("cpu"))
+    mark.set()
+    assert mark.passed()

@@ -578,6 +578,32 @@ def test_the_result_tells_speed_waiting_and_last_terms(train_data, tmp_path):
     assert result.losses["loss/total"] == pytest.approx(result.losses["loss/content"] + result.losses["loss/style"], rel=1e-4)
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_wait_counts_only_where_the_device_has_nothing_left_to_do(train_data, tmp_path, monkeypatch, busy):
+    class Device:
+        """As a GPU's, that is still at work when the photos have come."""
+
+        def __init__(self, _device):
+            self.given = 0
+
+        def set(self):
+            self.given += 1
+
+        def passed(self):
+            return not (busy and self.given)
+
+    def slow(*args):
+        time.sleep(0.02)
+        return one(*args)
+
+    one = fastnst.data.crop
+    monkeypatch.setattr(fastnst.data, "crop", slow)
+    monkeypatch.setattr(fastnst.training, "Mark", Device)
+    fit(train_data, tmp_path / "run", train__log_every=1)
+    waits = [event.value for event in events_of(tmp_path / "run").Scalars("train/waiting_for_photos")]
+    assert waits[0] > 0 and [wait > 0 for wait in waits[1:]] == [not busy] * 5  # ahead of the first step there is nothing to do
+
+
 def test_check_data_decodes_everything_and_estimates(train_data, tmp_path, photos):
     (photos / "truncated.jpg").write_bytes((photos / "photo_00.jpg").read_bytes()[:400])
     done = []
