@@ -98,6 +98,7 @@ class Training:
         self._window: list[Tensor] = []  # the numbers of each step since the last log, still on the device
         self._names: list[str] = []
         self._complaints: list[tuple[str, int]] = []
+        self._untold: tuple[float, dict[str, float], list[str]] | None = None  # of the last log: photos a second, what is drawn, and said
         self._launched = Mark(task.device)
         self._wary, self._is_best, self._window_waited = False, False, 0.0
         self._loading = ExitStack()
@@ -114,7 +115,10 @@ class Training:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._loading.close()
+        try:
+            self._tell()
+        finally:
+            self._loading.close()
 
     def say(self, message: str) -> None:
         self._report(TrainProgress(self.step, self.task.config.train.steps, message=message))
@@ -130,7 +134,7 @@ class Training:
         return Due(logging, validating, saving, stopping)
 
     def log(self) -> Trouble | None:
-        """Tell of the steps since the last time; what the watchdog says of them."""
+        """Read the numbers of the steps since the last time, to be told behind the next launch, or ahead of anything else; what the watchdog says of them."""
         task, loop, step = self.task, self.task.config.train, self.step
         rows = [dict(zip(self._names, row)) for row in task.ranks.sum(torch.stack(self._window)).tolist()]  # sync point
         self.losses = {name: sum(row[name] for row in rows) / len(rows) for name in self._names}
@@ -138,19 +142,29 @@ class Training:
         rate = len(rows) * loop.batch_size / seconds
         scheduled = self.watchdog.rate * learning_rate_at(loop.learning_rate, step - 1, loop.steps)
         timing = {"train/photos_per_second": rate, "train/learning_rate": scheduled, "train/waiting_for_photos": self._window_waited / seconds}
-        for name, value in (self.losses | timing).items():
-            self.board.add_scalar(name, value, step)
+        skipped = []
         for message, at in sum(task.ranks.gather(self._complaints), []):
             if message not in self.unreadable:
                 self.unreadable[message] = f"step {at}"
-                self.say(f"skipped {message}")
-        self._report(TrainProgress(step, loop.steps, rate, self.losses))
+                skipped.append(f"skipped {message}")
+        self._untold = rate, self.losses | timing, skipped
         trouble = self.watchdog.watch(step, rows, self._flat, loop.learning_rate.warmup_steps)
         self._wary = self.watchdog.suspicious(rows[-1], self._flat)  # too early to call it trouble, but nothing to save
         self._window.clear()
         self._complaints.clear()
         self._window_began, self._window_waited = time.monotonic(), 0.0
         return trouble
+
+    def _tell(self) -> None:
+        """What was logged at this step, once."""
+        if self._untold is None:
+            return
+        (rate, scalars, messages), self._untold = self._untold, None
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, self.step)
+        for message in messages:
+            self.say(message)
+        self._report(TrainProgress(self.step, self.task.config.train.steps, rate, self.losses))
 
     def last_look(self) -> Trouble | None:
         """What speaks against saving the weights."""
@@ -163,6 +177,7 @@ class Training:
 
     def go_back(self, trouble: Trouble) -> None:
         """Restore the last good state, with a lower rate. Raises ``TrainingDiverged`` where that was done often enough."""
+        self._tell()
         self.later.wait()
         allowed = self.task.config.train.rollbacks
         if self.watchdog.rollbacks >= allowed:
@@ -189,6 +204,7 @@ class Training:
 
     def validate(self) -> None:
         """Judge the network on the photos held out; on the main rank."""
+        self._tell()
         if not self.task.ranks.main:
             return
         self.validation, pairs = self._judged()
@@ -212,6 +228,7 @@ class Training:
 
     def save(self) -> None:
         """Keep the state, and the model where it is the best so far; not where the last steps look suspicious."""
+        self._tell()
         if self._wary:
             return
         self._older, self.good = self.good, snapshot(self.task.network, self.optimizer, self.step, self.watchdog.state())
@@ -233,6 +250,7 @@ class Training:
             group["lr"] = self.watchdog.rate * learning_rate_at(loop.learning_rate, self.step, loop.steps)
         self.optimizer.step()
         self._launched.set()
+        self._tell()  # while a GPU works on that
         self.step += 1
         self.learned += 1
         self._window.append(numbers)

@@ -704,10 +704,47 @@ def test_the_model_file_tells_recipe_and_style_but_no_folder(finished, tmp_path)
     assert str(tmp_path).encode() not in (finished / "model.safetensors").read_bytes()
 
 
-def test_every_step_is_reported_in_order(train_data, tmp_path):
-    steps = []
-    fit(train_data, tmp_path / "run", report=lambda progress: steps.append(progress.step))
-    assert steps == sorted(steps) and set(steps) == {0, 1, 2, 3, 4, 5, 6}
+def test_every_step_is_reported_in_order_and_told_of_once_the_next_is_launched(train_data, tmp_path, monkeypatch):
+    told, step_of_adam, add_scalar = [], torch.optim.Adam.step, fastnst.train.SummaryWriter.add_scalar
+
+    def step(self):
+        told.append("launched")
+        return step_of_adam(self)
+
+    def draw(self, name, value, at):
+        told.append((f"{name} drawn", at))
+        add_scalar(self, name, value, at)
+
+    def report(progress):
+        what = "losses" if progress.losses else "validation" if progress.validation else "message" if progress.message else "step"
+        told.append((what, progress.step))
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(fastnst.train.SummaryWriter, "add_scalar", draw)
+    fit(train_data, tmp_path / "run", report=report, train__log_every=1, train__save_every=4)
+    begun = told.index(("validation", 0)) + 1
+    assert {what for what, _ in (each for each in told[:begun] if "drawn" not in each[0])} == {"message", "validation"}
+    shown = [each for each in told[begun:] if "drawn" not in each[0] or each[0] in ("loss/total drawn", "validation/total drawn")]
+    logged = [[("loss/total drawn", at), ("losses", at)] for at in range(7)]
+    validated = [[("validation/total drawn", at), ("validation", at)] for at in range(7)]
+    at_once = [*logged[3], *validated[3], "launched", ("step", 4), *logged[4], "launched", ("step", 5)]  # ahead of what is validated, and saved
+    first = ["launched", ("step", 1), "launched", *logged[1], ("step", 2), "launched", *logged[2], ("step", 3)]
+    assert shown == [*first, *at_once, "launched", *logged[5], ("step", 6), *logged[6], *validated[6]]
+
+
+def test_what_was_logged_is_told_though_the_next_step_fails(train_data, tmp_path, monkeypatch):
+    learn, losses = fastnst.training.learn, []
+
+    def fail(task, content, step):
+        if step == 5:
+            raise OSError("no photo")
+        return learn(task, content, step)
+
+    monkeypatch.setattr(fastnst.training, "learn", fail)
+    with pytest.raises(OSError, match="no photo"):
+        fit(train_data, tmp_path / "run", report=lambda progress: losses.append(progress.step) if progress.losses else None, train__log_every=1)
+    assert losses == [1, 2, 3, 4, 5]
+    assert [event.step for event in events_of(tmp_path / "run").Scalars("loss/total")] == [1, 2, 3, 4, 5]
 
 
 # Learning
