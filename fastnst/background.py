@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,66 @@ def read_ahead(items: Iterable, name: str, ahead: int = 1) -> Iterator:
     finally:
         closed.set()
         thread.join()
+
+
+class Later:
+    """Work done in order by a thread of that name, beside what the caller does: each call waits until all before it is done.
+
+    What one raises is raised by the next call, ``check`` or ``wait``, or on leaving the context, which waits for the last one; there an error that is
+    under way already stays the one that is raised. Behind an error nothing more is done.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name, self._thread, self._error = name, None, None
+
+    def __call__(self, work: Callable[[], None]) -> None:
+        self.wait()
+        self._thread = threading.Thread(target=self._do, args=(work,), name=self._name, daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def wait(self) -> None:
+        self._join()
+        self.check()
+
+    def __enter__(self) -> Later:
+        return self
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
+        self._join()
+        if error is None:
+            self.check()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def _do(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self._error = error
+
+
+class Mark:
+    """A place in the work that a ``device`` was given, to be asked whether it has got there; elsewhere than on a GPU it always has."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self._device, self._cuda = device, torch.cuda
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+
+    def set(self) -> None:
+        """Behind all so far."""
+        if self._event is not None:
+            self._event.record(self._cuda.current_stream(self._device))
+
+    def passed(self) -> bool:
+        return self._event is None or self._event.query()
 
 
 class SideStream:

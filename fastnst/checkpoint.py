@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from fastnst import __version__
 from fastnst.files import atomic_write
@@ -20,12 +20,20 @@ from fastnst.network import TransformNetwork
 STATE_NAME = "training_state.pt"
 
 
-def save_model(path: str | Path, network: TransformNetwork, step: int, recipe: dict[str, Any], thumbnail: Image.Image | None = None, half: bool = False) -> None:
-    """Write the model file; ``thumbnail`` is a small picture of the style; ``half`` halves the file."""
+def save_model(
+    path: str | Path,
+    network: TransformNetwork,
+    step: int,
+    recipe: dict[str, Any],
+    thumbnail: Image.Image | None = None,
+    half: bool = False,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write the model file; ``thumbnail`` is a small picture of the style; ``half`` halves the file; ``weights`` are those of a ``snapshot``, none: as they are now."""
     dtype = torch.float16 if half else torch.float32
-    weights = {name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous().numpy() for name, tensor in network.state_dict().items()}
+    arrays = {name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous().numpy() for name, tensor in (weights or network.state_dict()).items()}
     versions = {"fastnst": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    write_model(path, weights, ModelInfo(network.config, step, recipe, versions, thumbnail))
+    write_model(path, arrays, ModelInfo(network.config, step, recipe, versions, thumbnail))
 
 
 def load_model(path: str | Path) -> tuple[TransformNetwork, ModelInfo]:
@@ -39,25 +47,29 @@ def load_model(path: str | Path) -> tuple[TransformNetwork, ModelInfo]:
     return network.eval(), info
 
 
+def snapshot(network: nn.Module, optimizer: torch.optim.Optimizer, step: int, watchdog: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a run has learned up to ``step``, and the numbers by which it is watched: a copy on the CPU, which the next steps do not change."""
+    return _copied({"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict(), "watchdog": watchdog})
+
+
+def _copied(state: Any) -> Any:
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    return [_copied(value) for value in state] if isinstance(state, list) else state
+
+
 def save_training_state(
-    path: str | Path,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    unreadable: dict[str, str],
-    loss: dict[str, Any] | None = None,
-    watchdog: dict[str, Any] | None = None,
-    photos: tuple[int, str] | None = None,
+    path: str | Path, learned: dict[str, Any], unreadable: dict[str, str], loss: dict[str, Any] | None = None, photos: tuple[int, str] | None = None
 ) -> None:
-    """Write all that a run needs to go on exactly: weights, optimizer, step, the unreadable photos met, the loss as calibrated,
-    the numbers by which the run is watched, and how many photos it learns from, with what tells these from others.
+    """Write all that a run needs to go on exactly: what it has ``learned`` (``snapshot``), the unreadable photos met, the loss as calibrated,
+    and how many photos it learns from, with what tells these from others.
 
     There is no random state to keep: photo order and crops are functions of the seed and the step.
     """
-    learned = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
-    state = learned | {"unreadable": unreadable, "loss": loss, "watchdog": watchdog, "photos": photos}
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(learned | {"unreadable": unreadable, "loss": loss, "photos": photos}, buffer)  # into a file it would raise no OSError where the disk is full
     with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 

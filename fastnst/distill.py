@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from fastnst.checkpoint import STATE_NAME, load_training_state, restore, save_training_state
+from fastnst.checkpoint import STATE_NAME, load_training_state, restore, save_training_state, snapshot
 from fastnst.config import Config, flatten, load_config, to_yaml
 from fastnst.data import DataConfig, PhotoStream, keep_photos, list_photos, load_validation, training_batches
 from fastnst.files import atomic_write, exclusive
@@ -184,7 +184,7 @@ def distill(
                     board.add_scalar(name, value, step)
                 report(DistillProgress(step, loop.steps, validation=found))
             if saving:
-                save_training_state(run_dir / STATE_NAME, student, optimizer, step, {})
+                save_training_state(run_dir / STATE_NAME, snapshot(student, optimizer, step), {})
                 save_slim(run_dir / SLIM_NAME, student, units, step)
             if stopping:
                 return run_dir / SLIM_NAME

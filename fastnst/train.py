@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from fastnst.checkpoint import STATE_NAME, load_training_state, restore
+from fastnst.checkpoint import STATE_NAME, load_training_state, restore, snapshot
 from fastnst.config import to_yaml
 from fastnst.data import Photos, keep_photos, list_photos
 from fastnst.image import load_image
@@ -27,8 +27,8 @@ from fastnst.ranks import Ranks
 from fastnst.run import CONFIG_NAME, check_space, find_run, hold
 from fastnst.runtime import resolve_precision
 from fastnst.survey import survey
-from fastnst.task import CUT_EVERY, Task, TrainConfig, check_same_photos, fingerprint, gradient_of, learn, prepare
-from fastnst.training import Training, TrainingDiverged, TrainProgress, snapshot
+from fastnst.task import CUT_EVERY, Task, TrainConfig, check_same_photos, gradient_of, learn, prepare
+from fastnst.training import Training, TrainingDiverged, TrainProgress
 from fastnst.watchdog import Watchdog
 
 # Keys that a resumed run may change: they alter how long, how watched or how divided it is, not what any step computes.
@@ -40,8 +40,8 @@ _MAY_CHANGE |= {"data.workers", "data.cache", "data.cache_gb"}
 class TrainResult:
     """How a call of ``train`` ended; ``finished`` is false when it was asked to stop before the last step.
 
-    ``seconds``, ``photos_per_second`` and ``waiting``, the share of time spent waiting for photos, are those of this call;
-    ``losses`` are the last means, ``best_step`` is the step of the best on validation.
+    ``seconds``, ``photos_per_second`` and ``waiting``, the share of time spent waiting for photos with nothing left for the device to do, are those of
+    this call; ``losses`` are the last means, ``best_step`` is the step of the best on validation.
     """
 
     step: int
@@ -105,7 +105,7 @@ def train(
         state = load_training_state(run_dir / STATE_NAME) if ranks.main and find_run(config, run_dir, _may_change(config)) else None
         task = prepare(config, device, ranks)
         network, loss, optimizer = task.network, task.loss, make_optimizer(loop.optimizer, task.network)
-        begun = snapshot(network, optimizer, 0, Watchdog())
+        begun = snapshot(network, optimizer, 0, Watchdog().state())
         if state is not None:
             restore(run_dir / STATE_NAME, state, network, optimizer)
         elif ranks.main:
@@ -126,7 +126,7 @@ def train(
     training.say(_raw_weights(config.loss, loss.config))
     if found is not None and (found.unreadable or found.small or found.gray):
         training.say(str(found))
-    now, before = fingerprint(task.photos.train), (state or {}).get("photos")
+    now, before = training.photos, (state or {}).get("photos")
     if before and tuple(before) != now:
         change = f"{now[0]:,} photos now, {before[0]:,} before" if now[0] != before[0] else f"{now[0]:,} photos as before, but others"
         training.say(f"data.content has changed since the last save ({change}): the run goes on, but not as it would have with the same photos")
@@ -139,6 +139,7 @@ def train(
             training.board.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
             training.board.add_text("raw_weights", _raw_weights(config.loss, loss.config), 0)
             training.board.add_image("style", task.style[0].clamp(0, 1), 0)
+        opened.enter_context(training.later)
         opened.enter_context(training)
         while True:
             due = training.due(should_stop())
@@ -198,7 +199,7 @@ def _bytes_to_save(task: Task) -> int:
 def _bytes_needed(task: Task) -> int:
     """On disk in the end: with pictures and curves for TensorBoard."""
     loop, crop = task.config.train, task.config.data.crop_size
-    pictures = (2 + loop.steps // loop.validates_every) * 2 * min(4, len(task.validation)) * 2 * crop**2
+    pictures = (2 + loop.steps // loop.validates_every) * min(4, len(task.validation)) * crop**2  # two of half a byte a pixel
     return _bytes_to_save(task) + pictures + 1500 * (loop.steps // loop.log_every)
 
 

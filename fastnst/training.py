@@ -1,5 +1,6 @@
 """A training under way: one step after another, what is said and saved between them, and the way back when it goes wrong."""
 
+import io
 import math
 import time
 from collections.abc import Callable
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from fastnst.checkpoint import STATE_NAME, restore, save_model, save_training_state
+from fastnst.background import Later, Mark
+from fastnst.checkpoint import STATE_NAME, restore, save_model, save_training_state, snapshot
 from fastnst.image import resize, to_pil
 from fastnst.model import MODEL_NAME, read_model
 from fastnst.picture import ImageSize
@@ -59,15 +62,11 @@ class NoBoard:
         return lambda *args, **kwargs: None
 
 
-def snapshot(network: nn.Module, optimizer: torch.optim.Optimizer, step: int, watchdog: Watchdog) -> dict[str, Any]:
-    """A copy of what a rollback restores."""
-    return deepcopy({"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict(), "watchdog": watchdog.state()})
-
-
 class Training:
     """A run of ``task`` from ``step`` on, into ``run_dir``: ``due``, ``log`` and ``last_look``, then ``go_back`` or ``validate``, ``save`` and ``learn``.
 
     ``begun`` is the ``snapshot`` of the untrained network; ``fresh`` is false where the run was resumed; ``unreadable`` are complaints by photo.
+    It is saved ``later``, a context to be entered ahead of this one, while it goes on.
     """
 
     def __init__(
@@ -87,15 +86,20 @@ class Training:
         self.losses: dict[str, float] = {}
         self.validation: dict[str, float] = {}
         self.learned, self.waited = 0, 0.0  # steps, and seconds in waiting for photos
-        self.good = snapshot(task.network, optimizer, step, watchdog)
+        self.good = snapshot(task.network, optimizer, step, watchdog.state())
+        self.photos = fingerprint(task.photos.train)
+        self.later = Later("saving")
         self.board: SummaryWriter | NoBoard = NoBoard()
         self._begun, self._older = begun, begun if fresh else self.good
         self._went_back = -1  # the step of the good one, where it may prove not to be
         self._fresh, self._first = fresh, step  # what lies at a resumed step was logged before
+        self._thumbnail = to_pil(resize(task.style, ImageSize(long_side=128).of(*task.style.shape[-2:])))
         self._flat = min(0.01, 0.1 * float(task.style.std(dim=(2, 3)).mean()))  # contrast: a painting may be nearly flat itself
         self._window: list[Tensor] = []  # the numbers of each step since the last log, still on the device
         self._names: list[str] = []
         self._complaints: list[tuple[str, int]] = []
+        self._untold: tuple[float, dict[str, float], list[str]] | None = None  # of the last log: photos a second, what is drawn, and said
+        self._launched = Mark(task.device)
         self._wary, self._is_best, self._window_waited = False, False, 0.0
         self._loading = ExitStack()
         self.began = self._window_began = self._saved = time.monotonic()
@@ -106,12 +110,15 @@ class Training:
             if loop.keep == "best" and watchdog.best_step not in (0, self.step) and not _holds_model_of(self.run_dir, watchdog.best_step):
                 watchdog.best_step, watchdog.best_total = 0, math.inf  # train.keep was `last`, and the best is gone
             if (loop.keep == "last" or watchdog.best_step in (0, self.step)) and not _holds_model_of(self.run_dir, self.step):
-                self._save_model()  # a crash came between the state and the model
+                self._write_model(self.good)  # a crash came between the state and the model
         self._batches = self._loading.enter_context(batches_from(self.step, self.task))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._loading.close()
+        try:
+            self._tell()
+        finally:
+            self._loading.close()
 
     def say(self, message: str) -> None:
         self._report(TrainProgress(self.step, self.task.config.train.steps, message=message))
@@ -127,7 +134,7 @@ class Training:
         return Due(logging, validating, saving, stopping)
 
     def log(self) -> Trouble | None:
-        """Tell of the steps since the last time; what the watchdog says of them."""
+        """Read the numbers of the steps since the last time, to be told behind the next launch, or ahead of anything else; what the watchdog says of them."""
         task, loop, step = self.task, self.task.config.train, self.step
         rows = [dict(zip(self._names, row)) for row in task.ranks.sum(torch.stack(self._window)).tolist()]  # sync point
         self.losses = {name: sum(row[name] for row in rows) / len(rows) for name in self._names}
@@ -135,13 +142,12 @@ class Training:
         rate = len(rows) * loop.batch_size / seconds
         scheduled = self.watchdog.rate * learning_rate_at(loop.learning_rate, step - 1, loop.steps)
         timing = {"train/photos_per_second": rate, "train/learning_rate": scheduled, "train/waiting_for_photos": self._window_waited / seconds}
-        for name, value in (self.losses | timing).items():
-            self.board.add_scalar(name, value, step)
+        skipped = []
         for message, at in sum(task.ranks.gather(self._complaints), []):
             if message not in self.unreadable:
                 self.unreadable[message] = f"step {at}"
-                self.say(f"skipped {message}")
-        self._report(TrainProgress(step, loop.steps, rate, self.losses))
+                skipped.append(f"skipped {message}")
+        self._untold = rate, self.losses | timing, skipped
         trouble = self.watchdog.watch(step, rows, self._flat, loop.learning_rate.warmup_steps)
         self._wary = self.watchdog.suspicious(rows[-1], self._flat)  # too early to call it trouble, but nothing to save
         self._window.clear()
@@ -149,10 +155,21 @@ class Training:
         self._window_began, self._window_waited = time.monotonic(), 0.0
         return trouble
 
+    def _tell(self) -> None:
+        """What was logged at this step, once."""
+        if self._untold is None:
+            return
+        (rate, scalars, messages), self._untold = self._untold, None
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, self.step)
+        for message in messages:
+            self.say(message)
+        self._report(TrainProgress(self.step, self.task.config.train.steps, rate, self.losses))
+
     def last_look(self) -> Trouble | None:
         """What speaks against saving the weights."""
         advice = "lower train.learning_rate.initial or the weights of loss, or set train.clip_gradient"
-        if not all(bool(parameter.isfinite().all()) for parameter in self.task.network.parameters()):
+        if not torch.stack([parameter.isfinite().all() for parameter in self.task.network.parameters()]).all():  # sync point
             return Trouble(f"the weights are not finite at step {self.step}", advice)
         if self._wary and self.step >= self.task.config.train.steps:
             return Trouble(f"the loss or the output of the last steps, up to {self.step}, is far from what it was", advice)
@@ -160,6 +177,8 @@ class Training:
 
     def go_back(self, trouble: Trouble) -> None:
         """Restore the last good state, with a lower rate. Raises ``TrainingDiverged`` where that was done often enough."""
+        self._tell()
+        self.later.wait()
         allowed = self.task.config.train.rollbacks
         if self.watchdog.rollbacks >= allowed:
             self.board.add_text("watchdog", f"{trouble.what}; given up after {self.watchdog.rollbacks} rollbacks", self.good["step"])
@@ -179,18 +198,19 @@ class Training:
         self.board.add_text("watchdog", message, self.step)
         self.say(f"watchdog: {message}")
         if self.task.ranks.main:
-            self._save_state()
+            self._write_state(self.good, self.unreadable)
             self.board.flush()
         self._wary, self._fresh = False, False
 
     def validate(self) -> None:
         """Judge the network on the photos held out; on the main rank."""
+        self._tell()
         if not self.task.ranks.main:
             return
         self.validation, pairs = self._judged()
         for name, value in self.validation.items():
             self.board.add_scalar(name, value, self.step)
-        self.board.add_image("validation/content_and_stylized", pairs, self.step)
+        self.board.file_writer.add_summary(_picture("validation/content_and_stylized", pairs), self.step)
         self._report(TrainProgress(self.step, self.task.config.train.steps, validation=self.validation))
         self._is_best = not self._wary and self.step > 0 and self.watchdog.is_best(self.step, self.validation["validation/total"])
         self._window_began = time.monotonic()
@@ -208,42 +228,56 @@ class Training:
 
     def save(self) -> None:
         """Keep the state, and the model where it is the best so far; not where the last steps look suspicious."""
+        self._tell()
         if self._wary:
             return
+        self._older, self.good = self.good, snapshot(self.task.network, self.optimizer, self.step, self.watchdog.state())
         if self.task.ranks.main:
-            self._save_state()
-            if self._is_best or self.task.config.train.keep == "last" or not self.watchdog.best_step or not (self.run_dir / MODEL_NAME).exists():
-                self._save_model()  # behind the state: a model alone could not be gone on with
-            self.board.flush()
-        self._older, self.good = self.good, snapshot(self.task.network, self.optimizer, self.step, self.watchdog)
+            self.later(partial(self._write, self.good, dict(self.unreadable), self._is_best))
         self._saved = time.monotonic()
 
     def learn(self) -> None:
         """One step, of the next photos."""
+        self.later.check()
         loop, asked = self.task.config.train, time.monotonic()
         content, messages = next(self._batches)
-        self._window_waited += time.monotonic() - asked
-        self.waited += time.monotonic() - asked
+        waited = time.monotonic() - asked if self._launched.passed() else 0.0  # else the device has lost nothing
+        self._window_waited += waited
+        self.waited += waited
         self._complaints += [(message, self.step) for message in messages]
         self._names, numbers = learn(self.task, content, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.watchdog.rate * learning_rate_at(loop.learning_rate, self.step, loop.steps)
         self.optimizer.step()
+        self._launched.set()
+        self._tell()  # while a GPU works on that
         self.step += 1
         self.learned += 1
         self._window.append(numbers)
         self._is_best = False
         self._report(TrainProgress(self.step, loop.steps))
 
-    def _save_state(self) -> None:
-        check_there(self.run_dir)
-        loss, photos = self.task.loss.config.model_dump(), fingerprint(self.task.photos.train)
-        save_training_state(self.run_dir / STATE_NAME, self.task.network, self.optimizer, self.step, self.unreadable, loss, self.watchdog.state(), photos)
+    def _write(self, learned: dict[str, Any], unreadable: dict[str, str], is_best: bool) -> None:
+        self._write_state(learned, unreadable)
+        if is_best or self.task.config.train.keep == "last" or not learned["watchdog"]["best_step"] or not (self.run_dir / MODEL_NAME).exists():
+            self._write_model(learned)  # behind the state: a model alone could not be gone on with
+        self.board.flush()
 
-    def _save_model(self) -> None:
-        style = self.task.style
-        thumbnail = to_pil(resize(style, ImageSize(long_side=128).of(*style.shape[-2:])))
-        save_model(self.run_dir / MODEL_NAME, self.task.network, self.step, portable(self.task.config), thumbnail)
+    def _write_state(self, learned: dict[str, Any], unreadable: dict[str, str]) -> None:
+        check_there(self.run_dir)
+        save_training_state(self.run_dir / STATE_NAME, learned, unreadable, self.task.loss.config.model_dump(), self.photos)
+
+    def _write_model(self, learned: dict[str, Any]) -> None:
+        recipe = portable(self.task.config)
+        save_model(self.run_dir / MODEL_NAME, self.task.network, learned["step"], recipe, self._thumbnail, weights=learned["network"])
+
+
+def _picture(tag: str, picture: Tensor) -> Summary:
+    """``(3, H, W)`` in [0, 1] for TensorBoard, as JPEG: it takes 0.2 us for each byte, in Python, and no step is launched meanwhile (0.2 s for a PNG)."""
+    image, encoded = to_pil(picture), io.BytesIO()
+    image.save(encoded, "JPEG", quality=90, subsampling=0)
+    shown = Summary.Image(height=image.height, width=image.width, colorspace=3, encoded_image_string=encoded.getvalue())
+    return Summary(value=[Summary.Value(tag=tag, image=shown)])
 
 
 def _holds_model_of(run_dir: Path, step: int) -> bool:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fastnst import __version__
-from fastnst.checkpoint import load_model, load_training_state, restore, save_model, save_training_state
+from fastnst.checkpoint import load_model, load_training_state, restore, save_model, save_training_state, snapshot
 from fastnst.model import MODEL_FORMAT, NetworkConfig
 from fastnst.network import TransformNetwork
 
@@ -159,7 +159,7 @@ def train(network, optimizer, seeds) -> None:
 def test_training_goes_on_exactly_from_its_state(tmp_path):
     whole, _ = trained(4)
     half, optimizer = trained(2)
-    save_training_state(tmp_path / "s.pt", half, optimizer, 2, {"a.jpg": "empty"})
+    save_training_state(tmp_path / "s.pt", snapshot(half, optimizer, 2), {"a.jpg": "empty"})
     state = load_training_state(tmp_path / "s.pt")
     assert (state["step"], state["unreadable"]) == (2, {"a.jpg": "empty"})
     torch.manual_seed(99)
@@ -174,7 +174,7 @@ def test_training_goes_on_exactly_from_its_state(tmp_path):
 @pytest.mark.parametrize("part", [0, 0.001, 0.5, 0.99])
 def test_truncated_state_is_named(tmp_path, part):
     path = tmp_path / "training_state.pt"
-    save_training_state(path, *trained(1), 1, {})
+    save_training_state(path, snapshot(*trained(1), 1), {})
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * part)])
     with pytest.raises(ValueError, match=r"training_state\.pt: damaged or not a training state .*--run-dir"):
@@ -223,7 +223,7 @@ def test_a_full_disk_is_named_and_the_old_file_kept(tmp_path, monkeypatch, save)
 
     monkeypatch.setattr(type(path), "write_bytes", full)
     with pytest.raises(OSError, match="cannot write .*file.bin: No space left on device"):
-        save_model(path, network, 1, {}) if save == "model" else save_training_state(path, network, optimizer, 1, {})
+        save_model(path, network, 1, {}) if save == "model" else save_training_state(path, snapshot(network, optimizer, 1), {})
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.bin"]
 

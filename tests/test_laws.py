@@ -74,7 +74,7 @@ NOUNS = {
     "watchdog": set(),
     "survey": {"data", "picture"},
     "run": {"checkpoint", "config", "files", "model"},
-    "training": {"checkpoint", "image", "model", "picture", "run", "runtime", "schedule", "task", "watchdog"},
+    "training": {"background", "checkpoint", "image", "model", "picture", "run", "runtime", "schedule", "task", "watchdog"},
     "task": {"config", "data", "gradient", "image", "loss_network", "losses", "metrics", "model", "network", "objective", "optimizer", "photo_cache", "picture", "ranks", "runtime", "schedule"},
 }
 TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "gradient", "optimizer", "fused_adam", "benchmark_training", "benchmark_recipes", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task", "training"}

@@ -1,10 +1,13 @@
 """Training: resuming is exact, nothing is overwritten or saved broken, and what happened can be read afterwards."""
 
+import errno
+import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -68,6 +71,13 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert moments[0].keys() == moments[1].keys() and (moments[0] or optimizer not in of_optimizers[0])
         for index in moments[0]:
             assert all(torch.equal(moments[0][index][key], moments[1][index][key]) for key in keys)
+
+
+def saved() -> None:
+    """Wait until what is being saved is."""
+    for thread in threading.enumerate():
+        if thread.name == "saving":
+            thread.join(10)
 
 
 def events_of(run_dir: Path) -> EventAccumulator:
@@ -150,16 +160,63 @@ def test_a_crash_loses_only_the_steps_since_the_last_save(train_data, tmp_path):
 def test_a_crash_between_the_last_state_and_the_model_is_mended_by_the_same_command(train_data, tmp_path, monkeypatch):
     save_model = fastnst.training.save_model
 
-    def disk_full(path, network, step, *rest):
+    def disk_full(path, network, step, *rest, **more):
         if step == 6:
             raise OSError("No space left on device")
-        save_model(path, network, step, *rest)
+        save_model(path, network, step, *rest, **more)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(fastnst.training, "save_model", disk_full)
         fit(train_data, tmp_path / "run")
     fit(train_data, tmp_path / "run")
     assert load_model(tmp_path / "run" / "model.safetensors")[1].step == 6
+
+
+def test_a_crash_during_a_save_beside_the_training_leaves_it_whole(train_data, tmp_path, monkeypatch):
+    save, under_way, crashed = fastnst.training.save_training_state, [], threading.Event()
+
+    def save_slowly(path, learned, *rest):
+        if learned["step"] == 4:
+            under_way.append(crashed.wait(10))  # the run goes on by a step meanwhile, which changes nothing of what is saved
+            time.sleep(0.1)
+        save(path, learned, *rest)
+
+    def crash(progress):
+        if progress.step == 5:
+            crashed.set()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fastnst.training, "save_training_state", save_slowly)
+        fit(train_data, tmp_path / "crashed", report=crash)
+    assert under_way == [True]
+    assert load_training_state(tmp_path / "crashed" / "training_state.pt")["step"] == 4
+    fit(train_data, tmp_path / "crashed")
+    fit(train_data, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "crashed")
+
+
+def test_a_save_that_fails_beside_the_training_ends_it_and_the_one_before_is_intact(train_data, tmp_path, monkeypatch):
+    save, steps, run_dir = fastnst.training.save_training_state, [], tmp_path / "run"
+
+    def disk_full(path, learned, *rest):
+        if learned["step"] == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, learned, *rest)
+
+    def watch(progress):
+        steps.append(progress.step)
+        if progress.step == 5:
+            saved()
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot write in .*run: No space left on device; what was saved before is intact"):
+        patch.setattr(fastnst.training, "save_training_state", disk_full)
+        fit(train_data, run_dir, report=watch, train__keep="last")
+    assert max(steps) in (4, 5)  # at 6 the next would be saved
+    assert load_training_state(run_dir / "training_state.pt")["step"] == load_model(run_dir / "model.safetensors")[1].step == 3
+    fit(train_data, run_dir, train__keep="last")
+    fit(train_data, tmp_path / "whole", train__keep="last")
+    assert_same_run(tmp_path / "whole", run_dir)
 
 
 def test_more_steps_may_be_asked_of_a_finished_run(train_data, tmp_path):
@@ -392,6 +449,20 @@ def test_the_model_is_the_best_on_validation_and_says_its_step(train_data, tmp_p
     assert load_training_state(tmp_path / "run" / "training_state.pt")["step"] == 6
 
 
+def test_the_best_that_is_still_being_written_is_not_replaced_by_a_worse_one(train_data, tmp_path, monkeypatch):
+    save = fastnst.training.save_model
+
+    def save_slowly(*args, **more):
+        time.sleep(0.3)  # the next one is due before
+        save(*args, **more)
+
+    totals = iter([9.0, 4.0, 5.0])  # at steps 0, 1, 2
+    monkeypatch.setattr(fastnst.training, "validate", lambda *_: ({"validation/total": next(totals)}, torch.zeros(3, 8, 8)))
+    monkeypatch.setattr(fastnst.training, "save_model", save_slowly)
+    result = fit(train_data, tmp_path / "run", train__validate_every=1, train__steps=2)
+    assert (result.best_step, load_model(result.model)[1].step) == (1, 1)
+
+
 def test_a_best_that_is_gone_is_forgotten(train_data, tmp_path, monkeypatch):
     totals = iter([9.0, 4.0, 5.0, 6.0])  # at steps 0, 2, 4, and 6 after the resumption
     monkeypatch.setattr(fastnst.training, "validate", lambda *_: ({"validation/total": next(totals)}, torch.zeros(3, 8, 8)))
@@ -478,6 +549,7 @@ def test_a_run_folder_that_is_gone_is_named_and_not_begun_anew(train_data, tmp_p
 
     def move_away(progress):
         if progress.step == 3 and run_dir.exists():
+            saved()
             run_dir.rename(tmp_path / "elsewhere")
 
     with pytest.raises(FileNotFoundError, match=r"run/config\.yaml is gone"):
@@ -505,6 +577,32 @@ def test_the_result_tells_speed_waiting_and_last_terms(train_data, tmp_path):
     result = fit(train_data, tmp_path / "run")
     assert result.photos_per_second > 0 and 0 < result.waiting < 1
     assert result.losses["loss/total"] == pytest.approx(result.losses["loss/content"] + result.losses["loss/style"], rel=1e-4)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_wait_counts_only_where_the_device_has_nothing_left_to_do(train_data, tmp_path, monkeypatch, busy):
+    class Device:
+        """As a GPU's, that is still at work when the photos have come."""
+
+        def __init__(self, _device):
+            self.given = 0
+
+        def set(self):
+            self.given += 1
+
+        def passed(self):
+            return not (busy and self.given)
+
+    def slow(*args):
+        time.sleep(0.02)
+        return one(*args)
+
+    one = fastnst.data.crop
+    monkeypatch.setattr(fastnst.data, "crop", slow)
+    monkeypatch.setattr(fastnst.training, "Mark", Device)
+    fit(train_data, tmp_path / "run", train__log_every=1)
+    waits = [event.value for event in events_of(tmp_path / "run").Scalars("train/waiting_for_photos")]
+    assert waits[0] > 0 and [wait > 0 for wait in waits[1:]] == [not busy] * 5  # ahead of the first step there is nothing to do
 
 
 def test_check_data_decodes_everything_and_estimates(train_data, tmp_path, photos):
@@ -566,6 +664,7 @@ def test_tensorboard_shows_losses_rates_images_and_config(finished):
     pairs = events.Images("validation/content_and_stylized")
     assert [pair.step for pair in pairs] == [0, 3, 6]
     assert pairs[0].width == 2 * 32  # the photo and beside it the stylized one
+    assert Image.open(io.BytesIO(pairs[0].encoded_image_string)).size == (2 * 32, 32)
     (text,) = events.Tensors("config/text_summary")
     assert b"batch_size: 2" in text.tensor_proto.string_val[0]
 
@@ -606,10 +705,47 @@ def test_the_model_file_tells_recipe_and_style_but_no_folder(finished, tmp_path)
     assert str(tmp_path).encode() not in (finished / "model.safetensors").read_bytes()
 
 
-def test_every_step_is_reported_in_order(train_data, tmp_path):
-    steps = []
-    fit(train_data, tmp_path / "run", report=lambda progress: steps.append(progress.step))
-    assert steps == sorted(steps) and set(steps) == {0, 1, 2, 3, 4, 5, 6}
+def test_every_step_is_reported_in_order_and_told_of_once_the_next_is_launched(train_data, tmp_path, monkeypatch):
+    told, step_of_adam, add_scalar = [], torch.optim.Adam.step, fastnst.train.SummaryWriter.add_scalar
+
+    def step(self):
+        told.append("launched")
+        return step_of_adam(self)
+
+    def draw(self, name, value, at):
+        told.append((f"{name} drawn", at))
+        add_scalar(self, name, value, at)
+
+    def report(progress):
+        what = "losses" if progress.losses else "validation" if progress.validation else "message" if progress.message else "step"
+        told.append((what, progress.step))
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(fastnst.train.SummaryWriter, "add_scalar", draw)
+    fit(train_data, tmp_path / "run", report=report, train__log_every=1, train__save_every=4)
+    begun = told.index(("validation", 0)) + 1
+    assert {what for what, _ in (each for each in told[:begun] if "drawn" not in each[0])} == {"message", "validation"}
+    shown = [each for each in told[begun:] if "drawn" not in each[0] or each[0] in ("loss/total drawn", "validation/total drawn")]
+    logged = [[("loss/total drawn", at), ("losses", at)] for at in range(7)]
+    validated = [[("validation/total drawn", at), ("validation", at)] for at in range(7)]
+    at_once = [*logged[3], *validated[3], "launched", ("step", 4), *logged[4], "launched", ("step", 5)]  # ahead of what is validated, and saved
+    first = ["launched", ("step", 1), "launched", *logged[1], ("step", 2), "launched", *logged[2], ("step", 3)]
+    assert shown == [*first, *at_once, "launched", *logged[5], ("step", 6), *logged[6], *validated[6]]
+
+
+def test_what_was_logged_is_told_though_the_next_step_fails(train_data, tmp_path, monkeypatch):
+    learn, losses = fastnst.training.learn, []
+
+    def fail(task, content, step):
+        if step == 5:
+            raise OSError("no photo")
+        return learn(task, content, step)
+
+    monkeypatch.setattr(fastnst.training, "learn", fail)
+    with pytest.raises(OSError, match="no photo"):
+        fit(train_data, tmp_path / "run", report=lambda progress: losses.append(progress.step) if progress.losses else None, train__log_every=1)
+    assert losses == [1, 2, 3, 4, 5]
+    assert [event.step for event in events_of(tmp_path / "run").Scalars("loss/total")] == [1, 2, 3, 4, 5]
 
 
 # Learning

@@ -1,0 +1,68 @@
+"""What is done beside other work: in order, to its end, and no error is lost or hides another."""
+
+import threading
+
+import pytest
+import torch
+
+from fastnst.background import Later, Mark
+
+
+def fail() -> None:
+    raise OSError("disk full")
+
+
+def test_work_is_done_in_order_beside_the_caller_and_to_its_end():
+    may_end, done = threading.Event(), []
+
+    def first():
+        assert may_end.wait(10)
+        done.append(threading.current_thread().name)
+
+    def second():
+        threading.Event().wait(0.05)
+        done.append("second")
+
+    with Later("working") as later:
+        later(first)
+        assert done == []
+        may_end.set()
+        later(second)
+        assert done == ["working"]  # no more than one is under way
+        later.wait()
+        assert done == ["working", "second"]
+        later(second)
+    assert done == ["working", "second", "second"]
+
+
+@pytest.mark.parametrize("ask", ["call", "check", "wait", "leave"])
+def test_an_error_is_raised_where_the_caller_comes_by_next_and_nothing_is_done_behind_it(ask):
+    done = []
+    with pytest.raises(OSError, match="disk full"), Later("working") as later:
+        later(fail)
+        if ask == "call":
+            later(lambda: done.append("behind"))
+        elif ask == "check":
+            while True:
+                later.check()
+        elif ask == "wait":
+            later.wait()
+        done.append("left")
+    assert done == (["left"] if ask == "leave" else [])
+
+
+def test_an_error_under_way_is_not_hidden_and_the_work_is_done_all_the_same():
+    done = []
+    with pytest.raises(KeyError), Later("working") as later:
+        later(lambda: (threading.Event().wait(0.05), done.append("work")))
+        raise KeyError
+    assert done == ["work"]
+    with pytest.raises(KeyError), Later("working") as later:
+        later(fail)
+        raise KeyError
+
+
+def test_the_cpu_has_always_done_what_it_was_given():
+    mark = Mark(torch.device("cpu"))
+    mark.set()
+    assert mark.passed()
