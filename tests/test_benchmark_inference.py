@@ -11,7 +11,7 @@ from conftest import synthetic_photo
 from test_stages import staged
 
 from fastnst import benchmark_inference
-from fastnst.benchmark_inference import ON_DEVICE, PUBLISHED, Row, _staying, measure, measure_fresh_processes, operations, psnr, to_markdown
+from fastnst.benchmark_inference import ON_DEVICE, PUBLISHED, Row, _Staying, measure, measure_fresh_processes, operations, psnr, to_markdown
 from fastnst.checkpoint import save_model
 from fastnst.cli import run
 from fastnst.model import NetworkConfig
@@ -64,7 +64,7 @@ def test_on_a_device_pictures_stay_there_and_are_compared_with_those_that_stay(m
             time.sleep(sleeps[way])
             return pictures
 
-        return _staying(passed, torch.device("cpu")) if way.endswith(ON_DEVICE) else passed
+        return _Staying(passed, torch.device("cpu")) if way.endswith(ON_DEVICE) else passed
 
     monkeypatch.setattr(benchmark_inference, "ways_to_apply", lambda *_: [(way, wait(way), None) for way in sleeps])
     rows = measure(model, tmp_path / "photo.png", [(32, 24)], [], "cpu", 2)
