@@ -17,6 +17,9 @@ from fastnst.stages import EPSILON
 
 _NUMBERS = 4096  # that a program holds at once
 _FOLD_NUMBERS, _FOLD_PROGRAMS, _FOLD_WARPS = 1024, 660, 4  # of the way back: of ten choices on an H200 the one that suits all layers
+# Numbers, of two bytes, that a program of moments takes at once; programs; how many such blocks it has or waits for; warps. The fastest of nine on an H200 for 2 to 17
+# million numbers (5 and 14 us), and 1 us behind it for 66 million.
+_SUMMING = 4096, 512, 3, 4
 _CHANNELS = 16  # that a program adds up the parts of
 _LAST = torch.channels_last
 
@@ -97,7 +100,7 @@ def _sizes(x: Tensor, shuffle: int) -> tuple[int, int, int, int, dict[str, Any]]
 def _moments(x: Tensor, shuffle: int, unlike: Tensor | None = None) -> Tensor:
     """Mean and the deviation's inverse, ``(N, 2, C)`` float32, of channels-last ``x``; where its pixels lie does not matter."""
     images, channels, height, width, sizes = _sizes(x, shuffle)
-    numbers, programs, stages, warps = _summing(x.numel())
+    numbers, programs, stages, warps = _SUMMING
     block = max(1, 2 * numbers // x.element_size() // sizes["WIDTH"])
     parts = max(1, min(triton.cdiv(height * width, block), programs // images))
     sums = x.new_empty(images, parts, 2, channels, dtype=torch.float32)
@@ -107,12 +110,6 @@ def _moments(x: Tensor, shuffle: int, unlike: Tensor | None = None) -> Tensor:
     other = sums if unlike is None else unlike
     _solve[(images, triton.cdiv(channels, _CHANNELS))](sums, moments, other, height * width, parts, EPSILON=EPSILON, num_warps=4, **groups)
     return moments
-
-
-def _summing(count: int) -> tuple[int, int, int, int]:
-    """Numbers, of two bytes, that a program takes at once; programs; how many such blocks it has or waits for; warps. The fastest of nine on an H200, for 2 million
-    numbers (6 us, 12 the other way) and for 17 to 66 million (15 us, 134 the other way)."""
-    return (2048, 1024, 1, 1) if count < 6_000_000 else (8192, 256, 3, 8)
 
 
 def _forward(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, relu: bool, skip: Tensor | None, padding: int, mode: str, shuffle: int, places: int) -> Tensor:

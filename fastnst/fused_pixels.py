@@ -15,7 +15,7 @@ from fastnst.stages import PIXEL_SHIFT
 from fastnst.wide import CHANNELS, NUMBERS, PLACE
 
 _PIXELS = 1024  # that a program makes
-_PLACES = 64  # of which a program makes a row of pixels
+_PLACES = 64  # that a program makes pixels of
 _ROWS = 32  # of numbers, a place's or 64, that a program moves
 
 
@@ -48,8 +48,9 @@ def finish(x: Tensor, bias: Tensor, output: str, height: int, width: int, pixels
         out = x.new_empty(images, height, width, 3, dtype=torch.uint8)
     else:
         out = x.new_empty(images, 3, height, width, dtype=torch.float32).permute(0, 2, 3, 1)
-    grid = (height, triton.cdiv(columns, _PLACES), images)
-    _finish[grid](x, bias, out, *out.stride(), rows, columns, width, OUTPUT=output, FLOAT=pixels != "uint8", PLACE=PLACE, NUMBERS=NUMBERS, PLACES=_PLACES, WHOLE=width == columns * PLACE, num_warps=8)
+    grid = (rows, triton.cdiv(columns, _PLACES), images)
+    choices = {"OUTPUT": output, "FLOAT": pixels != "uint8", "PLACE": PLACE, "NUMBERS": NUMBERS, "PLACES": _PLACES, "num_warps": 8}
+    _finish[grid](x, bias, out, *out.stride(), columns, height, width, WHOLE=(height, width) == (rows * PLACE, columns * PLACE), **choices)
     return out if pixels == "uint8" else out.permute(0, 3, 1, 2)
 
 
@@ -136,18 +137,18 @@ def _take(
     tl.store(out + pixel_at * CHANNELS + channel, pixel.to(out.dtype.element_ty), mask=there[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "width"])
+@triton.jit(do_not_specialize=["columns", "height", "width"])
 def _finish(
-    x, bias, out, image_stride, row_stride, column_stride, channel_stride, rows, columns, width,
+    x, bias, out, image_stride, row_stride, column_stride, channel_stride, columns, height, width,
     OUTPUT: tl.constexpr, FLOAT: tl.constexpr, PLACE: tl.constexpr, NUMBERS: tl.constexpr, PLACES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """A row of pixels of some places, four numbers by each thread: the 12 of a place lie side by side, there and, as bytes, in the result."""
-    y, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    place, number = tl.program_id(1) * PLACES + tl.arange(0, PLACES)[:, None], tl.arange(0, PLACE * 4)[None, :]
-    column, channel, there = place * PLACE + number // 3, number % 3, (place < columns) & (number < PLACE * 3)
-    within = y % PLACE * (PLACE * 3) + number
-    value = tl.load(x + ((image * rows + y // PLACE) * columns + place) * NUMBERS + within, mask=there, other=0).to(tl.float32)
-    value += tl.load(bias + within, mask=number < PLACE * 3, other=0)
+    """Some places of a row of them, four numbers by each thread: the 12 of a place and a row of pixels lie side by side, there and, as bytes, in the result."""
+    line, image, lane = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.arange(0, PLACE * PLACE * 4)[None, :]
+    place, number = tl.program_id(1) * PLACES + tl.arange(0, PLACES)[:, None], lane % (PLACE * 4)
+    within, real = lane // (PLACE * 4) * (PLACE * 3) + number, number < PLACE * 3
+    y, column, channel, there = line * PLACE + lane // (PLACE * 4), place * PLACE + number // 3, number % 3, (place < columns) & real
+    value = tl.load(x + ((image * tl.num_programs(0) + line) * columns + place) * NUMBERS + within, mask=there, other=0).to(tl.float32)
+    value += tl.load(bias + within, mask=real, other=0)
     if OUTPUT == "tanh":
         value = 127.5 + 150 * (2 * tl.sigmoid(2 * value) - 1)
     elif OUTPUT == "sigmoid":
@@ -155,7 +156,7 @@ def _finish(
     value = tl.where(value < 0, 0.0, tl.where(value > 255, 255.0, value))  # what is no number stays so
     out += image * image_stride + y.to(tl.int64) * row_stride
     if not WHOLE:
-        there = there & (column < width)
+        there = there & (y < height) & (column < width)
     if FLOAT:
         tl.store(out + column.to(tl.int64) * column_stride + channel * channel_stride, value / 255, mask=there)
     else:
