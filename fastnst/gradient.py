@@ -1,6 +1,7 @@
 """The gradient of the objective over a batch of photos, which a training step follows; on a GPU recorded once and then replayed."""
 
 import contextlib
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,6 +14,8 @@ from fastnst.objective import Cut, Objective
 from fastnst.ranks import Ranks
 from fastnst.recording import Recording, can_record
 from fastnst.runtime import is_out_of_memory
+
+_LONG = 8  # seconds: a pass whose kernels are there already takes 2 to 4 to be recorded
 
 
 class Gradient:
@@ -65,6 +68,7 @@ class Gradient:
             def measure(photos: Tensor, *place: Tensor) -> list[Tensor]:
                 return self._measure(photos, cut and Cut(*place, cut.side, cut.share))
 
+            began = time.monotonic()
             try:
                 self._recordings[kind] = Recording(measure, photos.to(device), *(each.to(device) for each in place), beside=beside)
             except Exception as error:  # libraries and compilers raise many kinds
@@ -72,6 +76,8 @@ class Gradient:
             if not self._records:  # here the error no longer holds the activations
                 self.forget()
                 self._say(f"a CUDA graph failed, going on slower without ({why})")
+            elif (seconds := time.monotonic() - began) > _LONG:
+                self._say(f"the first step took {seconds:.0f} s, in which kernels were compiled for this GPU; they are kept for the next training")
         return self._recordings.get(kind)
 
     def _aside(self) -> AbstractContextManager:

@@ -131,6 +131,15 @@ def test_where_recording_fails_it_goes_on_without(recorded, monkeypatch, error, 
     assert told == [f"a CUDA graph failed, going on slower without ({why})"]
 
 
+def test_a_first_step_that_took_long_says_why(recorded, monkeypatch):
+    told: list[str] = []
+    gradient, clock = Gradient(objective(), 4, say=told.append), iter([0.0, 17.4, 20.0, 22.0])
+    monkeypatch.setattr(gradients.time, "monotonic", lambda: next(clock))
+    for step in range(4):  # with a cut and without, each recorded once
+        gradient(photos(step), cut(step))
+    assert told == ["the first step took 17 s, in which kernels were compiled for this GPU; they are kept for the next training"]
+
+
 def move_to_pretended_gpu(module: torch.nn.Module) -> None:
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
