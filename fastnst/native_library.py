@@ -7,7 +7,7 @@ import ctypes
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -69,6 +69,10 @@ class _Picture(ctypes.Structure):
 
 class _Kernels(ctypes.Structure):
     _fields_ = _fields(_floats, "weight target") + _fields(ctypes.c_int32, "outputs inputs back half threads")
+
+
+class _Weighed(ctypes.Structure):
+    _fields_ = _fields(_floats, "sums target") + _fields(ctypes.c_int32, "outputs inputs threads")
 
 
 class _Transposition(ctypes.Structure):
@@ -231,7 +235,7 @@ class Packed:
 
         ``rows`` and ``columns``: where each of the input's, padded, is found, -1 where ``value``, ``(I,)``, lies. Raises ``MemoryError``.
         """
-        rows, columns = (np.concatenate([side, side[-1:].repeat(5)]).astype(np.int32) for side in (rows, columns))  # tiles may stick out
+        rows, columns = _beyond(rows), _beyond(columns)
         mean, squares = np.zeros((2, self.channels)) if statistics else (None, None)
         source, (height, width, _) = given._input(rows, columns, value), output.shape
         c = _Convolution(
@@ -241,6 +245,29 @@ class Packed:
         if native_library().fastnst_convolve(ctypes.byref(source), ctypes.byref(c), self.kind):
             raise MemoryError(f"no memory left for a convolution of {width}x{height} positions")
         return (mean, squares / (height * width)) if statistics else None
+
+
+def weight_gradient(pictures: Iterable[np.ndarray], gradients: Iterable[np.ndarray], padding: int, threads: int) -> np.ndarray:
+    """That of 3x3 kernels, ``(O, 3, 3, I)``: from what they convolved, ``(H, W, I)`` each, ``padding`` zeros added, and the gradients of what came out,
+    ``(H', W', O)``; float32, channels in whole vectors. Raises ``MemoryError``."""
+    library, sums = native_library(), None
+    for picture, gradient in zip(pictures, gradients, strict=True):
+        (height, width, outputs), inputs = gradient.shape, picture.shape[2]
+        if sums is None:
+            wide = 2 * library.fastnst_lanes()
+            sums = aligned((64, -(-inputs // wide), outputs, wide))
+            sums.fill(0)
+        given, sides = Activation.of(picture), [_beyond(np.pad(np.arange(side), padding, constant_values=-1)) for side in picture.shape[:2]]
+        if library.fastnst_weigh(ctypes.byref(given._input(*sides)), _at(gradient), _at(sums), height, width, outputs, threads):
+            raise MemoryError(f"no memory left for the gradient of {outputs}x{inputs} kernels")
+    found = np.empty((outputs, 3, 3, inputs), np.float32)
+    library.fastnst_weighed(ctypes.byref(_Weighed(_at(sums), _at(found), outputs, inputs, threads)))
+    return found
+
+
+def _beyond(side: np.ndarray) -> np.ndarray:
+    """Rows or columns, with some more: tiles may stick out."""
+    return np.concatenate([side, side[-1:].repeat(5)]).astype(np.int32)
 
 
 def _nested(weight: np.ndarray) -> np.ndarray:

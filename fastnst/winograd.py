@@ -1,9 +1,10 @@
-"""3x3 convolutions of training on a CPU: forward, and back to their input, by the minimal filtering of `native.c`, a fifth or a quarter of the multiplications.
+"""3x3 convolutions of training on a CPU: forward, and back to their input and their weights, by the minimal filtering of `native.c`, a fifth or a quarter of the
+multiplications.
 
-In float32, and in bfloat16 where vectors multiply it; elsewhere, and where nothing was compiled, they are torch's.
+In float32, and in bfloat16, but for the weights, where vectors multiply it; elsewhere, and where nothing was compiled, they are torch's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnst.native_library import Activation, Packed, aligned, from_planes, join_threads, multiplies_pairs, native_library, to_planes, whole_vectors
+from fastnst.native_library import Activation, Packed, aligned, from_planes, join_threads, multiplies_pairs, native_library, to_planes, weight_gradient, whole_vectors
 
 _FEWEST_CHANNELS = {torch.float32: 16, torch.bfloat16: 32}  # that pay
+_FEWEST_WEIGHED = 32  # for which the weights' gradient pays
 operations = 0  # of floating point, two for each multiplication, that all of them took so far: torch's counter does not see them
 
 
@@ -101,18 +103,20 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
-        x_gradient = weight_gradient = None
+        x_gradient = kernels_gradient = None
         bias_gradient = gradient.sum(dim=(0, 2, 3), dtype=weight.dtype) if of_bias else None
         if torch.is_grad_enabled():  # a gradient of this gradient is to follow
             x_gradient = F.conv_transpose2d(gradient, weight.to(gradient.dtype), padding=ctx.padding) if of_x else None
-            weight_gradient = torch.nn.grad.conv2d_weight(x, weight.shape, gradient, padding=ctx.padding).to(weight.dtype) if of_weight else None
-            return x_gradient, weight_gradient, bias_gradient, None, None
+            kernels_gradient = torch.nn.grad.conv2d_weight(x, weight.shape, gradient, padding=ctx.padding).to(weight.dtype) if of_weight else None
+            return x_gradient, kernels_gradient, bias_gradient, None, None
         if of_x:
             x_gradient = _convolve(ctx.packed(weight, None, True, gradient.dtype == torch.bfloat16), gradient, 2 - ctx.padding, _is_channels_last(weight) or _is_channels_last(gradient))
-        if of_weight:
+        if of_weight and x.dtype == torch.float32 and min(weight.shape[:2]) >= _FEWEST_WEIGHED:
+            kernels_gradient = _weight_gradient(x, gradient, ctx.padding)
+        elif of_weight:
             one, wanted = [1, 1], [False, True, False]
-            weight_gradient = torch.ops.aten.convolution_backward(gradient, x, weight.to(x.dtype), None, one, [ctx.padding] * 2, one, False, [0, 0], 1, wanted)[1].to(weight.dtype)
-        return x_gradient, weight_gradient, bias_gradient, None, None
+            kernels_gradient = torch.ops.aten.convolution_backward(gradient, x, weight.to(x.dtype), None, one, [ctx.padding] * 2, one, False, [0, 0], 1, wanted)[1].to(weight.dtype)
+        return x_gradient, kernels_gradient, bias_gradient, None, None
 
 
 def _dtype_of(x: Tensor) -> torch.dtype:
@@ -137,12 +141,6 @@ def _convolve(packed: Packed, x: Tensor, padding: int, channels_last: bool) -> T
     threads = torch.get_num_threads()
     half = x.dtype == torch.bfloat16
     channels_last |= half
-    if half:
-        pictures = x.detach().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).view(torch.int16).numpy()
-    elif x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):  # torch's copy takes ten times as long
-        pictures = [from_planes(planes, len(planes), threads) for planes in x.detach().contiguous().numpy()]
-    else:
-        pictures = x.detach().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).numpy()
     rows, columns = (np.pad(np.arange(side), padding, constant_values=-1) for side in x.shape[2:])
     nothing, size = np.zeros(whole_vectors(x.shape[1]), np.float32), packed.size(rows, columns)
     operations += len(x) * packed.operations(*size)
@@ -150,8 +148,26 @@ def _convolve(packed: Packed, x: Tensor, padding: int, channels_last: bool) -> T
     output = torch.empty(len(x), packed.channels, *size, dtype=x.dtype, device=x.device, memory_format=layout)
     aside = None if channels_last else aligned((*size, packed.channels))
     written = output.permute(0, 2, 3, 1) if channels_last else output
-    for picture, target in zip(pictures, (written.view(torch.int16) if half else written).numpy()):
+    for picture, target in zip(_pictures(x, threads), (written.view(torch.int16) if half else written).numpy()):
         packed.convolve(Activation.of(picture), rows, columns, nothing, target if aside is None else aside, False, threads)
         if aside is not None:
             to_planes(aside, packed.channels, threads, target)
     return output
+
+
+def _pictures(x: Tensor, threads: int) -> Iterable[np.ndarray]:
+    """``(N, C, H, W)`` as N of ``(H, W, C)``; bfloat16 as its bits."""
+    if x.dtype == torch.float32 and x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):  # torch's copy takes ten times as long
+        return [from_planes(planes, len(planes), threads) for planes in x.detach().numpy()]
+    last = x.detach().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    return (last.view(torch.int16) if x.dtype == torch.bfloat16 else last).numpy()
+
+
+def _weight_gradient(x: Tensor, gradient: Tensor, padding: int) -> Tensor:
+    """Of the kernels that made, of ``(N, I, H, W)``, padded by zeros, what has the ``gradient``, ``(N, O, H', W')``: ``(O, I, 3, 3)``, channels-last."""
+    global operations
+    join_threads()
+    threads = torch.get_num_threads()
+    operations += round(2 * 64 / 36 * x.shape[1] * gradient.numel())
+    found = weight_gradient(_pictures(x, threads), _pictures(gradient, threads), padding, threads)
+    return torch.from_numpy(found).permute(0, 3, 1, 2)

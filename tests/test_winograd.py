@@ -47,7 +47,7 @@ def test_kernels_that_change_are_packed_as_those_that_stay(inputs, outputs):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("padding, mode", [(0, "zeros"), (1, "zeros"), (1, "reflect"), (1, "replicate")])
-@pytest.mark.parametrize("inputs, outputs", [(16, 24), (64, 16)])
+@pytest.mark.parametrize("inputs, outputs", [(16, 24), (64, 16), (32, 40)])
 def test_results_and_gradients_are_torchs(convolved, layout, frozen, padding, mode, inputs, outputs):
     torch.manual_seed(0)
     ours = Conv3x3(inputs, outputs, 3, padding=padding, padding_mode=mode).to(memory_format=layout)
@@ -69,6 +69,28 @@ def test_results_and_gradients_are_torchs(convolved, layout, frozen, padding, mo
     assert apart(out, expected) < 2e-5 and apart(x.grad, y.grad) < 2e-5
     if not frozen:
         assert apart(ours.weight.grad, theirs.weight.grad) < 1e-5 and apart(ours.bias.grad, theirs.bias.grad) < 1e-5
+
+
+# Less than a tile; tiles that stick out; more tiles (24 x 24) than are transformed at once (512); channels that fill no block.
+@pytest.mark.parametrize("images, inputs, outputs, height, width, padding", [(1, 32, 32, 3, 3, 0), (3, 40, 56, 14, 9, 1), (2, 32, 48, 7, 12, 2), (1, 32, 32, 142, 142, 0)])
+def test_the_weights_gradient_is_torchs(images, inputs, outputs, height, width, padding):
+    torch.manual_seed(0)
+    x, towards = torch.randn(images, height, width, inputs), torch.randn(images, height + 2 * padding - 2, width + 2 * padding - 2, outputs)
+    expected = torch.nn.grad.conv2d_weight(x.double().permute(0, 3, 1, 2), (outputs, inputs, 3, 3), towards.double().permute(0, 3, 1, 2), padding=padding)
+    found = [native_library.weight_gradient(x.numpy(), towards.numpy(), padding, threads) for threads in (1, 3)]
+    assert np.array_equal(*found)
+    assert np.abs(found[0].transpose(0, 3, 1, 2) - expected.numpy()).max() < 3e-5 * expected.abs().max()  # 1.1e-5 at 142 px, 2e-6 to 6e-6 else
+
+
+def test_the_weights_gradient_is_filtered_where_that_pays(monkeypatch):
+    asked, weigh = [], winograd.weight_gradient
+    monkeypatch.setattr(winograd, "weight_gradient", lambda *given: asked.append(given) or weigh(*given))
+    for inputs, outputs in ((32, 32), (16, 64)):
+        before = winograd.operations
+        Conv3x3(inputs, outputs, 3)(torch.randn(2, inputs, 14, 8, requires_grad=True)).sum().backward()
+    assert len(asked) == 1
+    # 2 x 1 tiles of 6x6, two times the 64 products of each, of 2 images: there, back to the 14x8 input (of 16x10, 3 x 2 tiles; 3.11 by the area), not to the weights
+    assert winograd.operations - before == 2 * round(2 * 64 / 36 * 16 * 64 * 12 * 6) + 2 * round(2 * 64 / 36 * 16 * 64 * 14 * 8)
 
 
 @PAIRS_ALONE
