@@ -8,7 +8,7 @@ Pictures between stages are (H, W, C) with C a multiple of 8, not normalized yet
 ReLU (`struct input`). Whoever writes them gathers the moments of their channels, so an activation is written once and read once.
 
 - 3x3 of stride 1: Winograd's minimal filtering (Lavin and Gray 2016), in float32 F(6x6, 3x3), 64 multiplications for 36 outputs instead of 324, in bfloat16,
-  where that would round too much, F(4x4, 3x3), 36 for 16 instead of 144.
+  where that would round too much, F(4x4, 3x3), 36 for 16 instead of 144. In training, in float32, the gradient of their kernels likewise.
 - 9x9 of stride 1: F(3x3, 3x3), nested: 225 multiplications for 9 outputs instead of 729.
 - all others: directly.
 
