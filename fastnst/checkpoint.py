@@ -5,6 +5,7 @@ Both are written atomically and read without executing code.
 
 import io
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,37 @@ def load_model(path: str | Path) -> tuple[TransformNetwork, ModelInfo]:
 
 def snapshot(network: nn.Module, optimizer: torch.optim.Optimizer, step: int, watchdog: dict[str, Any] | None = None) -> dict[str, Any]:
     """What a run has learned up to ``step``, and the numbers by which it is watched: a copy on the CPU, which the next steps do not change."""
-    return _copied({"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict(), "watchdog": watchdog})
+    state = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict(), "watchdog": watchdog}
+    tensors = list(_tensors(state))
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    return _replaced(state, iter([tensor.detach().clone() for tensor in tensors] if on_cpu else _moved(tensors)))
 
 
-def _copied(state: Any) -> Any:
+def _tensors(state: Any) -> Iterator[Tensor]:
     if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
+        yield state
+    for value in state.values() if isinstance(state, dict) else state if isinstance(state, list) else ():
+        yield from _tensors(value)
+
+
+def _moved(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies on the CPU, by one transfer for each type: the 250 tensors of a training took 60 ms one by one."""
+    copies: dict[int, Tensor] = {}
+    for dtype in {tensor.dtype for tensor in tensors}:
+        alike = {index: tensor for index, tensor in enumerate(tensors) if tensor.dtype == dtype}
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike.values()]).cpu()
+        parts = flat.split([tensor.numel() for tensor in alike.values()])
+        copies |= {index: part.view(tensor.shape) for (index, tensor), part in zip(alike.items(), parts)}
+    return [copies[index] for index in range(len(tensors))]
+
+
+def _replaced(state: Any, by: Iterator[Tensor]) -> Any:
+    """The same, its tensors one after the other ``by`` others."""
+    if isinstance(state, Tensor):
+        return next(by)
     if isinstance(state, dict):
-        return {key: _copied(value) for key, value in state.items()}
-    return [_copied(value) for value in state] if isinstance(state, list) else state
+        return {key: _replaced(value, by) for key, value in state.items()}
+    return [_replaced(value, by) for value in state] if isinstance(state, list) else state
 
 
 def save_training_state(

@@ -217,14 +217,14 @@ class Training:
 
     def _judged(self) -> tuple[dict[str, float], Tensor]:
         task = self.task
-        judged = partial(validate, task.network, task.loss, task.validation, task.photos_at_once)
+        judged = partial(validate, task.network, task.loss, task.validation)
         try:
-            return judged()
+            return judged(task.photos_at_once * (4 if task.device.type == "cuda" else 1))  # a GPU waits for each launch of the few that a step takes
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         task.gradient.forget()  # what was recorded holds memory that nothing else may use
-        return judged()
+        return judged(task.photos_at_once)
 
     def save(self) -> None:
         """Keep the state, and the model where it is the best so far; not where the last steps look suspicious."""

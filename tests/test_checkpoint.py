@@ -1,5 +1,6 @@
 """Models and training states come back bit for bit, and damaged files are named."""
 
+import copy
 import errno
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fastnst import __version__
+from fastnst import __version__, checkpoint
 from fastnst.checkpoint import load_model, load_training_state, restore, save_model, save_training_state, snapshot
 from fastnst.model import MODEL_FORMAT, NetworkConfig
 from fastnst.network import TransformNetwork
@@ -28,6 +29,35 @@ def model(tmp_path) -> Path:
     path = tmp_path / "model.safetensors"
     save_model(path, small(), 7, RECIPE, Image.new("RGB", (8, 6), (200, 30, 30)))
     return path
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_snapshot_is_a_copy_however_it_is_laid_out(monkeypatch, on_gpu):
+    if on_gpu:  # whose tensors are moved all at once
+        monkeypatch.setattr("fastnst.checkpoint._tensors", lambda state, found=checkpoint._tensors: iter([Elsewhere(each) for each in found(state)]))
+    network = small(norm="batch", width=4).to(memory_format=torch.channels_last)  # its counts are whole numbers, without a shape
+    optimizer = torch.optim.Adam(network.parameters())
+    network(torch.rand(2, 3, 16, 16)).sum().backward()
+    optimizer.step()
+    taken = snapshot(network, optimizer, 1, {"losses": [1.0, 2.0]})
+    before = copy.deepcopy({"network": network.state_dict(), "optimizer": optimizer.state_dict()})
+    network(torch.rand(2, 3, 16, 16)).sum().backward()
+    optimizer.step()
+    assert taken["step"] == 1 and taken["watchdog"] == {"losses": [1.0, 2.0]}
+    assert taken["network"].keys() == before["network"].keys() and all(torch.equal(each, before["network"][name]) for name, each in taken["network"].items())
+    assert {name: each.dtype for name, each in taken["network"].items()} == {name: each.dtype for name, each in before["network"].items()}
+    for index, state in before["optimizer"]["state"].items():
+        assert all(torch.equal(taken["optimizer"]["state"][index][name], each) for name, each in state.items())
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says to lie on a GPU."""
+
+    @staticmethod
+    def __new__(cls, tensor):
+        return tensor.detach().as_subclass(cls)
+
+    device = torch.device("cuda")
 
 
 @pytest.mark.parametrize(
