@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from fastnst.adam import Adam, same_order
 from fastnst.fused import on_device
-from fastnst.optimizer import Adam, same_order
 
 _TABLES = 4  # that are kept: two recorded passes have gradients of their own each
 _NUMBERS = 2048  # that a program steps: a network takes some 900, all of which a large GPU runs at once

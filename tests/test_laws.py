@@ -33,7 +33,8 @@ NOUNS = {
     "onnx_graph": {"eight_bits", "files", "model", "stages"},
     "fused_norm": {"stages"},
     "fused": {"fused_norm", "runtime"},
-    "fused_adam": {"fused"},
+    "adam": set(),
+    "fused_adam": {"adam", "fused"},
     "wide": {"stages"},
     "fused_weights": set(),
     "fused_pixels": {"fused_norm", "stages", "wide"},
@@ -55,12 +56,12 @@ NOUNS = {
     "winograd": {"native_library", "stages"},
     "network": {"cpu_network", "fused", "fused_network", "model", "wide", "winograd"},
     "loss_network": {"config", "fused", "fused_features", "winograd"},
-    "losses": {"config", "fused", "fused_distances", "loss_network", "self_product"},
+    "losses": {"background", "config", "fused", "fused_distances", "loss_network", "self_product"},
     "photo_cache": {"files", "runtime"},
     "data": {"background", "config", "photo_cache", "picture", "runtime"},
     "objective": {"background", "losses", "native_library", "runtime"},
     "gradient": {"fused", "fused_network", "objective", "ranks", "recording", "runtime"},
-    "optimizer": {"fused", "fused_adam"},
+    "optimizer": {"adam", "fused", "fused_adam"},
     "benchmark_inference": {"checkpoint", "engine", "network", "picture", "runtime", "stages"},
     "benchmark_training": {"data", "gradient", "losses", "loss_network", "model", "native_library", "network", "objective", "optimizer", "runtime", "winograd"},
     "benchmark_recipes": {"image", "judges", "losses", "metrics", "report"},
@@ -77,7 +78,7 @@ NOUNS = {
     "training": {"background", "checkpoint", "image", "model", "picture", "run", "runtime", "schedule", "task", "watchdog"},
     "task": {"config", "data", "gradient", "image", "loss_network", "losses", "metrics", "model", "network", "objective", "optimizer", "photo_cache", "picture", "ranks", "runtime", "schedule"},
 }
-TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "gradient", "optimizer", "fused_adam", "benchmark_training", "benchmark_recipes", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task", "training"}
+TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "gradient", "optimizer", "adam", "fused_adam", "benchmark_training", "benchmark_recipes", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task", "training"}
 # Each verb; any noun is open to those that train.
 ALLOWED_TO_VERBS = {
     "train": set(NOUNS),

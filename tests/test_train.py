@@ -24,11 +24,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import fastnst.run
 import fastnst.train
 import fastnst.training
+from fastnst.adam import Adam
 from fastnst.checkpoint import load_model, load_training_state
 from fastnst.config import validate_config
 from fastnst.gradient import Gradient
 from fastnst.network import TransformNetwork
-from fastnst.optimizer import Adam
 from fastnst.task import _cut
 from fastnst.train import TrainConfig, TrainingDiverged, train
 from fastnst.watchdog import Trouble
@@ -706,7 +706,7 @@ def test_the_model_file_tells_recipe_and_style_but_no_folder(finished, tmp_path)
 
 
 def test_every_step_is_reported_in_order_and_told_of_once_the_next_is_launched(train_data, tmp_path, monkeypatch):
-    told, step_of_adam, add_scalar = [], torch.optim.Adam.step, fastnst.train.SummaryWriter.add_scalar
+    told, step_of_adam, add_scalar = [], Adam.step, fastnst.train.SummaryWriter.add_scalar
 
     def step(self):
         told.append("launched")
@@ -720,7 +720,7 @@ def test_every_step_is_reported_in_order_and_told_of_once_the_next_is_launched(t
         what = "losses" if progress.losses else "validation" if progress.validation else "message" if progress.message else "step"
         told.append((what, progress.step))
 
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(Adam, "step", step)
     monkeypatch.setattr(fastnst.train.SummaryWriter, "add_scalar", draw)
     fit(train_data, tmp_path / "run", report=report, train__log_every=1, train__save_every=4)
     begun = told.index(("validation", 0)) + 1
