@@ -29,7 +29,7 @@ class Adam:
         for parameter in stepped:
             if parameter not in self.state:
                 zeros = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
+                self.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device), **zeros}
         means, squares, steps = ([self.state[parameter][name] for parameter in stepped] for name in ("exp_avg", "exp_avg_sq", "step"))
         torch._foreach_add_(steps, 1)
         (beta1, beta2), gradients = group["betas"], [parameter.grad for parameter in stepped]
@@ -56,12 +56,17 @@ class Adam:
             raise ValueError(f"got the state of {len(group['params'])} parameters, need that of {len(own['params'])}")
         if asked := [name for name in _UNSUPPORTED if group.get(name)]:
             raise ValueError(f"got an Adam with {', '.join(asked)}, need one without")
-        own.update({name: group[name] for name in ("lr", "betas", "eps")})
-        self.state = {}
+        loaded = {}
         for index, its in state["state"].items():
-            parameter = own["params"][index]
-            moments = {name: torch.empty_like(parameter, requires_grad=False).copy_(its[name]) for name in ("exp_avg", "exp_avg_sq")}
-            self.state[parameter] = {"step": torch.as_tensor(its["step"], dtype=torch.float32).to(parameter.device, copy=True), **moments}
+            if index not in range(len(own["params"])):
+                raise ValueError(f"got the state of a parameter {index}, need 0 to {len(own['params']) - 1}")
+            parameter, found = own["params"][index], {name: its[name] for name in ("exp_avg", "exp_avg_sq")}
+            if wrong := [moment.shape for moment in found.values() if moment.shape != parameter.shape]:
+                raise ValueError(f"got moments of {tuple(wrong[0])} for a parameter of {tuple(parameter.shape)}")
+            moments = {name: torch.empty_like(parameter, requires_grad=False).copy_(moment) for name, moment in found.items()}
+            loaded[parameter] = {"step": torch.as_tensor(its["step"], dtype=torch.float32).to(parameter.device, copy=True), **moments}
+        own.update({name: group[name] for name in ("lr", "betas", "eps")})
+        self.state = loaded
 
 
 def same_order(one: Tensor, other: Tensor) -> bool:

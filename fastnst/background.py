@@ -56,38 +56,37 @@ class Later:
     """
 
     def __init__(self, name: str) -> None:
-        self._name, self._thread, self._error = name, None, None
+        self._name, self._idle, self._error = name, threading.Event(), None
+        self._idle.set()
 
     def __call__(self, work: Callable[[], None]) -> None:
         self.wait()
-        self._thread = threading.Thread(target=self._do, args=(work,), name=self._name, daemon=True)
-        self._thread.start()
+        self._idle.clear()
+        threading.Thread(target=self._do, args=(work,), name=self._name, daemon=True).start()
 
     def check(self) -> None:
         if self._error is not None:
             raise self._error
 
     def wait(self) -> None:
-        self._join()
+        self._idle.wait()  # a thread's own `join` takes it for ended once Ctrl-C has broken off one
         self.check()
 
     def __enter__(self) -> Later:
         return self
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
-        self._join()
+        self._idle.wait()
         if error is None:
             self.check()
-
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
 
     def _do(self, work: Callable[[], None]) -> None:
         try:
             work()
         except BaseException as error:
             self._error = error
+        finally:
+            self._idle.set()
 
 
 class Mark:

@@ -77,7 +77,7 @@ class Gradient:
                 self.forget()
                 self._say(f"a CUDA graph failed, going on slower without ({why})")
             elif (seconds := time.monotonic() - began) > _LONG:
-                self._say(f"the first step took {seconds:.0f} s, in which kernels were compiled for this GPU; they are kept for the next training")
+                self._say(f"the first step of its kind took {seconds:.0f} s, in which kernels were compiled for this GPU; they are kept for the next training")
         return self._recordings.get(kind)
 
     def _aside(self) -> AbstractContextManager:

@@ -1,5 +1,6 @@
 """What is done beside other work: in order, to its end, and no error is lost or hides another."""
 
+import signal
 import threading
 
 import pytest
@@ -49,6 +50,19 @@ def test_an_error_is_raised_where_the_caller_comes_by_next_and_nothing_is_done_b
             later.wait()
         done.append("left")
     assert done == (["left"] if ask == "leave" else [])
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="not on Windows")
+def test_ctrl_c_while_it_waits_leaves_no_work_behind():
+    done, before = [], signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), Later("working") as later:
+            later(lambda: (threading.Event().wait(0.5), done.append("work")))
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            later.wait()
+        assert done == ["work"]
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_an_error_under_way_is_not_hidden_and_the_work_is_done_all_the_same():

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastnst import gradient as gradients
 from fastnst import losses
 from fastnst import network as networks
+from fastnst.background import SideStream
 from fastnst.engine import TorchEngine
 from fastnst.gradient import Gradient
 from fastnst.loss_network import load_loss_network
@@ -131,13 +132,36 @@ def test_where_recording_fails_it_goes_on_without(recorded, monkeypatch, error, 
     assert told == [f"a CUDA graph failed, going on slower without ({why})"]
 
 
+@pytest.mark.parametrize("distance", ["mse", "rmse"])
+def test_no_stream_is_waited_for_that_had_no_part(monkeypatch, distance):
+    """What is recorded may not: the recording would fail."""
+    seen: list[tuple[str, int]] = []
+
+    class Seen(SideStream):
+        def beside(self):
+            seen.append(("beside", id(self)))
+            return super().beside()
+
+        def wait(self):
+            seen.append(("wait", id(self)))
+
+    monkeypatch.setattr("fastnst.objective.SideStream", Seen)
+    one = objective()
+    one.loss.config = LOSS.model_copy(update={"distance": distance})
+    seen.clear()
+    Gradient(one, 4)(photos(0), cut(0))
+    waited = [index for index, (what, _) in enumerate(seen) if what == "wait"]
+    assert len({seen[index][1] for index in waited}) == 2
+    assert all(("beside", seen[index][1]) in seen[:index] for index in waited)
+
+
 def test_a_first_step_that_took_long_says_why(recorded, monkeypatch):
     told: list[str] = []
     gradient, clock = Gradient(objective(), 4, say=told.append), iter([0.0, 17.4, 20.0, 22.0])
     monkeypatch.setattr(gradients.time, "monotonic", lambda: next(clock))
     for step in range(4):  # with a cut and without, each recorded once
         gradient(photos(step), cut(step))
-    assert told == ["the first step took 17 s, in which kernels were compiled for this GPU; they are kept for the next training"]
+    assert told == ["the first step of its kind took 17 s, in which kernels were compiled for this GPU; they are kept for the next training"]
 
 
 def move_to_pretended_gpu(module: torch.nn.Module) -> None:

@@ -70,6 +70,11 @@ def test_a_state_is_copied_and_one_that_does_not_fit_is_refused():
         adam([network.weight]).load_state_dict(kept)
     with pytest.raises(ValueError, match="an Adam with weight_decay"):
         optimizer.load_state_dict({**kept, "param_groups": [kept["param_groups"][0] | {"weight_decay": 0.1}]})
+    for index in (7, -1):
+        with pytest.raises(ValueError, match=f"of a parameter {index}, need 0 to 1"):
+            optimizer.load_state_dict({**kept, "state": kept["state"] | {index: kept["state"][0]}})
+    with pytest.raises(ValueError, match=r"moments of \(1,\) for a parameter of \(2,\)"):
+        optimizer.load_state_dict({**kept, "state": {0: kept["state"][0], 1: kept["state"][1] | {"exp_avg": torch.ones(1)}}})
     assert optimizer.state[network.weight]["step"] == 2
 
 
