@@ -61,8 +61,14 @@ class Later:
 
     def __call__(self, work: Callable[[], None]) -> None:
         self.wait()
-        self._idle.clear()
-        threading.Thread(target=self._do, args=(work,), name=self._name, daemon=True).start()
+        thread = threading.Thread(target=self._do, args=(work,), name=self._name, daemon=True)
+        try:
+            self._idle.clear()
+            thread.start()
+        except BaseException:
+            if thread.ident is None:  # it never began: nobody may wait for it
+                self._idle.set()
+            raise
 
     def check(self) -> None:
         if self._error is not None:

@@ -139,20 +139,25 @@ class _Staying:
 
     def __init__(self, run: Callable[[torch.Tensor], torch.Tensor], place: torch.device) -> None:
         self._run, self._place, self._given, self._there = run, place, None, torch.empty(0)
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if place.type == "cuda" else []
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if place.type == "cuda" else None
+        self.seconds = 0.0
 
     def __call__(self, pictures: np.ndarray) -> torch.Tensor:
         if self._given is not pictures:
             self._given, self._there = pictures, torch.from_numpy(pictures).to(self._place)
             torch.accelerator.synchronize(self._place)
-        began = time.perf_counter()
-        for event in self._events[:1]:
-            event.record()
+        if self._events is None:
+            began = time.perf_counter()
+            output = self._run(self._there)
+            torch.accelerator.synchronize(self._place)
+            self.seconds = time.perf_counter() - began
+            return output
+        begin, end = self._events
+        begin.record()
         output = self._run(self._there)
-        for event in self._events[1:]:
-            event.record()
+        end.record()
         torch.accelerator.synchronize(self._place)
-        self.seconds = self._events[0].elapsed_time(self._events[1]) / 1000 if self._events else time.perf_counter() - began
+        self.seconds = begin.elapsed_time(end) / 1000
         return output
 
 

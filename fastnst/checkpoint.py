@@ -7,7 +7,7 @@ import io
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -19,6 +19,18 @@ from fastnst.model import ModelInfo, damaged, read_model, write_model
 from fastnst.network import TransformNetwork
 
 STATE_NAME = "training_state.pt"
+
+
+class Optimizer(Protocol):
+    """What a training asks of one: torch's are such, and ours, which are none of torch's."""
+
+    param_groups: list[dict[str, Any]]
+
+    def step(self) -> Any: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def save_model(
@@ -48,7 +60,7 @@ def load_model(path: str | Path) -> tuple[TransformNetwork, ModelInfo]:
     return network.eval(), info
 
 
-def snapshot(network: nn.Module, optimizer: torch.optim.Optimizer, step: int, watchdog: dict[str, Any] | None = None) -> dict[str, Any]:
+def snapshot(network: nn.Module, optimizer: Optimizer, step: int, watchdog: dict[str, Any] | None = None) -> dict[str, Any]:
     """What a run has learned up to ``step``, and the numbers by which it is watched: a copy on the CPU, which the next steps do not change."""
     state = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict(), "watchdog": watchdog}
     tensors = list(_tensors(state))
@@ -111,7 +123,7 @@ def load_training_state(path: str | Path, device: torch.device | str = "cpu") ->
     return state
 
 
-def restore(path: Path, state: dict[str, Any], network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore(path: Path, state: dict[str, Any], network: nn.Module, optimizer: Optimizer) -> None:
     """Put a loaded training state into ``network`` and ``optimizer``. Raises ``ValueError`` naming the file where it does not fit."""
     try:
         network.load_state_dict(state["network"])

@@ -37,7 +37,7 @@ def fused_layers(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Tens
     x = take(images.detach(), "float", dtype, (0, 0), network.config.start_padding, padding, mode, -128.0)[0]
     shuffle = 2 if half else 1  # after the last convolution
     layouts = _layouts(network, steps, shuffle, dtype)
-    weights = LaidOut.apply(layouts, *layouts.parameters) if aside is None else aside.weights(layouts)
+    weights = LaidOut.apply(layouts, *layouts.parameters)
     first, last = steps[0].conv, steps[-1].conv
     earlier = within = None  # what the steps before gave, without padding
     for index, (step, after) in enumerate(zip(steps, steps[1:])):
@@ -72,28 +72,15 @@ def _layouts(network: nn.Module, steps: list[Step], shuffle: int, dtype: torch.d
 
 
 class Aside:
-    """The gradients of convolutions' weights, which a GPU computes beside the way back to the photos: small as they are, neither fills it. And the weights as
-    laid out, beside what makes photos ready.
+    """The gradients of convolutions' weights, which a GPU computes beside the way back to the photos: small as they are, neither fills it.
 
     They are found on a stream of their own. What is read there is held until all of it is done.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._side = SideStream(device)
-        self._laid_out: dict[WeightLayouts, tuple[Tensor, ...]] = {}
         self._held: list[Tensor] = []
         self._found: list[tuple[Tensor, Tensor]] = []  # weights and biases, as laid out, and their gradients
-
-    def lay_out(self, layouts: WeightLayouts) -> None:
-        """What ``weights`` is going to be asked for, while photos are made ready."""
-        with self._side.beside():
-            self._laid_out[layouts] = LaidOut.apply(layouts, *layouts.parameters)
-
-    def weights(self, layouts: WeightLayouts) -> tuple[Tensor, ...]:
-        if layouts not in self._laid_out:
-            self.lay_out(layouts)
-        self._side.wait()
-        return self._laid_out[layouts]
 
     def put(self, weight: Tensor, x: Tensor, gradient: Tensor, stride: tuple[int, int]) -> None:
         """Find the gradient of ``weight``, by which ``x`` was convolved."""
@@ -109,14 +96,12 @@ class Aside:
 
     def give(self) -> None:
         """What was found to the parameters that the weights were made of."""
-        if self._laid_out:  # else the network was not fused, and what is recorded may not wait for a stream that has no part in it
+        if self._found:  # else the network was not fused, and what is recorded may not wait for a stream that has no part in it
             self._side.wait()
-        if self._found:
             torch.autograd.backward(*zip(*self._found))
 
     def let_go(self) -> None:
         """Of what is held, once it is no longer read."""
-        self._laid_out.clear()
         self._held.clear()
         self._found.clear()
 
@@ -126,9 +111,6 @@ def weights_aside(network: nn.Module, aside: Aside) -> Iterator[None]:
     """In here the gradients of ``network``'s weights, where it is fused, are computed ``aside``; they are there when it is left."""
     network.aside = aside
     try:
-        for layouts in _kept.get(network, {}).values():
-            if layouts.holds(layouts.parameters):
-                aside.lay_out(layouts)
         yield
         aside.give()
     finally:

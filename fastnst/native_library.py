@@ -247,18 +247,16 @@ class Packed:
         return (mean, squares / (height * width)) if statistics else None
 
 
-def weight_gradient(pictures: Iterable[np.ndarray], gradients: Iterable[np.ndarray], padding: int, threads: int) -> np.ndarray:
+def weight_gradient(pictures: Iterable[np.ndarray], gradients: Iterable[np.ndarray], outputs: int, inputs: int, padding: int, threads: int) -> np.ndarray:
     """That of 3x3 kernels, ``(O, 3, 3, I)``: from what they convolved, ``(H, W, I)`` each, ``padding`` zeros added, and the gradients of what came out,
     ``(H', W', O)``; float32, channels in whole vectors. Raises ``MemoryError``."""
-    library, sums = native_library(), None
+    library = native_library()
+    wide = 2 * library.fastnst_lanes()
+    sums = aligned((64, -(-inputs // wide), outputs, wide))
+    sums.fill(0)
     for picture, gradient in zip(pictures, gradients, strict=True):
-        (height, width, outputs), inputs = gradient.shape, picture.shape[2]
-        if sums is None:
-            wide = 2 * library.fastnst_lanes()
-            sums = aligned((64, -(-inputs // wide), outputs, wide))
-            sums.fill(0)
         given, sides = Activation.of(picture), [_beyond(np.pad(np.arange(side), padding, constant_values=-1)) for side in picture.shape[:2]]
-        if library.fastnst_weigh(ctypes.byref(given._input(*sides)), _at(gradient), _at(sums), height, width, outputs, threads):
+        if library.fastnst_weigh(ctypes.byref(given._input(*sides)), _at(gradient), _at(sums), *gradient.shape, threads):
             raise MemoryError(f"no memory left for the gradient of {outputs}x{inputs} kernels")
     found = np.empty((outputs, 3, 3, inputs), np.float32)
     library.fastnst_weighed(ctypes.byref(_Weighed(_at(sums), _at(found), outputs, inputs, threads)))

@@ -14,12 +14,12 @@ _MOMENTUM = 0.95
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-def make_optimizer(name: OptimizerName, network: nn.Module) -> "Adam | Muon":
+def make_optimizer(name: OptimizerName, network: nn.Module) -> "Adam | torch.optim.Adam | Muon":
     """Over the weights of ``network``; its learning rate is for the caller to set before each step."""
     return adam(list(network.parameters())) if name == "adam" else Muon(network)
 
 
-def adam(parameters: list[nn.Parameter]) -> Adam:
+def adam(parameters: list[nn.Parameter]) -> Adam | torch.optim.Adam:
     """Adam over ``parameters``, all in one kernel where the device has it."""
     device = parameters[0].device
     if triton_works(device):

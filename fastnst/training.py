@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from fastnst.background import Later, Mark
-from fastnst.checkpoint import STATE_NAME, restore, save_model, save_training_state, snapshot
+from fastnst.checkpoint import STATE_NAME, Optimizer, restore, save_model, save_training_state, snapshot
 from fastnst.image import resize, to_pil
 from fastnst.model import MODEL_NAME, read_model
 from fastnst.picture import ImageSize
@@ -73,7 +73,7 @@ class Training:
         self,
         task: Task,
         run_dir: Path,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         watchdog: Watchdog,
         step: int,
         begun: dict[str, Any],

@@ -169,5 +169,5 @@ def _weight_gradient(x: Tensor, gradient: Tensor, padding: int) -> Tensor:
     join_threads()
     threads = torch.get_num_threads()
     operations += round(2 * 64 / 36 * x.shape[1] * gradient.numel())
-    found = weight_gradient(_pictures(x, threads), _pictures(gradient, threads), padding, threads)
+    found = weight_gradient(_pictures(x, threads), _pictures(gradient, threads), gradient.shape[1], x.shape[1], padding, threads)
     return torch.from_numpy(found).permute(0, 3, 1, 2)

@@ -52,6 +52,12 @@ def test_an_error_is_raised_where_the_caller_comes_by_next_and_nothing_is_done_b
     assert done == (["left"] if ask == "leave" else [])
 
 
+def test_work_that_could_not_begin_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
+    with pytest.raises(RuntimeError, match="can't start new thread"), Later("working") as later:
+        later(lambda: None)
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="not on Windows")
 def test_ctrl_c_while_it_waits_leaves_no_work_behind():
     done, before = [], signal.signal(signal.SIGALRM, signal.default_int_handler)

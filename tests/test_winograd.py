@@ -77,9 +77,15 @@ def test_the_weights_gradient_is_torchs(images, inputs, outputs, height, width, 
     torch.manual_seed(0)
     x, towards = torch.randn(images, height, width, inputs), torch.randn(images, height + 2 * padding - 2, width + 2 * padding - 2, outputs)
     expected = torch.nn.grad.conv2d_weight(x.double().permute(0, 3, 1, 2), (outputs, inputs, 3, 3), towards.double().permute(0, 3, 1, 2), padding=padding)
-    found = [native_library.weight_gradient(x.numpy(), towards.numpy(), padding, threads) for threads in (1, 3)]
+    found = [native_library.weight_gradient(x.numpy(), towards.numpy(), outputs, inputs, padding, threads) for threads in (1, 3)]
     assert np.array_equal(*found)
     assert np.abs(found[0].transpose(0, 3, 1, 2) - expected.numpy()).max() < 3e-5 * expected.abs().max()  # 1.1e-5 at 142 px, 2e-6 to 6e-6 else
+
+
+def test_no_photos_at_all_have_a_gradient_of_zeros():
+    conv = Conv3x3(32, 32, 3)
+    conv(torch.zeros(0, 32, 8, 8)).sum().backward()
+    assert conv.weight.grad.shape == conv.weight.shape and not conv.weight.grad.any()
 
 
 def test_the_weights_gradient_is_filtered_where_that_pays(monkeypatch):
