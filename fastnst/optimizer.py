@@ -70,10 +70,14 @@ class Muon:
         return {"muon": {"state": momenta}, "adam": self._adam.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ``KeyError`` or ``ValueError`` where it is another optimizer's."""
+        """Raises ``KeyError`` or ``ValueError`` where it is another optimizer's, and is then as before."""
+        momenta = [state["muon"]["state"][index]["momentum_buffer"] for index in range(len(self._kernels))]
+        for momentum, kernel in zip(momenta, self._kernels):
+            if momentum.shape != kernel.shape:
+                raise ValueError(f"got a momentum of {tuple(momentum.shape)} for a kernel of {tuple(kernel.shape)}")
         self._adam.load_state_dict(state["adam"])
-        for index, (place, kernel) in enumerate(zip(self._places(self._momentum), self._kernels)):
-            place.copy_(_as_matrix(state["muon"]["state"][index]["momentum_buffer"], like=kernel))
+        for place, momentum, kernel in zip(self._places(self._momentum), momenta, self._kernels):
+            place.copy_(_as_matrix(momentum, like=kernel))
 
     def _places(self, batch: Tensor) -> list[Tensor]:
         """Where each kernel's matrix is in ``batch``."""

@@ -78,6 +78,24 @@ def test_a_state_is_copied_and_one_that_does_not_fit_is_refused():
     assert optimizer.state[network.weight]["step"] == 2
 
 
+def test_a_state_of_muon_that_does_not_fit_changes_nothing():
+    network = TransformNetwork(SMALL)
+    optimizer = Muon(network)
+    give_gradients(network, 0)
+    optimizer.step()
+    kept = copy.deepcopy(optimizer.state_dict())
+    for spoil in (lambda momenta: momenta.pop(1), lambda momenta: momenta[1].update(momentum_buffer=torch.ones(1, 1, 1, 1))):
+        bad = copy.deepcopy(kept)
+        bad["adam"]["state"][0]["exp_avg"] += 7
+        bad["muon"]["state"][0]["momentum_buffer"] += 7
+        spoil(bad["muon"]["state"])
+        with pytest.raises((KeyError, ValueError)):
+            optimizer.load_state_dict(bad)
+        now = optimizer.state_dict()
+        assert torch.equal(now["adam"]["state"][0]["exp_avg"], kept["adam"]["state"][0]["exp_avg"])
+        assert torch.equal(now["muon"]["state"][0]["momentum_buffer"], kept["muon"]["state"][0]["momentum_buffer"])
+
+
 def test_a_training_does_not_import_torchs_compiler():
     """Which takes seconds."""
     program = """
