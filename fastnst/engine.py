@@ -325,22 +325,19 @@ class TorchEngine:
         """``compute`` on an NVIDIA GPU, where the first pass takes some seconds of Triton's compiling; where that fails it goes on without, saying so."""
         from fastnst.fused import on_device
 
-        if self._fast is None:
+        if self._fast is not False:
             try:
                 from fastnst.nvidia import NvidiaPass
 
-                self._fast = NvidiaPass(self.network, self._device, self._dtype)
+                self._fast = self._fast or NvidiaPass(self.network, self._device, self._dtype)
                 with on_device(self._device):
                     return self._fast(x, pixels)
             except Exception as error:  # compilers raise many kinds
-                self._fast = None if is_out_of_memory(error) else False
-                if self._fast is None:
+                if is_out_of_memory(error):
                     raise
+                self._fast = False
                 warnings.warn(f"Triton failed, going on slower without ({' '.join(str(error).split())[:200]})", stacklevel=2)
-        if not self._fast:
-            return self.compute(x, pixels)
-        with on_device(self._device):
-            return self._fast(x, pixels)
+        return self.compute(x, pixels)
 
     def compute(self, x: Any, pixels: Pixels) -> Any:
         """A pass in torch's own steps, neither counted nor recorded."""

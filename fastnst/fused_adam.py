@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastnst.adam import Adam, same_order
 from fastnst.fused import on_device
+from fastnst.fused_kernel import kernel
 
 _TABLES = 4  # that are kept: two recorded passes have gradients of their own each
 _NUMBERS = 2048  # that a program steps: a network takes some 900, all of which a large GPU runs at once
@@ -97,7 +98,7 @@ def _rows(stepped: list[tuple[Tensor, ...]], counts: list[Tensor]) -> np.ndarray
 _FLOATS = ["steps", "rate", "change1", "change2", "correction", "epsilon"]
 
 
-@triton.jit(do_not_specialize=_FLOATS)
+@kernel(do_not_specialize=_FLOATS)
 def _step(table, steps, rate, change1, change2, correction, epsilon, NUMBERS: tl.constexpr):
     """Those of a row; in steps of 16 bytes, where they are a program's full share and begin at such."""
     row = table + tl.program_id(0) * 6

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastnst.fused_kernel import kernel
 from fastnst.self_product import precision_back, product_back, product_in_parts
 
 _NUMBERS = 2048  # that a program takes at once: 16 bytes in half precision by each of its threads, of which a GPU then runs as many as it can
@@ -73,7 +74,7 @@ def _compare_grams(x: Tensor, target: Tensor, divisor: float, weight: float, sum
 
 
 # Sizes are not kept from being compiled for, as elsewhere: that a count is a multiple of 16 is what lets masked numbers be loaded 16 bytes at once.
-@triton.jit
+@kernel
 def _squares(a, b, sums, count, factor, NUMBERS: tl.constexpr):
     total = tl.zeros([NUMBERS], tl.float32)
     for start in range(tl.program_id(0).to(tl.int64) * NUMBERS, count, tl.num_programs(0) * NUMBERS):
@@ -84,7 +85,7 @@ def _squares(a, b, sums, count, factor, NUMBERS: tl.constexpr):
     tl.store(sums + tl.program_id(0), tl.sum(total, 0) * factor)
 
 
-@triton.jit
+@kernel
 def _difference(a, b, gradient, back, count, factor, NUMBERS: tl.constexpr, FURTHER: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
     there = at < count
@@ -95,7 +96,7 @@ def _difference(a, b, gradient, back, count, factor, NUMBERS: tl.constexpr, FURT
     tl.store(back + at, value.to(back.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@kernel
 def _grams(parts, target, difference, sums, images, square, step, inverse, factor, PARTS: tl.constexpr, NUMBERS: tl.constexpr):
     """Adds up the ``parts`` of each image's ``square`` numbers; ``step``: from one image's target to the next."""
     part, total, blocks = tl.arange(0, PARTS)[:, None], tl.zeros([NUMBERS], tl.float32), tl.cdiv(square, NUMBERS)
@@ -109,7 +110,7 @@ def _grams(parts, target, difference, sums, images, square, step, inverse, facto
     tl.store(sums + tl.program_id(0), tl.sum(total, 0) * factor)
 
 
-@triton.jit
+@kernel
 def _scale(x, gradient, out, count, factor, NUMBERS: tl.constexpr):
     at = tl.program_id(0) * NUMBERS + tl.arange(0, NUMBERS)
     value = tl.load(x + at, mask=at < count, other=0) * (factor * tl.load(gradient))

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastnst.fused_kernel import kernel
 from fastnst.fused_pixels import normalized, places_to_pixels
 from fastnst.runtime import is_out_of_memory
 from fastnst.wide import CHANNELS, NUMBERS, PLACE
@@ -241,7 +242,7 @@ def _larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit(do_not_specialize=["count", "height", "width"])
+@kernel(do_not_specialize=["count", "height", "width"])
 def _pool(x, out, count, height, width, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     pixel, channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)[None, :]
     there = (pixel < count)[:, None] & (channel < CHANNELS)
@@ -252,7 +253,7 @@ def _pool(x, out, count, height, width, CHANNELS: tl.constexpr, WIDTH: tl.conste
     tl.store(out + pixel[:, None].to(tl.int64) * CHANNELS + channel, _larger(_larger(first, second), _larger(third, fourth)), mask=there)
 
 
-@triton.jit(do_not_specialize=["count", "height", "width"])
+@kernel(do_not_specialize=["count", "height", "width"])
 def _pool_back(x, gradient, further, back, count, height, width, FURTHER: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     pixel, channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)[None, :]
     there = (pixel < count)[:, None] & (channel < CHANNELS)
@@ -278,7 +279,7 @@ def _give(back, further, place, x, value, chosen, there, FURTHER: tl.constexpr):
     tl.store(back + place, tl.where(x > 0, value, 0.0).to(back.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["count", "height", "width"])
+@kernel(do_not_specialize=["count", "height", "width"])
 def _reflect(x, out, count, height, width, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     pixel, channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)[None, :]
     there = (pixel < count)[:, None] & (channel < CHANNELS)
@@ -288,7 +289,7 @@ def _reflect(x, out, count, height, width, CHANNELS: tl.constexpr, WIDTH: tl.con
     tl.store(out + pixel[:, None].to(tl.int64) * CHANNELS + channel, value, mask=there)
 
 
-@triton.jit(do_not_specialize=["count", "height", "width"])
+@kernel(do_not_specialize=["count", "height", "width"])
 def _reflect_back(gradient, back, count, height, width, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """A pixel next to the border was seen again beyond it."""
     pixel, channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)[None, :]

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastnst.fused_kernel import kernel
 from fastnst.stages import EPSILON
 
 _NUMBERS = 4096  # that a program holds at once
@@ -125,7 +126,7 @@ def _forward(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, relu: boo
     return out
 
 
-@triton.jit(do_not_specialize=["pixels"])
+@kernel(do_not_specialize=["pixels"])
 def _sum_up(x, sums, pixels, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """A part's mean of each channel, and the squares of the distances from it, in one pass: counted from the median of three pixels, so that no large number
     is subtracted from another. Blocks are asked for ``STAGES`` - 1 ahead, else a program waits for each."""
@@ -170,7 +171,7 @@ def _count(part, parts, pixels, BLOCK: tl.constexpr):
     return (blocks - part + parts - 1) // parts * BLOCK - cut_off
 
 
-@triton.jit(do_not_specialize=["pixels", "parts"])
+@kernel(do_not_specialize=["pixels", "parts"])
 def _solve(
     sums, moments, unlike, pixels, parts,
     EPSILON: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, ASKED: tl.constexpr,
@@ -205,7 +206,7 @@ def lies_at(y, across, width, SIDE: tl.constexpr):
     return ((y // SIDE) * (width // SIDE) + across // SIDE) * SIDE * SIDE + (y % SIDE) * SIDE + across % SIDE
 
 
-@triton.jit(do_not_specialize=["height", "width", "skip_image", "skip_row"])
+@kernel(do_not_specialize=["height", "width", "skip_image", "skip_row"])
 def _apply(
     x, moments, weight, bias, skip, out, height, width, skip_image, skip_row,
     PADDING: tl.constexpr, MODE: tl.constexpr, RELU: tl.constexpr, SKIP: tl.constexpr, SHUFFLE: tl.constexpr, PLACES: tl.constexpr,
@@ -252,7 +253,7 @@ def _mirror(at, side, which, PADDING: tl.constexpr, MODE: tl.constexpr):
     return place, tl.where(which == 0, (at >= 0) & (at < side), tl.where(which == 1, is_ahead, is_behind))
 
 
-@triton.jit(do_not_specialize=["height", "width", "columns"])
+@kernel(do_not_specialize=["height", "width", "columns"])
 def _fold(
     x, moments, weight, bias, gradient, within, folded, sums, height, width, columns,
     PADDING: tl.constexpr, MODE: tl.constexpr, RELU: tl.constexpr, WITHIN: tl.constexpr, SHUFFLE: tl.constexpr, PLACES: tl.constexpr,
@@ -301,7 +302,7 @@ def _fold(
     tl.store(sums + CHANNELS, products * inverse, mask=channel < CHANNELS)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@kernel(do_not_specialize=["parts"])
 def _total(sums, totals, parts, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
     """Sums of some channels of an image over its parts, all at once."""
     image, channel = tl.program_id(0), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -314,7 +315,7 @@ def _total(sums, totals, parts, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PAR
     tl.store(totals + CHANNELS, tl.sum(products, 0), mask=real)
 
 
-@triton.jit(do_not_specialize=["pixels"])
+@kernel(do_not_specialize=["pixels"])
 def _back(x, moments, weight, folded, totals, back, whole, pixels, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """The norm's input gradient: weight / deviation x (g - mean(g) - x^ mean(g x^)), x^ being the normalized values. And ``whole``, the sum of the images' totals."""
     image, pixel = tl.program_id(1).to(tl.int64), (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastnst.fused_kernel import kernel
 from fastnst.fused_norm import lies_at
 from fastnst.stages import PIXEL_SHIFT
 from fastnst.wide import CHANNELS, NUMBERS, PLACE
@@ -107,7 +108,7 @@ def _reflected(at, side):
     return side - 1 - tl.abs(side - 1 - tl.abs(at))
 
 
-@triton.jit(do_not_specialize=["height", "width", "whole_height", "whole_width", "start", "padding", "value", "out_height", "out_width"])
+@kernel(do_not_specialize=["height", "width", "whole_height", "whole_width", "start", "padding", "value", "out_height", "out_width"])
 def _take(
     x, out, unlike, image_stride, row_stride, column_stride, channel_stride, height, width, whole_height, whole_width, start, padding, value, out_height, out_width,
     FLOAT: tl.constexpr, MODE: tl.constexpr, PLACE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, ACROSS: tl.constexpr, SHIFT: tl.constexpr,
@@ -137,7 +138,7 @@ def _take(
     tl.store(out + pixel_at * CHANNELS + channel, pixel.to(out.dtype.element_ty), mask=there[:, None])
 
 
-@triton.jit(do_not_specialize=["columns", "height", "width"])
+@kernel(do_not_specialize=["columns", "height", "width"])
 def _finish(
     x, bias, out, image_stride, row_stride, column_stride, channel_stride, columns, height, width,
     OUTPUT: tl.constexpr, FLOAT: tl.constexpr, PLACE: tl.constexpr, NUMBERS: tl.constexpr, PLACES: tl.constexpr, WHOLE: tl.constexpr,
@@ -171,7 +172,7 @@ def _pixel_at(place, height, width, SIDE: tl.constexpr):
     return row // rows, row % rows * SIDE + within // SIDE, place % (width // SIDE) * SIDE + within % SIDE
 
 
-@triton.jit(do_not_specialize=["lines", "height", "width"])
+@kernel(do_not_specialize=["lines", "height", "width"])
 def _to_pixels(x, bias, std, out, lines, height, width, SCALED: tl.constexpr, PLACE: tl.constexpr, NUMBERS: tl.constexpr, ROWS: tl.constexpr):
     row, lane = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, NUMBERS)[None, :]
     numbers: tl.constexpr = PLACE * PLACE * 3
@@ -185,7 +186,7 @@ def _to_pixels(x, bias, std, out, lines, height, width, SCALED: tl.constexpr, PL
     tl.store(out + ((image * 3 + channel).to(tl.int64) * height + y) * width + across, value, mask=there)
 
 
-@triton.jit(do_not_specialize=["height", "width"])  # a count that is a multiple of 16 lets masked numbers be stored 16 bytes at once
+@kernel(do_not_specialize=["height", "width"])  # a count that is a multiple of 16 lets masked numbers be stored 16 bytes at once
 def _to_places(
     images, mean, std, out, sums, image_stride, channel_stride, row_stride, column_stride, count, height, width,
     SCALED: tl.constexpr, SIDE: tl.constexpr, CHANNELS: tl.constexpr, NUMBERS: tl.constexpr, ROWS: tl.constexpr,

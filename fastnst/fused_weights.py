@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastnst.fused_kernel import kernel
+
 _ROWS, _TURNS = 256, 4  # a program adds up so many numbers, of so many each at a time; or it copies as many as both
 _LAST = torch.channels_last
 
@@ -143,7 +145,7 @@ def _adds_up(places: Tensor, layout: Layout) -> bool:
     return not torch.allclose(mean.square(), counts * square, rtol=1e-9, atol=0)
 
 
-@triton.jit
+@kernel
 def _add_up(numbers, programs, start, source, coefficient, out, ROWS: tl.constexpr, TURNS: tl.constexpr):
     program = programs + tl.program_id(0) * 4
     begin, count, copied, place = tl.load(program), tl.load(program + 1), tl.load(program + 2), tl.load(program + 3)

@@ -16,6 +16,15 @@ def can_record(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def _compile_ahead(compute: Callable[[], Any]) -> None:
+    """The kernels of our own in it, where there is a Triton."""
+    try:
+        from fastnst.fused_kernel import compile_ahead
+    except ImportError:
+        return
+    compile_ahead(compute)
+
+
 class Recording:
     """``compute`` over tensors of the shapes and types of ``inputs``, which lie on a GPU, recorded; each call is the same work on other numbers.
 
@@ -37,6 +46,7 @@ class Recording:
                 self._inputs = [given.clone() for given in inputs]
                 self._aside.wait_stream(current)
                 with torch.cuda.stream(self._aside):  # libraries choose their kernels and take their memory now: it may not happen while recording
+                    _compile_ahead(lambda: compute(*self._inputs))
                     for _ in range(_WARM_UP):
                         compute(*self._inputs)
                 current.wait_stream(self._aside)

@@ -1,9 +1,5 @@
 """The norm's kernels for NVIDIA GPUs give what torch gives; where there is no GPU, Triton's interpreter runs them."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -152,52 +148,3 @@ def test_a_picture_of_one_color_comes_out_as_one(name, dtype):
     found = NvidiaPass(stages, torch.device(DEVICE), dtype)(torch.from_numpy(pictures).to(DEVICE), "uint8").cpu().numpy()
     assert not found[0].astype(int).std(axis=(0, 1)).any()
     assert found[1].std() > 20  # what lies beside it is none of that
-
-
-def test_kernels_compile_for_gpus_that_are_not_here():
-    """Interpreted they could do what a GPU cannot: Triton translates them for one of 2018 and one of 2022."""
-    program = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fastnst import fused_adam, fused_distances, fused_features, fused_norm, fused_pixels, fused_weights
-
-sizes, halves = {"CHANNELS": 48, "WIDTH": 64, "BLOCK": 64}, dict.fromkeys(("x", "skip", "out", "gradient", "within", "folded", "back", "further", "a", "b"), "*fp16")
-single = {"gradient": "*fp32"}
-choices = sizes | {"PADDING": 1, "MODE": "reflect", "RELU": True, "SHUFFLE": 2, "PLACES": 4}
-for kernel, constants, other in (
-    (fused_norm._sum_up, sizes | {"STAGES": 4}, {}),
-    (fused_norm._solve, sizes | {"EPSILON": 1e-5, "PARTS": 64, "ASKED": True}, {}),
-    (fused_norm._apply, choices | {"SKIP": True}, {}),
-    (fused_norm._fold, choices | {"WITHIN": True}, {}),
-    (fused_norm._total, {"CHANNELS": 48, "WIDTH": 16, "PARTS": 64}, {}),
-    (fused_norm._back, sizes, {}),
-    (fused_features._pool, sizes, {}),
-    (fused_features._pool_back, sizes | {"FURTHER": True}, {}),
-    (fused_features._reflect, sizes, {}),
-    (fused_features._reflect_back, sizes, {}),
-    (fused_distances._squares, {"NUMBERS": 1024}, {}),
-    (fused_distances._difference, {"NUMBERS": 1024, "FURTHER": True}, single),
-    (fused_distances._grams, {"PARTS": 16, "NUMBERS": 128}, single | dict.fromkeys(("parts", "target", "difference"), "*fp32") | {"inverse": "fp32"}),
-    (fused_distances._scale, {"NUMBERS": 1024}, single | {"x": "*fp32"}),
-    (fused_pixels._take, {"FLOAT": False, "MODE": "reflect", "PLACE": 4, "CHANNELS": 4, "PIXELS": 256, "ACROSS": 128, "SHIFT": 128.0}, {"x": "*u8", "value": "fp32"}),
-    (fused_pixels._to_pixels, {"SCALED": True, "PLACE": 4, "NUMBERS": 64, "ROWS": 32}, {"std": "*fp32", "out": "*fp32"}),
-    (fused_pixels._to_places, {"SCALED": False, "SIDE": 4, "CHANNELS": 3, "NUMBERS": 64, "ROWS": 32}, dict.fromkeys(("images", "mean", "std"), "*fp32")),
-    (fused_weights._add_up, {"ROWS": 256, "TURNS": 4}, {"numbers": "*fp32", "programs": "*i64", "start": "*i32", "source": "*i64", "coefficient": "*fp32"}),
-    (fused_adam._step, {"NUMBERS": 2048}, {"table": "*i64"} | dict.fromkeys(fused_adam._FLOATS, "fp32")),
-    (fused_pixels._finish, {"OUTPUT": "tanh", "FLOAT": False, "PLACE": 4, "NUMBERS": 64, "PLACES": 64, "WHOLE": False}, {"bias": "*fp32", "out": "*u8"}),
-):
-    kinds = halves | dict.fromkeys(("sums", "moments", "totals", "weight", "bias", "whole"), "*fp32") | {"factor": "fp32", "unlike": "*i32"} | other
-    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
-    even = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if signature[name].startswith("*")}  # where tensors begin
-    source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()}, even)
-    for capability in (75, 90):
-        program = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
-        assert f"sm_{capability}" in program
-        if kernel in (fused_norm._apply, fused_norm._fold, fused_norm._back, fused_features._pool, fused_features._pool_back):
-            assert "ld.global.b16" not in program, kernel  # 16 bytes at once, not 2
-print("compiled")
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.stdout == "compiled\n", done.stderr
