@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastnst import wide
+from fastnst.native_norm import NativeNorm, can_norm
 from fastnst.stages import EPSILON, PIXEL_SHIFT
 from fastnst.steps import steps_of
 from fastnst.winograd import convolved
@@ -29,17 +30,22 @@ def cpu_layers(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor
         unminded = None if step.kind == "subpixel" else bias  # a norm follows
         bias = wide.by_place(bias).to(dtype) if unminded is None else None  # each pixel of a place has its own
         x = convolved(x, weight, bias, step.conv.stride[0] if step.kind == "plain" else 1)
-        x = _InstanceNorm.apply(_in_pixels(x) if step.shuffle > 1 else x, step.norm.weight, step.norm.bias, unminded)
-        if step.relu:
-            x = F.relu_(x)
-        if step.skip:
-            cut = step.shave
-            x = x + earlier[:, :, cut : earlier.shape[2] - cut, cut : earlier.shape[3] - cut]
-        earlier, within = within, x
-        x = _padded(x, *after.padding)
+        cut = step.shave
+        skip = earlier[:, :, cut : earlier.shape[2] - cut, cut : earlier.shape[3] - cut] if step.skip else None
+        earlier = within
+        between = NativeNorm.apply if can_norm(x, step.norm.weight) else _by_torch
+        x, within = between(x, step.norm.weight, step.norm.bias, unminded, skip, step.relu, *after.padding, step.shuffle)
     weight, bias = steps[-1].conv.weight.to(dtype), steps[-1].conv.bias.to(dtype)
     x = wide.convolved_by_fours(x, weight, bias) if network.config.stem == "full" else F.pixel_shuffle(F.conv2d(x, weight, bias), 2)
     return x.to(torch.promote_types(dtype, torch.float32))
+
+
+def _by_torch(x: Tensor, weight: Tensor, bias: Tensor, unminded: Tensor | None, skip: Tensor | None, relu: bool, padding: int, mode: str, shuffle: int) -> tuple[Tensor, Tensor]:
+    """As ``NativeNorm``, in torch's own steps."""
+    x = _InstanceNorm.apply(_in_pixels(x) if shuffle > 1 else x, weight, bias, unminded)
+    x = F.relu_(x) if relu else x
+    x = x if skip is None else x + skip
+    return _padded(x, padding, mode), x
 
 
 def _padded(x: Tensor, padding: int, mode: str, value: float = 0.0) -> Tensor:

@@ -192,7 +192,7 @@ static void work_in_team(void *given) {
     work_on(&all[thread]);
 }
 
-static void parallel(long threads, long count, void (*job)(void *, long, long), void *args) {
+void fastnst_parallel(long threads, long count, void (*job)(void *, long, long), void *args) {
     struct work works[256] = {{job, args, count, 0, 0, 0, works}};
     pthread_t others[256];
     char runs[256] = {0};
@@ -894,7 +894,7 @@ static void transpose_part(void *given, long index, long thread) {
 
 /* ---- what Python calls; 0, or -1 where memory ran out ---- */
 
-void fastnst_pack(struct kernels *k) { parallel(k->threads, (k->outputs + WIDE - 1) / WIDE, kernels_part, k); }
+void fastnst_pack(struct kernels *k) { fastnst_parallel(k->threads, (k->outputs + WIDE - 1) / WIDE, kernels_part, k); }
 
 int fastnst_weigh(const struct input *in, const float *gradient, float *sums, int32_t height, int32_t width, int32_t outputs, int32_t threads) {
     struct weighing w = {.in = in, .gradient = gradient, .sums = sums, .height = height, .width = width, .outputs = outputs};
@@ -908,20 +908,20 @@ int fastnst_weigh(const struct input *in, const float *gradient, float *sums, in
     w.V = memory, w.Y = w.V + 64 * w.v_step;
     for (; w.first < all; w.first += tiles) {
         w.tiles = all - w.first < tiles ? all - w.first : tiles;
-        parallel(threads, w.tiles, weigh_tile, &w);
-        parallel(threads, 64, weigh_products, &w);
+        fastnst_parallel(threads, w.tiles, weigh_tile, &w);
+        fastnst_parallel(threads, 64, weigh_products, &w);
     }
     free(memory);
     return 0;
 }
 
-void fastnst_weighed(struct weighed *w) { parallel(w->threads, w->outputs, weighed_part, w); }
+void fastnst_weighed(struct weighed *w) { fastnst_parallel(w->threads, w->outputs, weighed_part, w); }
 
-void fastnst_transpose(struct transposition *t, int32_t threads) { parallel(threads, (t->columns + 63) / 64 * ((t->rows + 1023) / 1024), transpose_part, t); }
+void fastnst_transpose(struct transposition *t, int32_t threads) { fastnst_parallel(threads, (t->columns + 63) / 64 * ((t->rows + 1023) / 1024), transpose_part, t); }
 
-void fastnst_add(struct sum *sum) { parallel(sum->threads, sum->height, add_row, sum); }
+void fastnst_add(struct sum *sum) { fastnst_parallel(sum->threads, sum->height, add_row, sum); }
 
-void fastnst_finish(struct picture *picture) { parallel(picture->threads, picture->height, finish_row, picture); }
+void fastnst_finish(struct picture *picture) { fastnst_parallel(picture->threads, picture->height, finish_row, picture); }
 
 void fastnst_join(void *gomp_parallel) {
     team_of = getpid();
@@ -989,7 +989,7 @@ int fastnst_convolve(const struct input *in, const struct convolution *c, int32_
         return -1;
     }
     task.memory = memory;
-    parallel(threads, parts, kind == WINOGRAD ? winograd : kind == DIRECT ? direct : nested, &task);
+    fastnst_parallel(threads, parts, kind == WINOGRAD ? winograd : kind == DIRECT ? direct : nested, &task);
     for (int channel = 0; channel < c->channels && sums; channel++) {
         double count = 0, mean = 0, squares = 0;
         for (long thread = 0; thread < threads; thread++)

@@ -1,0 +1,102 @@
+"""Instance norm in training on a CPU, with all that comes between two convolutions, there and back, as ``native_norm.c`` does it: the ReLU, the sum with a block's
+input, the padding.
+
+Torch's own steps read and write an activation some ten times, for which a processor waits longer than it computes.
+"""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastnst.native_library import join_threads, native_library
+from fastnst.stages import EPSILON
+
+_MODES = {"reflect": "reflect", "replicate": "edge"}
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "x weight bias mean inverse skip out from_row from_column gradient within folded back weight_gradient bias_gradient".split()),
+        *((name, ctypes.c_int64) for name in "skip_row within_row".split()),
+        *((name, ctypes.c_int32) for name in "rows columns height width channels shuffle padding relu half threads".split()),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+def can_norm(x: Tensor, weight: Tensor) -> bool:
+    """Whether it is there for such activations."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and weight.dtype == torch.float32 and native_library() is not None
+
+
+class NativeNorm(torch.autograd.Function):
+    """``(N, C s s, h, w)`` -> its instance norm, ReLU, or plus ``skip``, padded by ``padding`` on all sides, ``(N, C, h s + 2 p, w s + 2 p)``, and what of it lies within the
+    padding, which a later ``skip`` takes: the gradients of both come back apart. All channels-last and of one type.
+
+    ``mode``: ``reflect``, ``replicate`` or ``constant`` (0). ``shuffle`` s: what comes are places of ``s x s`` pixels, as ``wide`` has them. ``unminded``, a parameter
+    that makes no difference, gets the gradient 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, unminded: Tensor | None, skip: Tensor | None, relu: bool, padding: int, mode: str, shuffle: int):
+        if relu and skip is not None:
+            raise ValueError("got a ReLU and a sum, need one of them or none")
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight, bias, skip = weight.detach().contiguous(), bias.detach().contiguous(), _rows(skip)
+        images, channels, height, width = x.shape[0], x.shape[1] // shuffle**2, x.shape[2] * shuffle, x.shape[3] * shuffle
+        ctx.how = padding, mode, shuffle, relu
+        out = x.new_empty(images, height + 2 * padding, width + 2 * padding, channels).permute(0, 3, 1, 2)
+        moments = weight.new_empty(images, 2, channels)
+        _run("fastnst_norm", ctx.how, x, weight, bias, moments, out=out, skip=skip)
+        ctx.save_for_backward(x, weight, bias, moments)
+        ctx.skips, ctx.unminded = skip is not None, None if unminded is None else unminded.shape
+        ctx.set_materialize_grads(False)
+        return out, out[:, :, padding : height + padding, padding : width + padding]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None, within: Tensor | None):
+        x, weight, bias, moments = ctx.saved_tensors
+        gradient = None if gradient is None else gradient.contiguous(memory_format=torch.channels_last)
+        shuffle = ctx.how[2]
+        folded = x.new_empty(len(x), x.shape[2] * shuffle, x.shape[3] * shuffle, len(weight)).permute(0, 3, 1, 2)
+        back, of_weight, of_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+        _run("fastnst_norm_back", ctx.how, x, weight, bias, moments, gradient=gradient, within=_rows(within), folded=folded, back=back, sums=(of_weight, of_bias))
+        unminded = None if ctx.unminded is None else weight.new_zeros(ctx.unminded)
+        return back, of_weight, of_bias, unminded, folded if ctx.skips else None, None, None, None, None
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """The same, rows of which lie one pixel after the other."""
+    return x if x is None or x.stride()[1::2] == (1, x.shape[1]) else x.contiguous(memory_format=torch.channels_last)
+
+
+def _run(
+    name: str, how: tuple[int, str, int, bool], x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, sums: tuple[Tensor, Tensor] | None = None, **images: Tensor | None
+) -> None:
+    """A function of ``native_norm.c`` for each image."""
+    join_threads()
+    padding, mode, shuffle, relu = how
+    sides = [side * shuffle for side in x.shape[2:]]
+    constant = {"constant_values": -1} if mode == "constant" else {}
+    from_row, from_column = (np.pad(np.arange(side, dtype=np.int32), padding, mode=_MODES.get(mode, "constant"), **constant) for side in sides)
+    norm = _Norm(
+        weight=weight.data_ptr(), bias=bias.data_ptr(), from_row=from_row.ctypes.data, from_column=from_column.ctypes.data,
+        rows=len(from_row), columns=len(from_column), height=sides[0], width=sides[1], channels=len(weight), shuffle=shuffle,
+        padding=padding, relu=relu, half=x.dtype == torch.bfloat16, threads=torch.get_num_threads(), epsilon=EPSILON,
+    )  # fmt: skip
+    if sums is not None:
+        norm.weight_gradient, norm.bias_gradient = (each.data_ptr() for each in sums)
+    given = {"x": x} | {name: tensor for name, tensor in images.items() if tensor is not None}
+    for name_of_row in ("skip", "within"):
+        if name_of_row in given:
+            setattr(norm, f"{name_of_row}_row", given[name_of_row].stride(2))
+    for image in range(len(x)):
+        norm.mean, norm.inverse = (each.data_ptr() for each in moments[image])
+        for field, tensor in given.items():
+            setattr(norm, field, tensor.data_ptr() + image * tensor.stride(0) * tensor.element_size())
+        if getattr(native_library(), name)(ctypes.byref(norm)):
+            raise MemoryError(f"no memory left for the norm of {sides[1]}x{sides[0]} pixels")
