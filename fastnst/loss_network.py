@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastnst.config import Config
 from fastnst.fused import on_device, triton_works
+from fastnst.native_features import Rectified, can_rectify
 from fastnst.winograd import Conv3x3
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -144,7 +145,7 @@ class LossNetwork(nn.Module):
     ``mean`` and ``std`` are of RGB in [0, 1]. Weights start at random (He et al. 2015); ``load_loss_network`` fills them in.
     """
 
-    fused = True  # in half precision on an NVIDIA GPU; may be set to False
+    fused = True  # what lies between convolutions, on a CPU, and in half precision on an NVIDIA GPU; may be set to False
 
     def __init__(self, network: str, layers: Iterable[str], mean: Triple = IMAGENET_MEAN, std: Triple = IMAGENET_STD, pooling: str = "max", padding: str = "zeros") -> None:
         super().__init__()
@@ -186,10 +187,16 @@ class LossNetwork(nn.Module):
             with torch.autocast("cuda", enabled=False), on_device(images.device):
                 return fused_features(self, images, wanted, dtype, as_outside)
         found: dict[str, Tensor] = {}
-        x = (images - self.mean) / self.std
-        for index, module in enumerate(self.features[: max(wanted.values(), default=-1) + 1]):
+        x, pooled = (images - self.mean) / self.std, None
+        modules = self.features[: max(wanted.values(), default=-1) + 1]
+        for index, (module, following) in enumerate(zip(modules, [*modules[1:], None])):
             try:
-                x = module(x)
+                if pooled is not None:
+                    x, pooled = pooled, None
+                elif self.fused and isinstance(module, nn.ReLU) and can_rectify(x):
+                    x, pooled = Rectified.apply(x, isinstance(following, nn.MaxPool2d) and following.kernel_size == 2 and min(x.shape[2:]) > 1)
+                else:
+                    x = module(x)
             except RuntimeError as error:
                 if min(x.shape[-2:]) > 8:
                     raise

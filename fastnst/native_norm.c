@@ -3,15 +3,13 @@
 Activations are (H, W, C), float32 or bfloat16 (`half`); arithmetic is float32, sums of parts are put together in double precision, in one order whatever the threads.
 Plain C, whose loops over channels compilers turn into vectors; compiled once for each kind of CPU, as native.c. */
 
+#include "native_numbers.h"
+
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
 #define PIXELS 2048 /* of a part, about: of so many a float holds the sum */
-
-void fastnst_parallel(long threads, long count, void (*job)(void *, long, long), void *args); /* native.c */
 
 /* What becomes of an image, and what its gradient is. Where `from_row` and `from_column` say, for each row and column of `out`, it has those of what is normed, or, at -1,
 zeros; from `padding` on they are all of them. `x` and `back` are places of `shuffle` x `shuffle` pixels, one after the other. NULL: not there, or not asked for. */
@@ -36,19 +34,6 @@ struct parts {
     long rows, count;
     float *sums, *lines, *gain; /* weight / deviation */
 };
-
-INLINE float number(int half, const void *from, long at) {
-    union { uint32_t bits; float value; } of;
-    if (!half) return ((const float *)from)[at];
-    of.bits = (uint32_t)((const uint16_t *)from)[at] << 16;
-    return of.value;
-}
-
-INLINE void put_number(int half, void *to, long at, float v) {
-    union { float value; uint32_t bits; } of = {v};
-    if (!half) ((float *)to)[at] = v;
-    else ((uint16_t *)to)[at] = v != v ? 0x7fc0 : (of.bits + 0x7fff + (of.bits >> 16 & 1)) >> 16; /* to the nearest, ties to even */
-}
 
 /* A pixel's first number in what is shuffled. */
 INLINE long place_of(const struct norm *n, long y, long x) {
