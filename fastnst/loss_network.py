@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastnst.config import Config
 from fastnst.fused import on_device, triton_works
 from fastnst.native_features import Rectified, can_rectify
+from fastnst.native_library import native_library
 from fastnst.winograd import Conv3x3
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -188,6 +189,8 @@ class LossNetwork(nn.Module):
                 return fused_features(self, images, wanted, dtype, as_outside)
         found: dict[str, Tensor] = {}
         x, pooled = (images - self.mean) / self.std, None
+        if self.fused and _wants_channels_last(x):
+            x = x.contiguous(memory_format=torch.channels_last)
         modules = self.features[: max(wanted.values(), default=-1) + 1]
         for index, (module, following) in enumerate(zip(modules, [*modules[1:], None])):
             try:
@@ -218,6 +221,11 @@ class LossNetwork(nn.Module):
         from fastnst.fused_features import can_fuse
 
         return can_fuse(self) and min(images.shape[-2:]) >= 32
+
+
+def _wants_channels_last(x: Tensor) -> bool:
+    """Whether a CPU convolves faster so: natively, 1.3 times there and back, and in bfloat16; there are no norms, which would copy it back."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and (torch.is_autocast_enabled("cpu") or native_library() is not None)
 
 
 def load_loss_network(config: LossNetworkConfig, layers: Iterable[str]) -> LossNetwork:

@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 
 from fastnst.background import SideStream
 from fastnst.losses import LossTerms, PerceptualLoss
-from fastnst.native_library import native_library
 from fastnst.runtime import autocast, memory_format
 
 Compile = Literal["auto", "off", "on"]
@@ -43,9 +42,6 @@ class Objective:
     ) -> None:
         self.network, self.loss, self.precision = network, loss, precision
         self.device = loss.loss_network.mean.device
-        native = self.device.type == "cpu" and native_library() is not None
-        if precision == torch.bfloat16 or native:  # 1.1 times as fast in bfloat16, and what ``Conv3x3`` takes: this network has no norms, which would copy it back
-            loss.loss_network.to(memory_format=torch.channels_last)
         self._compute = torch.compile(self._measure) if compile == "on" else self._measure
         self.side, self.comparing = (SideStream(self.device if compile != "on" else None) for _ in range(2))  # for small work
 

@@ -1,6 +1,10 @@
 """Shared fixtures: tiny synthetic photos, a painting, a toy objective without downloads, and the optional shared folder."""
 
+import ctypes
 import os
+import platform
+import subprocess
+import sysconfig
 from fractions import Fraction
 from pathlib import Path
 
@@ -45,6 +49,28 @@ def own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where photo caches go while testing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     return tmp_path / "caches" / "fastnst"
+
+
+CPUS = {
+    "any CPU": [],
+    "AVX2": ["-mavx2", "-mfma"],
+    "AVX-512": ["-mavx512f", "-mavx2", "-mfma"],
+    "AVX-512 with bfloat16": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mavx2", "-mfma"],
+}
+
+
+@pytest.fixture(scope="session", params=CPUS.values(), ids=CPUS)
+def library(request, tmp_path_factory):
+    """The compiled code as each kind of CPU has it, one after the other; of those that this one can run."""
+    if platform.machine() not in ("x86_64", "AMD64") and request.param:
+        pytest.skip("another kind of CPU")
+    compiler, built = (sysconfig.get_config_var("CC") or "cc").split()[0], tmp_path_factory.mktemp("native") / "other.so"
+    flags = ["-O2", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-shared", "-fPIC", *request.param]
+    subprocess.run([compiler, *flags, *map(str, sorted((REPOSITORY / "fastnst").glob("*.c"))), "-o", str(built)], check=True)
+    found = ctypes.CDLL(str(built))
+    if not found.fastnst_runs_here():
+        pytest.skip("this CPU has no such instructions")
+    return found
 
 
 @pytest.fixture

@@ -1,10 +1,7 @@
 """The engine of the project's own: what test_engine.py does not see of it."""
 
-import ctypes
-import platform
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +19,6 @@ from fastnst.native import NativeEngine
 from fastnst.native_library import Activation, Packed, aligned
 from fastnst.stages import Stage
 from fastnst.tiles import stylize_tiled
-
-SOURCE = Path(native_library.__file__).with_name("native.c")
-FLAGS = ["-O2", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-shared", "-fPIC"]
 
 
 @pytest.mark.parametrize("transform, step", [(native_library._G6, 6), (native_library._G4, 4), (native_library._G3, 3)])
@@ -147,20 +141,7 @@ def test_what_is_kept_is_within_what_was_announced_or_twice_that(monkeypatch, op
     assert max(most) <= max(most[0], times * engine.needed_memory(1, 120, 130))
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [[], ["-mavx2", "-mfma"], ["-mavx512f", "-mavx2", "-mfma"], ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mavx2", "-mfma"]],
-    ids=["any CPU", "AVX2", "AVX-512", "AVX-512 with bfloat16"],
-)
-def test_code_for_each_cpu_gives_the_same(monkeypatch, tmp_path, flags):
-    if platform.machine() not in ("x86_64", "AMD64") and flags:
-        pytest.skip("another kind of CPU")
-    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
-    built = tmp_path / "other.so"
-    subprocess.run([compiler, *FLAGS, *flags, str(SOURCE), "-o", str(built)], check=True)
-    library = ctypes.CDLL(str(built))
-    if not library.fastnst_runs_here():
-        pytest.skip("this CPU has no such instructions")
+def test_code_for_each_cpu_gives_the_same(monkeypatch, library):
     monkeypatch.setattr(native_library, "native_library", lambda: library)
     for options in ({}, {"width": 12}, {"width": 12, "upsampling": "subpixel"}, {"width": 8, "stem": "half"}):  # of 12 and 24 channels vectors have too much
         network, stages = staged(**options)
