@@ -83,7 +83,7 @@ class _Transposition(ctypes.Structure):
 def native_library() -> ctypes.CDLL | None:
     """The compiled code that suits this CPU best; None where none was compiled, or before the source was changed last."""
     source = Path(__file__).with_name("native.c")
-    changed = max((file.stat().st_mtime - 60 for file in source.parent.glob("native*.c")), default=0.0)  # a copied folder has the time of the copy, in any order
+    changed = max((file.stat().st_mtime - 60 for file in source.parent.glob("native*.[ch]")), default=0.0)  # a copied folder has the time of the copy, in any order
     for name in ("_native_bfloat16", "_native_avx512", "_native_avx2", "_native"):
         for path in (source.with_name(name + suffix) for suffix in EXTENSION_SUFFIXES):
             if path.is_file() and path.stat().st_mtime >= changed:
