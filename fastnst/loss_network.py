@@ -146,7 +146,7 @@ class LossNetwork(nn.Module):
     ``mean`` and ``std`` are of RGB in [0, 1]. Weights start at random (He et al. 2015); ``load_loss_network`` fills them in.
     """
 
-    fused = True  # what lies between convolutions, on a CPU, and in half precision on an NVIDIA GPU; may be set to False
+    fused = True  # on a CPU what lies between convolutions, and in half precision on an NVIDIA GPU; may be set to False, and is not where a module of it has hooks
 
     def __init__(self, network: str, layers: Iterable[str], mean: Triple = IMAGENET_MEAN, std: Triple = IMAGENET_STD, pooling: str = "max", padding: str = "zeros") -> None:
         super().__init__()
@@ -176,7 +176,8 @@ class LossNetwork(nn.Module):
         ``each`` is called with a layer and its features as soon as they are there, before what lies deeper is computed.
         """
         wanted = {layer: self._index[layer] for layer in (self._index if layers is None else layers)}
-        if self._fuses(images):
+        fused = self.fused and not any(_has_hooks(module) for module in self.features.modules())
+        if fused and self._fuses(images):
             from fastnst.fused_features import fused_features
 
             dtype = torch.get_autocast_dtype("cuda")
@@ -189,14 +190,14 @@ class LossNetwork(nn.Module):
                 return fused_features(self, images, wanted, dtype, as_outside)
         found: dict[str, Tensor] = {}
         x, pooled = (images - self.mean) / self.std, None
-        if self.fused and _wants_channels_last(x):
+        if fused and self._wants_channels_last(x):
             x = x.contiguous(memory_format=torch.channels_last)
         modules = self.features[: max(wanted.values(), default=-1) + 1]
         for index, (module, following) in enumerate(zip(modules, [*modules[1:], None])):
             try:
                 if pooled is not None:
                     x, pooled = pooled, None
-                elif self.fused and isinstance(module, nn.ReLU) and can_rectify(x):
+                elif fused and isinstance(module, nn.ReLU) and can_rectify(x):
                     x, pooled = Rectified.apply(x, isinstance(following, nn.MaxPool2d) and following.kernel_size == 2 and min(x.shape[2:]) > 1)
                 else:
                     x = module(x)
@@ -215,17 +216,21 @@ class LossNetwork(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_in_half"}  # `fused_features` keeps weights there
 
+    def _wants_channels_last(self, x: Tensor) -> bool:
+        """Whether a CPU convolves faster so: natively, 1.3 times there and back, and in bfloat16; there are no norms, which would copy it back."""
+        natively = isinstance(self.features[0], Conv3x3) and native_library() is not None
+        return x.device.type == "cpu" and not torch.compiler.is_compiling() and (natively or torch.is_autocast_enabled("cpu"))
+
     def _fuses(self, images: Tensor) -> bool:
-        if not (self.fused and images.is_cuda and torch.is_autocast_enabled("cuda") and not torch.compiler.is_compiling() and triton_works(images.device)):
+        if not (images.is_cuda and torch.is_autocast_enabled("cuda") and not torch.compiler.is_compiling() and triton_works(images.device)):
             return False
         from fastnst.fused_features import can_fuse
 
         return can_fuse(self) and min(images.shape[-2:]) >= 32
 
 
-def _wants_channels_last(x: Tensor) -> bool:
-    """Whether a CPU convolves faster so: natively, 1.3 times there and back, and in bfloat16; there are no norms, which would copy it back."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and (torch.is_autocast_enabled("cpu") or native_library() is not None)
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def load_loss_network(config: LossNetworkConfig, layers: Iterable[str]) -> LossNetwork:

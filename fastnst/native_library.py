@@ -33,16 +33,16 @@ def _kernel_transform(points: Sequence[float]) -> np.ndarray:
 
 
 _G6, _G4, _G3 = map(_kernel_transform, (_POINTS_6, _POINTS, _POINTS[:4]))
-
-
-def _outputs_of_a_tile(half: int) -> int:
-    """``m`` of F(m x m, 3x3), native.c's OUTPUTS."""
-    return 4 if half else 6
 _PROCESS = os.getpid()  # a forked one has not the threads that torch started in this one, and waits for them
 _VECTOR = 8  # numbers; a vector of any CPU that native.c is for is that many, half or twice
 
 _floats, _doubles, _bytes, _integers = (ctypes.POINTER(kind) for kind in (ctypes.c_float, ctypes.c_double, ctypes.c_uint8, ctypes.c_int32))
 _POINTERS = {np.dtype(np.float32): _floats, np.dtype(np.float64): _doubles, np.dtype(np.uint8): _bytes, np.dtype(np.int32): _integers, np.dtype(np.int16): _floats}  # int16: the bits of bfloat16
+
+
+def _outputs_of_a_tile(half: int) -> int:
+    """``m`` of F(m x m, 3x3), native.c's OUTPUTS."""
+    return 4 if half else 6
 
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:

@@ -9,7 +9,7 @@ Plain C, whose loops over channels compilers turn into vectors; compiled once fo
 #include <stdlib.h>
 #include <string.h>
 
-#define PIXELS 2048 /* of a part, about: of so many a float holds the sum */
+#define PIXELS 512 /* of a part, about: of so many a float holds the sum */
 
 /* What becomes of an image, and what its gradient is. Where `from_row` and `from_column` say, for each row and column of `out`, it has those of what is normed, or, at -1,
 zeros; from `padding` on they are all of them. `x` and `back` are places of `shuffle` x `shuffle` pixels, one after the other. NULL: not there, or not asked for. */
@@ -28,11 +28,11 @@ struct norm {
     float epsilon;
 };
 
-/* A part is some rows; of each channel two sums, and on the way back a line of numbers for each thread. */
+/* A part is some rows; of each channel two sums, and where they are counted from; on the way back a line of numbers for each thread. */
 struct parts {
     struct norm *norm;
     long rows, count;
-    float *sums, *lines, *gain; /* weight / deviation */
+    float *sums, *pivots, *lines, *gain; /* weight / deviation */
 };
 
 /* A pixel's first number in what is shuffled. */
@@ -43,22 +43,29 @@ INLINE long place_of(const struct norm *n, long y, long x) {
 
 /* ---- there ---- */
 
-/* Sums of the distances from the part's first pixel, and of their squares. */
-INLINE void moments_pixel(int half, long C, const void *restrict x, const void *restrict first, float *restrict sum, float *restrict squares) {
+INLINE float median(float a, float b, float d) {
+    float least = a < b ? a : b, most = a < b ? b : a, second = most < d ? most : d;
+    return least > second ? least : second;
+}
+
+/* Sums of the distances from `pivot`, and of their squares. */
+INLINE void moments_pixel(int half, long C, const void *restrict x, const float *restrict pivot, float *restrict sum, float *restrict squares) {
     for (long c = 0; c < C; c++) {
-        float d = number(half, x, c) - number(half, first, c);
+        float d = number(half, x, c) - pivot[c];
         sum[c] += d, squares[c] += d * d;
     }
 }
 
+/* The pivot is the median of three pixels, so that no large number is subtracted from another. */
 INLINE void moments_part(int half, struct parts *parts, long part) {
     const struct norm *n = parts->norm;
-    long C = n->channels, end = (part + 1) * parts->rows < n->height ? (part + 1) * parts->rows : n->height, size = half ? 2 : 4;
-    const char *x = n->x, *first = x + place_of(n, part * parts->rows, 0) * size;
-    float *sum = parts->sums + part * 2 * C;
+    long C = n->channels, begin = part * parts->rows, end = begin + parts->rows < n->height ? begin + parts->rows : n->height, size = half ? 2 : 4;
+    const char *x = n->x, *one = x + place_of(n, begin, 0) * size, *two = x + place_of(n, (begin + end) / 2, n->width / 2) * size, *three = x + place_of(n, end - 1, n->width - 1) * size;
+    float *sum = parts->sums + part * 2 * C, *pivot = parts->pivots + part * C;
+    for (long c = 0; c < C; c++) pivot[c] = median(number(half, one, c), number(half, two, c), number(half, three, c));
     memset(sum, 0, 2 * C * sizeof *sum);
-    for (long y = part * parts->rows; y < end; y++)
-        for (long column = 0; column < n->width; column++) moments_pixel(half, C, x + place_of(n, y, column) * size, first, sum, sum + C);
+    for (long y = begin; y < end; y++)
+        for (long column = 0; column < n->width; column++) moments_pixel(half, C, x + place_of(n, y, column) * size, pivot, sum, sum + C);
 }
 
 /* Chan, Golub and LeVeque 1979: of all parts together. */
@@ -68,8 +75,8 @@ static void solve(struct parts *parts) {
         double count = 0, mean = 0, squares = 0;
         for (long part = 0; part < parts->count; part++) {
             long y = part * parts->rows, rows = n->height - y < parts->rows ? n->height - y : parts->rows;
-            double pixels = (double)rows * n->width, sum = parts->sums[2 * part * n->channels + c], first = number(n->half, n->x, place_of(n, y, 0) + c);
-            double apart = first + sum / pixels - mean, all = count + pixels;
+            double pixels = (double)rows * n->width, sum = parts->sums[2 * part * n->channels + c], pivot = parts->pivots[part * n->channels + c];
+            double apart = pivot + sum / pixels - mean, all = count + pixels;
             squares += parts->sums[(2 * part + 1) * n->channels + c] - sum * sum / pixels + apart * apart * (count * pixels / all);
             mean += apart * (pixels / all), count = all;
         }
@@ -126,8 +133,9 @@ INLINE void fold_pixel(
     for (long c = 0; c < C; c++) {
         float v = number(half, x, c) - mean[c], g = gradient[c];
         if (relu) g = v * gain[c] + bias[c] <= 0 ? 0 : g;
+        g = stored(half, g);
         put_number(half, folded, c, g);
-        sum[c] += g, products[c] += g * v;
+        sum[c] += g, products[c] += g * v; /* of what `back_pixel` sees */
     }
 }
 
@@ -200,8 +208,8 @@ static void back_job(void *given, long row, long thread) {
 static struct parts parts_of(struct norm *n, long lines) {
     long rows = PIXELS / n->width > 1 ? PIXELS / n->width : 1, count = (n->height + rows - 1) / rows;
     struct parts parts = {.norm = n, .rows = rows, .count = count};
-    parts.sums = malloc(((2 * count + 1) * n->channels + lines * n->width * n->channels) * sizeof(float));
-    parts.gain = parts.sums + 2 * count * n->channels, parts.lines = parts.gain + n->channels;
+    parts.sums = malloc(((3 * count + 1) * n->channels + lines * n->width * n->channels) * sizeof(float));
+    parts.pivots = parts.sums + 2 * count * n->channels, parts.gain = parts.pivots + count * n->channels, parts.lines = parts.gain + n->channels;
     return parts;
 }
 

@@ -28,8 +28,9 @@ class _Norm(ctypes.Structure):
 
 
 def can_norm(x: Tensor, weight: Tensor) -> bool:
-    """Whether it is there for such activations."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and weight.dtype == torch.float32 and native_library() is not None
+    """Whether it is there for such activations. Of tensors of other kinds, as for tracing, there may be no numbers."""
+    alike = type(x) is Tensor and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and weight.dtype == torch.float32 and 0 not in x.shape[1:]
+    return alike and native_library() is not None
 
 
 class NativeNorm(torch.autograd.Function):

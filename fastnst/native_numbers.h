@@ -12,10 +12,20 @@ INLINE float number(int half, const void *from, long at) {
     return of.value;
 }
 
-INLINE void put_number(int half, void *to, long at, float v) {
+INLINE uint16_t bits_of_half(float v) {
     union { float value; uint32_t bits; } of = {v};
-    if (!half) ((float *)to)[at] = v;
-    else ((uint16_t *)to)[at] = v != v ? 0x7fc0 : (of.bits + 0x7fff + (of.bits >> 16 & 1)) >> 16; /* to the nearest, ties to even */
+    return v != v ? 0x7fc0 : (of.bits + 0x7fff + (of.bits >> 16 & 1)) >> 16; /* to the nearest, ties to even */
+}
+
+INLINE void put_number(int half, void *to, long at, float v) {
+    if (half) ((uint16_t *)to)[at] = bits_of_half(v);
+    else ((float *)to)[at] = v;
+}
+
+/* What `number` gives of it, once it is put. */
+INLINE float stored(int half, float v) {
+    uint16_t bits = half ? bits_of_half(v) : 0;
+    return half ? number(1, &bits, 0) : v;
 }
 
 void fastnst_parallel(long threads, long count, void (*job)(void *, long, long), void *args); /* native.c: job(args, index, thread) for each index below `count` */

@@ -169,12 +169,11 @@ def test_computes_no_deeper_than_asked():
 @pytest.mark.parametrize("name, layers", [("vgg16", ["relu2_1", "conv1_1", "relu1_2"]), ("vgg19_slim", ["relu2_1", "relu1_2"])])
 def test_a_layer_is_given_before_what_lies_deeper_is_computed(name, layers):
     network, seen = LossNetwork(name, layers), []
-    convolutions = [index for index, module in enumerate(network.features) if isinstance(module, nn.Conv2d)]
-    for index in convolutions:
-        network.features[index].register_forward_hook(lambda module, given, result, index=index: seen.append(index))
+    for index, module in enumerate(network.features):
+        module.register_forward_hook(lambda module, given, result, index=index: seen.append(index))
     features = network(torch.rand(1, 3, 16, 16), each=lambda layer, feature: seen.append((layer, feature)))
     given = [(seen[at - 1], layer) for at, (layer, _) in ((at, each) for at, each in enumerate(seen) if isinstance(each, tuple))]
-    assert given == sorted((max(index for index in convolutions if index <= layer_index(name, layer)), layer) for layer in layers)
+    assert given == sorted((layer_index(name, layer), layer) for layer in layers)
     assert list(features) == layers and all(features[layer] is feature for layer, feature in (each for each in seen if isinstance(each, tuple)))
 
 

@@ -63,21 +63,55 @@ def test_code_for_each_cpu_gives_the_same(monkeypatch, library):
             test_it_is_torchs_there_and_back(shape, dtype, False)
 
 
+def loss_networks(**options):
+    """As it is, and in torch's own steps."""
+    layers = ["fire2", "fire4"] if options.get("network") == "squeezenet1_1" else ["relu1_1", "relu3_1"]
+    config = LossConfig(**{"network": "vgg16", "weights": "random", "content_layers": dict.fromkeys(layers, 1.0), "style_layers": {}} | options)
+    return load_loss_network(config, layers), plainly(load_loss_network(config, layers))
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """For each ReLU whether it was of ours."""
+    asked = []
+    monkeypatch.setattr(loss_network, "can_rectify", lambda x: asked.append(can_rectify(x)) or asked[-1])
+    return asked
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", [{}, {"pooling": "average"}, {"network": "squeezenet1_1"}], ids=str)
-def test_a_loss_network_gives_what_it_gives_in_torchs_steps(monkeypatch, precision, options):
-    layers = {"relu1_1": 1.0, "relu3_1": 1.0} if not options.get("network") else {"fire2": 1.0, "fire4": 1.0}
-    network = load_loss_network(LossConfig(**{"network": "vgg16", "weights": "random", "content_layers": layers, "style_layers": layers} | options), layers)
-    plain = plainly(load_loss_network(LossConfig(**{"network": "vgg16", "weights": "random", "content_layers": layers, "style_layers": layers} | options), layers))
-    taken = []
-    monkeypatch.setattr(loss_network, "can_rectify", lambda x: taken.append(can_rectify(x)) or taken[-1])
+def test_a_loss_network_gives_what_it_gives_in_torchs_steps(taken, precision, options):
+    torch.manual_seed(0)
     images, gradients = torch.rand(2, 3, 40, 36), []
-    for one in (network, plain):
+    for one in loss_networks(**options):
         leaf = images.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
             found = one(leaf)
         sum(each.float().square().mean() for each in found.values()).backward()
         gradients.append((leaf.grad, *found.values()))
-    assert all(taken) and len(taken) == (5 if not options.get("network") else 1)  # of SqueezeNet only the first: its others lie within what it calls fire
-    near = {"float32": 1e-4, "bfloat16": 0.05}[precision]
-    assert all(float((one - other).norm() / other.norm()) < near for one, other in zip(*gradients))
+    # Of SqueezeNet's the first lies not within a fire, and has channels last in bfloat16 alone: in float32 it would be slower so.
+    assert taken == ([precision == "bfloat16"] if options.get("network") else [True] * 5)
+    near = {"float32": 0.01, "bfloat16": 0.05}[precision]  # a ReLU or a pooling may go the other way
+    assert all(float(((one - other).norm() / other.norm()).detach()) < near for one, other in zip(*gradients))
+
+
+def test_hooks_are_called_where_there_are_some(taken):
+    network, _ = loss_networks()
+    images, called = torch.rand(1, 3, 32, 32), []
+    expected = network(images)["relu3_1"]
+    assert taken == [True] * 5
+    handle = network.features[3].register_forward_hook(lambda module, given, result: called.append(type(module)))
+    torch.testing.assert_close(network(images)["relu3_1"], expected, atol=1e-3, rtol=1e-3)
+    assert called == [torch.nn.ReLU] and len(taken) == 5
+    handle.remove()
+    network(images)
+    assert taken == [True] * 10
+
+
+def test_tensors_without_numbers_are_left_to_torch():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    network, _ = loss_networks(network="squeezenet1_1")
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
+        assert network(torch.rand(1, 3, 64, 64))["fire2"].shape[0] == 1
+        assert not can_rectify(torch.rand(1, 8, 4, 4).contiguous(memory_format=LAST))
