@@ -8,7 +8,7 @@ Pictures between stages are (H, W, C) with C a multiple of 8, not normalized yet
 ReLU (`struct input`). Whoever writes them gathers the moments of their channels, so an activation is written once and read once.
 
 - 3x3 of stride 1: Winograd's minimal filtering (Lavin and Gray 2016), in float32 F(6x6, 3x3), 64 multiplications for 36 outputs instead of 324, in bfloat16,
-  where that would round too much, F(4x4, 3x3), 36 for 16 instead of 144. In training, in float32, the gradient of their kernels likewise.
+  where that would round too much, F(4x4, 3x3), 36 for 16 instead of 144. In training the gradient of their kernels likewise (`native_kernels.c`).
 - 9x9 of stride 1: F(3x3, 3x3), nested: 225 multiplications for 9 outputs instead of 729.
 - all others: directly.
 
@@ -220,7 +220,7 @@ INLINE void winograd_part(int half, struct task *task, long index, long thread) 
     long v_step = task->tiles * words + 16, m_step = task->tiles * WIDE + 16; /* 16: not all in one set of the cache */
     float *V = task->memory + thread * task->per_thread, *M = V + points * v_step;
     vec nothing[2] = {splat(0), splat(0)};
-    for (long tile = 0; tile < tiles; tile++) tile_in(half, m, task->in, (first + tile) / across, (first + tile) % across, V + tile * words, v_step);
+    for (long tile = 0; tile < tiles; tile++) tile_in(half == 2, half, m, task->in, (first + tile) / across, (first + tile) % across, V + tile * words, v_step);
     for (long block = 0; block < c->outputs / WIDE; block++) {
         for (int k = 0; k < points; k++) {
             const float *a = V + k * v_step, *U = c->weight + (block * points + k) * words * WIDE;
@@ -300,7 +300,7 @@ INLINE void nested_part(int half, struct task *task, long index, long thread) {
     nest.M = V + 3 * 25 * nest.v_step;
     vec nothing[2] = {splat(0), splat(0)};
     for (long row = begin; row < end + 2; row++) {
-        for (long tile = 0; tile < tiles + 2; tile++) tile_in(half, 3, task->in, row, column + tile, V + row % 3 * 25 * nest.v_step + tile * words, nest.v_step);
+        for (long tile = 0; tile < tiles + 2; tile++) tile_in(0, half, 3, task->in, row, column + tile, V + row % 3 * 25 * nest.v_step + tile * words, nest.v_step);
         if (row < begin + 2) continue;
         for (int a = 0; a < 3; a++) nest.V[a] = V + (row - 2 + a) % 3 * 25 * nest.v_step;
         if (c->outputs == 3) {

@@ -125,9 +125,9 @@ INLINE struct reading reading_of(const struct input *in, long channel) {
 }
 
 /* `from`: where it lies, or NULL for `value`. */
-INLINE vec read_from(int half, const struct reading *r, const float *from) {
+INLINE vec read_from(int from_half, const struct reading *r, const float *from) {
     if (!from) return r->value;
-    return larger(r->gain * (half == 2 ? load_halves(from, r->which) : load_some(from, r->which)) + r->shift, r->floor);
+    return larger(r->gain * (from_half ? load_halves(from, r->which) : load_some(from, r->which)) + r->shift, r->floor);
 }
 
 /* Calls one(rows, at) for as many rows at once as there are. */
@@ -178,10 +178,10 @@ INLINE void transform_input(int m, const vec *d, vec *t) {
 }
 
 /* V[k][channel] of the tile at (m * row, m * column); `step` floats lie between two k. The last channels are written as a whole vector: what is too much
-the next tile overwrites. */
-INLINE void tile_in(int half, int m, const struct input *in, long row, long column, float *V, long step) {
+the next tile overwrites. `from_half`: the input's numbers are bfloat16; `half`: those of V are. */
+INLINE void tile_in(int from_half, int half, int m, const struct input *in, long row, long column, float *V, long step) {
     const float *from[8][8];
-    long words = half == 2 ? in->channels / 2 : in->channels;
+    long words = from_half ? in->channels / 2 : in->channels;
     int n = m + 2;
     for (int i = 0; i < n; i++)
         for (int j = 0; j < n; j++) {
@@ -190,12 +190,12 @@ INLINE void tile_in(int half, int m, const struct input *in, long row, long colu
         }
     for (long c = 0; c < in->channels; c += LANES) {
         struct reading reading = reading_of(in, c);
-        long at = half == 2 ? c / 2 : c;
+        long at = from_half ? c / 2 : c;
         vec between[8][8];
         for (int j = 0; j < n; j++) {
             vec d[8], t[8];
             for (int i = 0; j >= 2 && i < n; i++) __builtin_prefetch(from[i][j] + m * words + at); /* of the next tile, most often */
-            for (int i = 0; i < n; i++) d[i] = read_from(half, &reading, from[i][j] ? from[i][j] + at : NULL);
+            for (int i = 0; i < n; i++) d[i] = read_from(from_half, &reading, from[i][j] ? from[i][j] + at : NULL);
             transform_input(m, d, t);
             for (int i = 0; i < n; i++) between[i][j] = t[i];
         }

@@ -60,7 +60,7 @@ struct weighing {
     const struct input *in;
     const float *gradient; /* (height, width, outputs) */
     float *sums;           /* [k][block of inputs][output][WIDE]: added to */
-    long height, width, outputs;
+    long height, width, outputs, half; /* `half`: x and dy are bfloat16; all else is float32 */
     float *V, *Y; /* of some tiles: [k][tile][input], [k][tile][output] */
     long first, tiles, v_words, y_words, v_step, y_step;
 };
@@ -79,11 +79,9 @@ INLINE void transform_gradient(const vec *y, vec *t) {
     t[7] = y[5];
 }
 
-static void weigh_tile(void *given, long tile, long thread) {
-    struct weighing *w = given;
+INLINE void weigh_one(int half, struct weighing *w, long tile) {
     long across = (w->width + 5) / 6, row = (w->first + tile) / across, column = (w->first + tile) % across;
-    (void)thread;
-    tile_in(0, 6, w->in, row, column, w->V + tile * w->v_words, w->v_step);
+    tile_in(half, 0, 6, w->in, row, column, w->V + tile * w->v_words, w->v_step);
     for (long c = 0; c < w->outputs; c += LANES) {
         some which = first(w->outputs - c);
         vec between[8][6];
@@ -91,7 +89,8 @@ static void weigh_tile(void *given, long tile, long thread) {
             vec y[6], t[8];
             for (int i = 0; i < 6; i++) {
                 long y0 = 6 * row + i, x0 = 6 * column + j;
-                y[i] = y0 < w->height && x0 < w->width ? load_some(w->gradient + (y0 * w->width + x0) * w->outputs + c, which) : splat(0);
+                long at = (y0 * w->width + x0) * w->outputs + c;
+                y[i] = y0 >= w->height || x0 >= w->width ? splat(0) : half ? load_halves(w->gradient + at / 2, which) : load_some(w->gradient + at, which);
             }
             transform_gradient(y, t);
             for (int i = 0; i < 8; i++) between[i][j] = t[i];
@@ -102,6 +101,13 @@ static void weigh_tile(void *given, long tile, long thread) {
             for (int j = 0; j < 8; j++) store(w->Y + tile * w->y_words + (8 * i + j) * w->y_step + c, t[j]);
         }
     }
+}
+
+static void weigh_tile(void *given, long tile, long thread) {
+    struct weighing *w = given;
+    (void)thread;
+    if (HALVES && w->half) weigh_one(1, w, tile);
+    else weigh_one(0, w, tile);
 }
 
 /* to[r] += the sum over `tiles` of y[tile][r] * v[tile], a vector WIDE */
@@ -171,8 +177,8 @@ static void weighed_part(void *given, long output, long thread) {
 
 void fastnst_pack(struct kernels *k) { fastnst_parallel(k->threads, (k->outputs + WIDE - 1) / WIDE, kernels_part, k); }
 
-int fastnst_weigh(const struct input *in, const float *gradient, float *sums, int32_t height, int32_t width, int32_t outputs, int32_t threads) {
-    struct weighing w = {.in = in, .gradient = gradient, .sums = sums, .height = height, .width = width, .outputs = outputs};
+int fastnst_weigh(const struct input *in, const float *gradient, float *sums, int32_t height, int32_t width, int32_t outputs, int32_t half, int32_t threads) {
+    struct weighing w = {.in = in, .gradient = gradient, .sums = sums, .height = height, .width = width, .outputs = outputs, .half = half};
     long all = (w.height + 5) / 6 * ((w.width + 5) / 6), bytes = 8 << 20; /* of what is transformed at once: a last cache holds it */
     w.v_words = (in->channels + WIDE - 1) / WIDE * WIDE, w.y_words = (w.outputs + LANES - 1) / LANES * LANES;
     long tiles = bytes / (64 * 4 * (w.v_words + w.y_words));

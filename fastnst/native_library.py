@@ -249,14 +249,14 @@ class Packed:
 
 def weight_gradient(pictures: Iterable[np.ndarray], gradients: Iterable[np.ndarray], outputs: int, inputs: int, padding: int, threads: int) -> np.ndarray:
     """That of 3x3 kernels, ``(O, 3, 3, I)``: from what they convolved, ``(H, W, I)`` each, ``padding`` zeros added, and the gradients of what came out,
-    ``(H', W', O)``; float32, channels in whole vectors. Raises ``MemoryError``."""
+    ``(H', W', O)``; float32, from float32 or, as int16, the bits of bfloat16; channels in whole vectors. Raises ``MemoryError``."""
     library = native_library()
     wide = 2 * library.fastnst_lanes()
     sums = aligned((64, -(-inputs // wide), outputs, wide))
     sums.fill(0)
     for picture, gradient in zip(pictures, gradients, strict=True):
         given, sides = Activation.of(picture), [_beyond(np.pad(np.arange(side), padding, constant_values=-1)) for side in picture.shape[:2]]
-        if library.fastnst_weigh(ctypes.byref(given._input(*sides)), _at(gradient), _at(sums), *gradient.shape, threads):
+        if library.fastnst_weigh(ctypes.byref(given._input(*sides)), _at(gradient), _at(sums), *gradient.shape, gradient.dtype == np.int16, threads):
             raise MemoryError(f"no memory left for the gradient of {outputs}x{inputs} kernels")
     found = np.empty((outputs, 3, 3, inputs), np.float32)
     library.fastnst_weighed(ctypes.byref(_Weighed(_at(sums), _at(found), outputs, inputs, threads)))

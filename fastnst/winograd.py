@@ -1,7 +1,8 @@
 """3x3 convolutions of training on a CPU: forward, and back to their input and their weights, by the minimal filtering of `native.c`, a fifth or a quarter of the
 multiplications.
 
-In float32, and in bfloat16, but for the weights, where vectors multiply it; elsewhere, and where nothing was compiled, they are torch's.
+In float32, and in bfloat16 where vectors multiply it (gradients of weights are multiplied in float32 there, too); elsewhere, and where nothing was compiled, they are
+torch's.
 """
 
 from collections.abc import Callable, Iterable
@@ -112,7 +113,7 @@ class _Convolution(torch.autograd.Function):
             return x_gradient, kernels_gradient, bias_gradient, None, None
         if of_x:
             x_gradient = _convolve(ctx.packed(weight, None, True, gradient.dtype == torch.bfloat16), gradient, 2 - ctx.padding, _is_channels_last(weight) or _is_channels_last(gradient))
-        if of_weight and x.dtype == torch.float32 and min(weight.shape[:2]) >= _FEWEST_WEIGHED:
+        if of_weight and min(weight.shape[:2]) >= _FEWEST_WEIGHED:
             kernels_gradient = _weight_gradient(x, gradient, ctx.padding)
         elif of_weight:
             one, wanted = [1, 1], [False, True, False]

@@ -91,8 +91,9 @@ def test_a_loss_network_gives_what_it_gives_in_torchs_steps(taken, precision, op
         gradients.append((leaf.grad, *found.values()))
     # Of SqueezeNet's the first lies not within a fire, and has channels last in bfloat16 alone: in float32 it would be slower so.
     assert taken == ([precision == "bfloat16"] if options.get("network") else [True] * 5)
-    near = {"float32": 0.01, "bfloat16": 0.05}[precision]  # a ReLU or a pooling may go the other way
-    assert all(float(((one - other).norm() / other.norm()).detach()) < near for one, other in zip(*gradients))
+    distances = [float(((one - other).norm() / other.norm()).detach()) for one, other in zip(*gradients)]
+    assert distances[0] < {"float32": 0.01, "bfloat16": 0.2}[precision]  # a ReLU or a pooling may go the other way
+    assert max(distances[1:]) < {"float32": 1e-4, "bfloat16": 0.03}[precision]
 
 
 def test_hooks_are_called_where_there_are_some(taken):

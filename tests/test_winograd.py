@@ -82,6 +82,15 @@ def test_the_weights_gradient_is_torchs(images, inputs, outputs, height, width, 
     assert np.abs(found[0].transpose(0, 3, 1, 2) - expected.numpy()).max() < 3e-5 * expected.abs().max()  # 1.1e-5 at 142 px, 2e-6 to 6e-6 else
 
 
+@pytest.mark.skipif(native_library.native_library() is None or not native_library.native_library().fastnst_halves(), reason="this CPU, or its compiler, has no vectors of bfloat16")
+@pytest.mark.parametrize("inputs, outputs, padding", [(40, 56, 1), (32, 48, 0)])
+def test_the_weights_gradient_of_bfloat16_is_that_of_the_same_numbers(inputs, outputs, padding):
+    torch.manual_seed(0)
+    x, towards = torch.randn(2, 14, 9, inputs).bfloat16(), torch.randn(2, 12 + 2 * padding, 7 + 2 * padding, outputs).bfloat16()
+    found = native_library.weight_gradient(x.view(torch.int16).numpy(), towards.view(torch.int16).numpy(), outputs, inputs, padding, 2)
+    assert np.array_equal(found, native_library.weight_gradient(x.float().numpy(), towards.float().numpy(), outputs, inputs, padding, 2))
+
+
 def test_no_photos_at_all_have_a_gradient_of_zeros():
     conv = Conv3x3(32, 32, 3)
     conv(torch.zeros(0, 32, 8, 8)).sum().backward()
