@@ -5,6 +5,7 @@ Torch's own steps read and write an activation some ten times, for which a proce
 """
 
 import ctypes
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,9 @@ _MODES = {"reflect": "reflect", "replicate": "edge"}
 
 class _Norm(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "x weight bias mean inverse skip out from_row from_column gradient within folded back weight_gradient bias_gradient".split()),
-        *((name, ctypes.c_int64) for name in "skip_row within_row".split()),
-        *((name, ctypes.c_int32) for name in "rows columns height width channels shuffle padding relu half threads".split()),
+        *((name, ctypes.c_void_p) for name in "x weight bias moments skip out from_row from_column gradient within folded back weight_gradient bias_gradient".split()),
+        *((name, ctypes.c_int64) for name in "skip_image skip_row within_image within_row".split()),
+        *((name, ctypes.c_int32) for name in "images rows columns height width channels shuffle padding relu half threads".split()),
         ("epsilon", ctypes.c_float),
     ]
 
@@ -51,7 +52,7 @@ class NativeNorm(torch.autograd.Function):
         ctx.how = padding, mode, shuffle, relu
         out = x.new_empty(images, height + 2 * padding, width + 2 * padding, channels).permute(0, 3, 1, 2)
         moments = weight.new_empty(images, 2, channels)
-        _run("fastnst_norm", ctx.how, x, weight, bias, moments, out=out, skip=skip)
+        _run("fastnst_norm", ctx.how, x, weight=weight, bias=bias, moments=moments, out=out, skip=skip)
         ctx.save_for_backward(x, weight, bias, moments)
         ctx.skips, ctx.unminded = skip is not None, None if unminded is None else unminded.shape
         ctx.set_materialize_grads(False)
@@ -64,8 +65,9 @@ class NativeNorm(torch.autograd.Function):
         gradient = None if gradient is None else gradient.contiguous(memory_format=torch.channels_last)
         shuffle = ctx.how[2]
         folded = x.new_empty(len(x), x.shape[2] * shuffle, x.shape[3] * shuffle, len(weight)).permute(0, 3, 1, 2)
-        back, of_weight, of_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
-        _run("fastnst_norm_back", ctx.how, x, weight, bias, moments, gradient=gradient, within=_rows(within), folded=folded, back=back, sums=(of_weight, of_bias))
+        back, of_weight, of_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+        given = {"weight": weight, "bias": bias, "moments": moments, "gradient": gradient, "within": _rows(within)}
+        _run("fastnst_norm_back", ctx.how, x, **given, folded=folded, back=back, weight_gradient=of_weight, bias_gradient=of_bias)
         unminded = None if ctx.unminded is None else weight.new_zeros(ctx.unminded)
         return back, of_weight, of_bias, unminded, folded if ctx.skips else None, None, None, None, None
 
@@ -75,29 +77,25 @@ def _rows(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride()[1::2] == (1, x.shape[1]) else x.contiguous(memory_format=torch.channels_last)
 
 
-def _run(
-    name: str, how: tuple[int, str, int, bool], x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, sums: tuple[Tensor, Tensor] | None = None, **images: Tensor | None
-) -> None:
-    """A function of ``native_norm.c`` for each image."""
+def _run(name: str, how: tuple[int, str, int, bool], x: Tensor, **tensors: Tensor | None) -> None:
+    """A function of ``native_norm.c``."""
     join_threads()
     padding, mode, shuffle, relu = how
-    sides = [side * shuffle for side in x.shape[2:]]
-    constant = {"constant_values": -1} if mode == "constant" else {}
-    from_row, from_column = (np.pad(np.arange(side, dtype=np.int32), padding, mode=_MODES.get(mode, "constant"), **constant) for side in sides)
+    height, width = (side * shuffle for side in x.shape[2:])
+    from_row, from_column = (_sources(side, padding, mode) for side in (height, width))
+    given = {field: tensor for field, tensor in tensors.items() if tensor is not None}
+    strides = {f"{field}_{part}": given[field].stride(axis) for field in ("skip", "within") if field in given for part, axis in (("image", 0), ("row", 2))}
     norm = _Norm(
-        weight=weight.data_ptr(), bias=bias.data_ptr(), from_row=from_row.ctypes.data, from_column=from_column.ctypes.data,
-        rows=len(from_row), columns=len(from_column), height=sides[0], width=sides[1], channels=len(weight), shuffle=shuffle,
-        padding=padding, relu=relu, half=x.dtype == torch.bfloat16, threads=torch.get_num_threads(), epsilon=EPSILON,
+        x=x.data_ptr(), from_row=from_row.ctypes.data, from_column=from_column.ctypes.data, images=len(x), rows=len(from_row), columns=len(from_column),
+        height=height, width=width, channels=x.shape[1] // shuffle**2, shuffle=shuffle, padding=padding, relu=relu, half=x.dtype == torch.bfloat16,
+        threads=torch.get_num_threads(), epsilon=EPSILON, **{field: tensor.data_ptr() for field, tensor in given.items()}, **strides,
     )  # fmt: skip
-    if sums is not None:
-        norm.weight_gradient, norm.bias_gradient = (each.data_ptr() for each in sums)
-    given = {"x": x} | {name: tensor for name, tensor in images.items() if tensor is not None}
-    for name_of_row in ("skip", "within"):
-        if name_of_row in given:
-            setattr(norm, f"{name_of_row}_row", given[name_of_row].stride(2))
-    for image in range(len(x)):
-        norm.mean, norm.inverse = (each.data_ptr() for each in moments[image])
-        for field, tensor in given.items():
-            setattr(norm, field, tensor.data_ptr() + image * tensor.stride(0) * tensor.element_size())
-        if getattr(native_library(), name)(ctypes.byref(norm)):
-            raise MemoryError(f"no memory left for the norm of {sides[1]}x{sides[0]} pixels")
+    if getattr(native_library(), name)(ctypes.byref(norm)):
+        raise MemoryError(f"no memory left for the norm of {width}x{height} pixels")
+
+
+@lru_cache(64)
+def _sources(side: int, padding: int, mode: str) -> np.ndarray:
+    """Where each row or column of what is padded is found, -1 where there are zeros."""
+    constant = {"constant_values": -1} if mode == "constant" else {}
+    return np.pad(np.arange(side, dtype=np.int32), padding, mode=_MODES.get(mode, "constant"), **constant)

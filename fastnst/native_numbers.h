@@ -1,7 +1,8 @@
-/* Activations in plain C, number by number: float32, or bfloat16 (`half`) with arithmetic in float32. Compilers turn loops over them into vectors, where all pointers are
-`restrict`. */
+/* Activations in C without any CPU's own instructions: float32, or bfloat16 (`half`) with arithmetic in float32. Compilers turn loops over numbers into vectors where all
+pointers are `restrict`; eights of channels are vectors already, or halves or pairs of them. */
 
 #include <stdint.h>
+#include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -22,10 +23,48 @@ INLINE void put_number(int half, void *to, long at, float v) {
     else ((float *)to)[at] = v;
 }
 
-/* What `number` gives of it, once it is put. */
-INLINE float stored(int half, float v) {
-    uint16_t bits = half ? bits_of_half(v) : 0;
-    return half ? number(1, &bits, 0) : v;
+/* ---- channels by eights, of which `n` are meant ---- */
+
+typedef float eight __attribute__((vector_size(32)));
+typedef uint32_t eight_bits __attribute__((vector_size(32)));
+typedef uint16_t eight_halves __attribute__((vector_size(16)));
+
+/* Zeros for those that are not meant. */
+INLINE eight load_eight(int half, const void *from, long at, long n) {
+    eight v = {0};
+    eight_halves h = {0};
+    if (!half) {
+        memcpy(&v, (const float *)from + at, n * sizeof(float));
+        return v;
+    }
+    memcpy(&h, (const uint16_t *)from + at, n * sizeof(uint16_t));
+    return (eight)(__builtin_convertvector(h, eight_bits) << 16);
 }
+
+INLINE eight_bits bits_of_halves(eight v) {
+    eight_bits bits = (eight_bits)v, is_none = (eight_bits)(v != v);
+    return ((bits + 0x7fff + (bits >> 16 & 1)) >> 16 & ~is_none) | (is_none & 0x7fc0);
+}
+
+INLINE void store_eight(int half, void *to, long at, eight v, long n) {
+    if (!half) {
+        memcpy((float *)to + at, &v, n * sizeof(float));
+        return;
+    }
+    eight_halves h = __builtin_convertvector(bits_of_halves(v), eight_halves);
+    memcpy((uint16_t *)to + at, &h, n * sizeof(uint16_t));
+}
+
+/* What `load_eight` gives of it once it is stored. */
+INLINE eight as_stored(int half, eight v) { return half ? (eight)(bits_of_halves(v) << 16) : v; }
+
+/* Where `mask` has no bits set, else 0. */
+INLINE eight unless(eight_bits mask, eight v) { return (eight)((eight_bits)v & ~mask); }
+
+/* act(c, n, ...) for all eights of `channels`. */
+#define IN_EIGHTS(channels, act, ...) \
+    for (long c = 0; c < (channels); c += 8) (channels) - c >= 8 ? act(c, 8, __VA_ARGS__) : act(c, (channels) - c, __VA_ARGS__)
+
+/* ---- threads ---- */
 
 void fastnst_parallel(long threads, long count, void (*job)(void *, long, long), void *args); /* native.c: job(args, index, thread) for each index below `count` */
