@@ -176,7 +176,7 @@ class LossNetwork(nn.Module):
         ``each`` is called with a layer and its features as soon as they are there, before what lies deeper is computed.
         """
         wanted = {layer: self._index[layer] for layer in (self._index if layers is None else layers)}
-        fused = self.fused and not any(_has_hooks(module) for module in self.features.modules())
+        fused = self.fused and not torch.compiler.is_compiling() and not any(_has_hooks(module) for module in self.features.modules())
         if fused and self._fuses(images):
             from fastnst.fused_features import fused_features
 
@@ -190,7 +190,7 @@ class LossNetwork(nn.Module):
                 return fused_features(self, images, wanted, dtype, as_outside)
         found: dict[str, Tensor] = {}
         x, pooled = (images - self.mean) / self.std, None
-        if fused and self._wants_channels_last(x):
+        if self.fused and self._wants_channels_last(x):
             x = x.contiguous(memory_format=torch.channels_last)
         modules = self.features[: max(wanted.values(), default=-1) + 1]
         for index, (module, following) in enumerate(zip(modules, [*modules[1:], None])):
@@ -218,11 +218,12 @@ class LossNetwork(nn.Module):
 
     def _wants_channels_last(self, x: Tensor) -> bool:
         """Whether a CPU convolves faster so: natively, 1.3 times there and back, and in bfloat16; there are no norms, which would copy it back."""
-        natively = isinstance(self.features[0], Conv3x3) and native_library() is not None
-        return x.device.type == "cpu" and not torch.compiler.is_compiling() and (natively or torch.is_autocast_enabled("cpu"))
+        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return x.device.type == "cpu"
+        return not torch.compiler.is_compiling() and isinstance(self.features[0], Conv3x3) and native_library() is not None
 
     def _fuses(self, images: Tensor) -> bool:
-        if not (images.is_cuda and torch.is_autocast_enabled("cuda") and not torch.compiler.is_compiling() and triton_works(images.device)):
+        if not (images.is_cuda and torch.is_autocast_enabled("cuda") and triton_works(images.device)):
             return False
         from fastnst.fused_features import can_fuse
 

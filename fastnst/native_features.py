@@ -22,7 +22,7 @@ class _Features(ctypes.Structure):
 def can_rectify(x: Tensor) -> bool:
     """Whether it is there for such activations. Of tensors of other kinds, as for tracing, there may be no numbers."""
     alike = type(x) is Tensor and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.dim() == 4 and x.is_contiguous(memory_format=_LAST) and x.numel() > 0
-    return alike and not torch.compiler.is_compiling() and native_library() is not None
+    return alike and native_library() is not None
 
 
 class Rectified(torch.autograd.Function):
