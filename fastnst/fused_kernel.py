@@ -1,5 +1,6 @@
 """A kernel of the project's own for NVIDIA GPUs, in Triton; those that a computation starts, compiled together ahead of it."""
 
+import inspect
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import triton
 from fastnst.runtime import cpu_threads
 
 _LONGEST = 60  # seconds that compiling waits for: then something else's kernel is waited for
-_ahead: ContextVar[bool] = ContextVar("ahead", default=False)
+_ahead: ContextVar["set[Kernel] | None"] = ContextVar("ahead", default=None)  # those asked for while they are to be compiled alone
 
 
 class Kernel:
@@ -23,7 +24,16 @@ class Kernel:
         self.jit = triton.jit(function, **options)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        return partial(self.jit.run, grid=grid, warmup=_ahead.get())
+        asked = _ahead.get()
+        if asked is not None:
+            asked.add(self)
+        return partial(self.jit.run, grid=grid, warmup=asked is not None)
+
+    def forget_futures(self) -> None:
+        """Of kernels that could not be compiled, which then raise where they are started: a future in their place raises something else."""
+        for compiled, *_ in getattr(self.jit, "device_caches", {}).values():
+            for key in [key for key, value in compiled.items() if isinstance(value, triton.FutureKernel)]:
+                del compiled[key]
 
 
 def kernel(function: Callable | None = None, **options: Any) -> Any:
@@ -31,21 +41,32 @@ def kernel(function: Callable | None = None, **options: Any) -> Any:
     return partial(Kernel, **options) if function is None else Kernel(function, **options)
 
 
+def can_compile_ahead() -> bool:
+    """Whether this Triton can."""
+    mode = getattr(triton, "AsyncCompileMode", None)
+    return mode is not None and "ignore_errors" in inspect.signature(mode).parameters
+
+
 def compile_ahead(compute: Callable[[], Any]) -> None:
     """Let threads compile, side by side, all kernels that ``compute`` starts; it is called for that alone, and starts none: what they were to write is whatever
     lies there. The rest of it is done.
 
-    It does nothing with a Triton before 3.4, where each kernel is compiled when it is first started. One that cannot be compiled raises its error then, too.
+    It does nothing with a Triton before 3.6, where each kernel is compiled when it is first started. One that cannot be compiled raises its error then, too.
     """
-    if not hasattr(triton, "AsyncCompileMode"):
+    if not can_compile_ahead():
         return
     known = threading.Event()  # beside threads that compile, libraries would time kernels of their own wrongly
     threads = ThreadPoolExecutor(cpu_threads(), "compiling", known.wait, (_LONGEST,))
-    # What is compiled beside, and that nothing starts, is a setting of this thread: gradients are to be found in it, too.
-    with threads, triton.AsyncCompileMode(threads, ignore_errors=True), torch.autograd.set_multithreading_enabled(False):
-        before = _ahead.set(True)
-        try:
-            compute()
-        finally:
-            _ahead.reset(before)
-            known.set()
+    asked: set[Kernel] = set()
+    try:
+        # What is compiled beside, and that nothing starts, is a setting of this thread: gradients are to be found in it, too.
+        with threads, triton.AsyncCompileMode(threads, ignore_errors=True), torch.autograd.set_multithreading_enabled(False):
+            before = _ahead.set(asked)
+            try:
+                compute()
+            finally:
+                _ahead.reset(before)
+                known.set()
+    finally:
+        for one in asked:
+            one.forget_futures()

@@ -12,14 +12,15 @@ triton = pytest.importorskip("triton", reason="Triton comes with torch on Linux 
 import triton.language as tl
 from test_fused_norm import DEVICE
 
-from fastnst.fused_kernel import compile_ahead, kernel
+from fastnst.fused_kernel import can_compile_ahead, compile_ahead, kernel
 from fastnst.fused_norm import FusedNorm
 
-ahead = pytest.mark.skipif(not hasattr(triton, "AsyncCompileMode"), reason="needs Triton 3.4 or later")
+ahead = pytest.mark.skipif(not can_compile_ahead(), reason="needs Triton 3.6 or later")
 
 TRANSLATE = """
 import sys, threading
 import torch, triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -40,7 +41,7 @@ triton.compiler.compile = compile
 
 from fastnst import fused_adam, fused_distances, fused_features, fused_norm, fused_pixels, fused_weights
 from fastnst.engine import load_network
-from fastnst.fused_kernel import Kernel, compile_ahead
+from fastnst.fused_kernel import Kernel, compile_ahead, kernel
 from fastnst.fused_network import fused_layers
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import LossConfig
@@ -83,17 +84,33 @@ for Driver.current in (75, 90):
             assert f"sm_{Driver.current}" in one.asm["ptx"]
             if name in ("_apply", "_fold", "_back", "_pool", "_pool_back"):
                 assert "ld.global.b16" not in one.asm["ptx"], name  # 16 bytes at once, not 2
+
+@kernel
+def broken(x, FEW: tl.constexpr):
+    tl.static_assert(FEW > 4, "got too few")
+
+compile_ahead(lambda: broken[(1,)](torch.zeros(4), FEW=4))
+for _ in range(2):
+    try:
+        where_before = set(where)
+        broken[(1,)](torch.zeros(4), FEW=4)
+    except triton.CompilationError as error:
+        assert "got too few" in str(error)
+        where = where_before
+    else:
+        raise AssertionError("it was started")
 assert where == {("compiling", False)}  # by threads, once all were known: those of gradients, too
 print("translated")
 """
 
 
 @ahead
-def test_all_kernels_translate_for_gpus_that_are_not_here():
+def test_all_kernels_translate_for_gpus_that_are_not_here(tmp_path):
     """Interpreted they could do what a GPU cannot: for one of 2018 and one of 2022, as inference and training start them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     model = REPOSITORY / "checkpoints" / "wave" / "model.safetensors"
-    done = subprocess.run([sys.executable, "-c", TRANSLATE, str(model)], env=environment, capture_output=True, text=True)
+    (tmp_path / "translate.py").write_text(TRANSLATE)
+    done = subprocess.run([sys.executable, tmp_path / "translate.py", model], env=environment, capture_output=True, text=True)
     assert done.stdout == "translated\n", done.stderr
 
 
@@ -142,6 +159,7 @@ def test_an_error_ahead_is_raised_and_leaves_nothing_behind():
     assert out.all() and torch.autograd.is_multithreading_enabled()
 
 
-def test_a_triton_that_cannot_compile_ahead_computes_nothing_there(monkeypatch):
-    monkeypatch.delattr(triton, "AsyncCompileMode", raising=False)
+@pytest.mark.parametrize("mode", [None, lambda executor: pytest.fail("it would fail here")], ids=["3.4", "3.5"])
+def test_a_triton_that_cannot_compile_ahead_computes_nothing_there(monkeypatch, mode):
+    monkeypatch.setattr(triton, "AsyncCompileMode", mode, raising=False)
     compile_ahead(lambda: pytest.fail("it has no use"))
