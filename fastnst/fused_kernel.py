@@ -32,8 +32,9 @@ class Kernel:
     def forget_futures(self) -> None:
         """Of kernels that could not be compiled, which then raise where they are started: a future in their place raises something else."""
         for compiled, *_ in getattr(self.jit, "device_caches", {}).values():
-            for key in [key for key, value in compiled.items() if isinstance(value, triton.FutureKernel)]:
-                del compiled[key]
+            for key, value in list(compiled.items()):
+                if isinstance(value, triton.FutureKernel):
+                    compiled.pop(key, None)
 
 
 def kernel(function: Callable | None = None, **options: Any) -> Any:

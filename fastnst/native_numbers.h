@@ -67,4 +67,4 @@ INLINE eight unless(eight_bits mask, eight v) { return (eight)((eight_bits)v & ~
 
 /* ---- threads ---- */
 
-void fastnst_parallel(long threads, long count, void (*job)(void *, long, long), void *args); /* native.c: job(args, index, thread) for each index below `count` */
+void fastnst_parallel(long threads, long count, void (*job)(void *, long, long), void *args); /* native_threads.c: job(args, index, thread) for each index below `count` */

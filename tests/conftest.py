@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastnst import winograd
 from fastnst.native_library import multiplies_pairs
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -71,6 +72,13 @@ def library(request, tmp_path_factory):
     if not found.fastnst_runs_here():
         pytest.skip("this CPU has no such instructions")
     return found
+
+
+@pytest.fixture
+def native_however_small(monkeypatch):
+    """Convolutions of training, of which torch has the small ones, as they are small in tests."""
+    monkeypatch.setattr(winograd, "_SMALLEST", 0)
+    monkeypatch.setattr(winograd, "_LEAST_WORK", 0)
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from fastnst.model import NetworkConfig
 from fastnst.native_library import multiplies_pairs
 from fastnst.network import plainly
 
+pytestmark = pytest.mark.usefixtures("native_however_small")
+
 
 @pytest.fixture
 def task(photos) -> Task:

@@ -8,6 +8,8 @@ from fastnst import cpu_network, winograd
 from fastnst.cpu_network import cpu_layers
 from fastnst.network import plainly
 
+pytestmark = pytest.mark.usefixtures("native_however_small")
+
 
 @pytest.mark.parametrize("height, width", [(16, 20), (17, 22)])
 @pytest.mark.parametrize(
