@@ -49,14 +49,6 @@ INLINE void part_add(struct part *part, vec v) {
     part->squares += d * d;
 }
 
-/* Chan, Golub and LeVeque 1979: of two samples together. */
-static void merge(double *count, double *mean, double *squares, double other_count, double other_mean, double other_squares) {
-    double total = *count + other_count, difference = other_mean - *mean;
-    *squares += other_squares + difference * difference * (*count * other_count / total);
-    *mean += difference * (other_count / total);
-    *count = total;
-}
-
 /* A thread's, of all channels. */
 struct moments {
     double *count, *mean, *squares;

@@ -84,17 +84,16 @@ INLINE void moments_part(int half, struct parts *parts, long part) {
         for (long first = 0; first < n->shuffle; first++) IN_EIGHTS(C, moments_run, half, run_of(n), at(half, n->x, place_of(n, y, first)), pivot, sum, sum + C);
 }
 
-/* Chan, Golub and LeVeque 1979: of all parts together. */
+/* All parts together. */
 static void solve(struct parts *parts) {
     const struct norm *n = &parts->norm;
     for (long c = 0; c < n->channels; c++) {
         double count = 0, mean = 0, squares = 0;
         for (long part = 0; part < parts->count; part++) {
             long y = part * parts->rows, rows = n->height - y < parts->rows ? n->height - y : parts->rows;
-            double pixels = (double)rows * n->width, sum = parts->sums[2 * part * n->channels + c], pivot = parts->pivots[part * n->channels + c];
-            double apart = pivot + sum / pixels - mean, all = count + pixels;
-            squares += parts->sums[(2 * part + 1) * n->channels + c] - sum * sum / pixels + apart * apart * (count * pixels / all);
-            mean += apart * (pixels / all), count = all;
+            double pixels = (double)rows * n->width, sum = parts->sums[2 * part * n->channels + c];
+            double apart = parts->sums[(2 * part + 1) * n->channels + c] - sum * sum / pixels;
+            merge(&count, &mean, &squares, pixels, parts->pivots[part * n->channels + c] + sum / pixels, apart);
         }
         double variance = squares / count;
         n->moments[c] = mean, n->moments[n->channels + c] = 1 / sqrt((variance < 0 ? 0 : variance) + n->epsilon);

@@ -44,6 +44,8 @@ class NativeNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, unminded: Tensor | None, skip: Tensor | None, relu: bool, padding: int, mode: str, shuffle: int):
+        if not can_norm(x, weight):  # other numbers would be read as if they were these
+            raise ValueError(f"got {x.dtype} of shape {tuple(x.shape)} on {x.device} and weights of {weight.dtype}, need what `can_norm` allows")
         if relu and skip is not None:
             raise ValueError("got a ReLU and a sum, need one of them or none")
         x = x.contiguous(memory_format=torch.channels_last)

@@ -65,6 +65,16 @@ INLINE eight unless(eight_bits mask, eight v) { return (eight)((eight_bits)v & ~
 #define IN_EIGHTS(channels, act, ...) \
     for (long c = 0; c < (channels); c += 8) (channels) - c >= 8 ? act(c, 8, __VA_ARGS__) : act(c, (channels) - c, __VA_ARGS__)
 
+/* ---- moments ---- */
+
+/* Chan, Golub and LeVeque 1979: of two samples together. */
+static inline void merge(double *count, double *mean, double *squares, double other_count, double other_mean, double other_squares) {
+    double total = *count + other_count, difference = other_mean - *mean;
+    *squares += other_squares + difference * difference * (*count * other_count / total);
+    *mean += difference * (other_count / total);
+    *count = total;
+}
+
 /* ---- threads ---- */
 
 void fastnst_parallel(long threads, long count, void (*job)(void *, long, long), void *args); /* native_threads.c: job(args, index, thread) for each index below `count` */

@@ -1,8 +1,8 @@
-"""3x3 convolutions of training on a CPU: forward, and back to their input and their weights, by the minimal filtering of `native.c`, a fifth or a quarter of the
-multiplications.
+"""3x3 convolutions of training on a CPU: forward, and back to their input and their weights, by the minimal filtering of `native.c` and
+`native_kernels.c`, a fifth or a quarter of the multiplications.
 
-In float32, and in bfloat16 where vectors multiply it (gradients of weights are multiplied in float32 there, too); elsewhere, and where nothing was compiled, they are
-torch's.
+In float32, and in bfloat16 where vectors multiply it (gradients of weights are multiplied in float32 there, too); elsewhere, on small maps, and where
+nothing was compiled, they are torch's.
 """
 
 from collections.abc import Callable, Iterable

@@ -165,3 +165,9 @@ def test_where_nothing_is_compiled_torch_does_the_same(monkeypatch):
         monkeypatch.setattr(cpu_network, "can_norm", lambda *given, compiled=compiled: compiled)
         outputs.append(cpu_layers(network, images, torch.float32))
     torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("x, dtype", [(torch.zeros(1, 8, 4, 4).double(), torch.float64), (torch.zeros(1, 8, 4, 4), torch.bfloat16), (torch.zeros(1, 8, 4, 0), torch.float32)])
+def test_numbers_of_other_kinds_are_refused(x, dtype):
+    with pytest.raises(ValueError, match=f"got {x.dtype} of shape .* and weights of {dtype}"):
+        NativeNorm.apply(x, torch.ones(8, dtype=dtype), torch.ones(8, dtype=dtype), None, None, True, 1, "constant", 1)
