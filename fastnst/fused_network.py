@@ -52,7 +52,7 @@ def fused_layers(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Tens
         skip = skip[:, :, cut : skip.shape[2] - cut, cut : skip.shape[3] - cut] if cut else skip
         earlier = within
         places = wide.PLACE // shuffle if after is steps[-1] else 1
-        x, within = FusedNorm.apply(x, step.norm.weight, step.norm.bias, skip, step.relu, *after.padding, side, places)
+        x, within = FusedNorm.apply(x, step.norm.weight, step.norm.bias, skip, step.relu, *after.padding, side, places, int(step.to_corners))
     x, bias = _convolve(x, weights[-1], None, (1, 1), aside), wide.last_bias(last.bias, shuffle)
     return AsPixels.apply(x, bias) if aside is None else AsPixels.apply(x, bias.detach(), partial(aside.put_sums, bias))
 
@@ -64,7 +64,7 @@ def _layouts(network: nn.Module, steps: list[Step], shuffle: int, dtype: torch.d
     unminded = [step.conv.bias for step in steps[:-1] if step.kind != "subpixel"]  # a norm follows
     if dtype not in kept or not kept[dtype].holds((*kernels, *unminded)):
         stride = steps[0].conv.stride[0]
-        layouts = [None if step.kind == "plain" else step.laid_out for step in steps]
+        layouts = [None if step.kind == "plain" else step.laid_out_for_corners if step.to_corners else step.laid_out for step in steps]
         layouts[0] = lambda weight: wide.first_weight(weight / 255, stride)
         layouts[-1] = lambda weight: wide.last_weight(weight, shuffle)
         kept[dtype] = WeightLayouts(kernels, layouts, unminded, dtype)

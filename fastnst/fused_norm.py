@@ -35,17 +35,18 @@ def fused_norm(
     mode: str = "constant",
     shuffle: int = 1,
     places: int = 1,
+    margin: int = 0,
     unlike: Tensor | None = None,
 ) -> Tensor:
     """``(N, C s s, h, w)`` -> its instance norm, ReLU, plus ``skip``, padded by ``padding`` on all sides: ``(N, C, h s + 2 p, w s + 2 p)``, the same type, channels-last.
 
     ``weight`` and ``bias``: ``(C,)``. ``skip``: ``(N, C, h s, w s)``, channels-last or an inner part of such. ``mode``: ``reflect``,
     ``replicate`` or ``constant`` (0). ``shuffle`` s: what comes are places of ``s x s`` pixels, as ``wide`` has them; ``places`` n: what goes are
-    such of ``n x n``, which both sides are multiples of. ``unlike``, int32 ``(N,)``: 0 where all pixels of a channel are the same but for rounding, so that the
+    such of ``n x n``, which both sides are multiples of. ``margin``: so many pixels on all sides of what comes are no part of it. ``unlike``, int32 ``(N,)``: 0 where all pixels of a channel are the same but for rounding, so that the
     norm is ``bias``. Moments and arithmetic are float32.
     """
     x = x.contiguous(memory_format=_LAST)
-    return _forward(x, _moments(x, shuffle, unlike), weight, bias, relu, skip, padding, mode, shuffle, places)
+    return _forward(x, _moments(x, shuffle, margin, unlike), weight, bias, relu, skip, padding, mode, shuffle, places, margin)
 
 
 class FusedNorm(torch.autograd.Function):
@@ -56,12 +57,12 @@ class FusedNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, skip, relu, padding, mode, shuffle, places) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, x, weight, bias, skip, relu, padding, mode, shuffle, places, margin) -> tuple[Tensor, Tensor | None]:
         x = x.contiguous(memory_format=_LAST)
-        moments = _moments(x, shuffle)
-        out = _forward(x, moments, weight, bias, relu, skip, padding, mode, shuffle, places)
+        moments = _moments(x, shuffle, margin)
+        out = _forward(x, moments, weight, bias, relu, skip, padding, mode, shuffle, places, margin)
         ctx.save_for_backward(x, moments, weight, bias)
-        ctx.how, ctx.skips, ctx.shape = (relu, padding, mode, shuffle, places), skip is not None, out.shape
+        ctx.how, ctx.skips, ctx.shape = (relu, padding, mode, shuffle, places, margin), skip is not None, out.shape
         ctx.set_materialize_grads(False)
         return out, out[:, :, padding : out.shape[2] - padding, padding : out.shape[3] - padding] if places == 1 else None
 
@@ -69,8 +70,8 @@ class FusedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None, within: Tensor | None):
         x, moments, weight, bias = ctx.saved_tensors
-        relu, padding, mode, shuffle, places = ctx.how
-        images, channels, height, width, sizes = _sizes(x, shuffle)
+        relu, padding, mode, shuffle, places, margin = ctx.how
+        images, channels, height, width, sizes = _sizes(x, shuffle, margin)
         gradient = x.new_zeros(ctx.shape) if gradient is None else gradient
         gradient = gradient.contiguous(memory_format=_LAST)
         within = None if within is None else within.contiguous(memory_format=_LAST)
@@ -79,33 +80,33 @@ class FusedNorm(torch.autograd.Function):
         columns = triton.cdiv(width, fewer["BLOCK"])
         parts = max(1, min(height * columns, _FOLD_PROGRAMS // images))
         sums = x.new_empty(images, parts, 2, channels, dtype=torch.float32)
-        choices = {"PADDING": padding, "MODE": mode, "RELU": relu, "WITHIN": within is not None, "SHUFFLE": shuffle, "PLACES": places}
+        choices = {"PADDING": padding, "MODE": mode, "RELU": relu, "WITHIN": within is not None, "SHUFFLE": shuffle, "PLACES": places, "MARGIN": margin}
         _fold[(parts, images)](x, moments, weight, bias, gradient, x if within is None else within, folded, sums, height, width, columns, **choices, **fewer)
         totals = x.new_empty(images, 2, channels, dtype=torch.float32)
         _total[(images, triton.cdiv(channels, _CHANNELS))](sums, totals, parts, CHANNELS=channels, WIDTH=_CHANNELS, PARTS=triton.next_power_of_2(parts), num_warps=4)
         back, whole = torch.empty_like(x), x.new_empty(2, channels, dtype=torch.float32)
-        flat = (triton.cdiv(height * width, sizes["BLOCK"]), images)
-        _back[flat](x, moments, weight, folded, totals, back, whole, height * width, **sizes)
+        flat = (triton.cdiv((height + 2 * margin) * (width + 2 * margin), sizes["BLOCK"]), images)
+        _back[flat](x, moments, weight, folded, totals, back, whole, height, width, SHUFFLE=shuffle, MARGIN=margin, **sizes)
         bias_gradient, weight_gradient = whole.to(weight.dtype)
-        return back, weight_gradient, bias_gradient, folded if ctx.skips else None, None, None, None, None, None
+        return back, weight_gradient, bias_gradient, folded if ctx.skips else None, None, None, None, None, None, None
 
 
-def _sizes(x: Tensor, shuffle: int) -> tuple[int, int, int, int, dict[str, Any]]:
+def _sizes(x: Tensor, shuffle: int, margin: int) -> tuple[int, int, int, int, dict[str, Any]]:
     """Images, channels, height and width of what ``x`` holds, and the sizes that kernels are compiled for."""
     images, channels, height, width = x.shape
     channels //= shuffle**2
     wide = triton.next_power_of_2(channels)
-    return images, channels, height * shuffle, width * shuffle, {"CHANNELS": channels, "WIDTH": wide, "BLOCK": max(1, _NUMBERS // wide), "num_warps": 8}
+    return images, channels, height * shuffle - 2 * margin, width * shuffle - 2 * margin, {"CHANNELS": channels, "WIDTH": wide, "BLOCK": max(1, _NUMBERS // wide), "num_warps": 8}
 
 
-def _moments(x: Tensor, shuffle: int, unlike: Tensor | None = None) -> Tensor:
-    """Mean and the deviation's inverse, ``(N, 2, C)`` float32, of channels-last ``x``; where its pixels lie does not matter."""
-    images, channels, height, width, sizes = _sizes(x, shuffle)
+def _moments(x: Tensor, shuffle: int, margin: int, unlike: Tensor | None = None) -> Tensor:
+    """Mean and the deviation's inverse, ``(N, 2, C)`` float32, of channels-last ``x``."""
+    images, channels, height, width, sizes = _sizes(x, shuffle, margin)
     numbers, programs, stages, warps = _SUMMING
     block = max(1, 2 * numbers // x.element_size() // sizes["WIDTH"])
     parts = max(1, min(triton.cdiv(height * width, block), programs // images))
     sums = x.new_empty(images, parts, 2, channels, dtype=torch.float32)
-    _sum_up[(parts, images)](x, sums, height * width, STAGES=stages, **sizes | {"BLOCK": block, "num_warps": warps})
+    _sum_up[(parts, images)](x, sums, height, width, SHUFFLE=shuffle, MARGIN=margin, STAGES=stages, **sizes | {"BLOCK": block, "num_warps": warps})
     moments = x.new_empty(images, 2, channels, dtype=torch.float32)
     groups = {"CHANNELS": channels, "WIDTH": _CHANNELS, "BLOCK": block, "PARTS": triton.next_power_of_2(parts), "ASKED": unlike is not None}
     other = sums if unlike is None else unlike
@@ -113,34 +114,75 @@ def _moments(x: Tensor, shuffle: int, unlike: Tensor | None = None) -> Tensor:
     return moments
 
 
-def _forward(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, relu: bool, skip: Tensor | None, padding: int, mode: str, shuffle: int, places: int) -> Tensor:
-    images, channels, height, width, sizes = _sizes(x, shuffle)
+def _forward(
+    x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, relu: bool, skip: Tensor | None, padding: int, mode: str, shuffle: int, places: int, margin: int
+) -> Tensor:
+    images, channels, height, width, sizes = _sizes(x, shuffle, margin)
     out_height, out_width = height + 2 * padding, width + 2 * padding
     out = x.new_empty(images, out_height // places, out_width // places, places**2 * channels).permute(0, 3, 1, 2)
     if skip is not None and skip.stride()[1::2] != (1, channels):
         skip = skip.contiguous(memory_format=_LAST)
     other = x if skip is None else skip
     grid = (triton.cdiv(out_height * out_width, sizes["BLOCK"]), images)  # the first may be large
-    choices = {"PADDING": padding, "MODE": mode, "RELU": relu, "SKIP": skip is not None, "SHUFFLE": shuffle, "PLACES": places, "enable_fp_fusion": True}
+    choices = {"PADDING": padding, "MODE": mode, "RELU": relu, "SKIP": skip is not None, "SHUFFLE": shuffle, "PLACES": places, "MARGIN": margin, "enable_fp_fusion": True}
     _apply[grid](x, moments, weight, bias, other, out, height, width, other.stride(0) // channels, other.stride(2) // channels, **choices, **sizes)
     return out
 
 
-@kernel(do_not_specialize=["pixels"])
-def _sum_up(x, sums, pixels, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+@triton.jit
+def lies_at(y, across, width, SIDE: tl.constexpr):
+    """Where a pixel lies among those of its image, by places of ``SIDE x SIDE``, counted in pixels."""
+    if SIDE == 1:
+        return y * width + across
+    return ((y // SIDE) * (width // SIDE) + across // SIDE) * SIDE * SIDE + (y % SIDE) * SIDE + across % SIDE
+
+
+@triton.jit
+def pixel_at(place, height, width, SIDE: tl.constexpr):
+    """Image, row and column of a pixel that is the ``place``-th in memory, by places of ``SIDE x SIDE``: what ``lies_at`` gives, the other way."""
+    within, place = place % (SIDE * SIDE), place // (SIDE * SIDE)
+    row, rows = place // (width // SIDE), height // SIDE
+    return row // rows, row % rows * SIDE + within // SIDE, place % (width // SIDE) * SIDE + within % SIDE
+
+
+@triton.jit
+def _lies_within(y, across, width, SIDE: tl.constexpr, MARGIN: tl.constexpr):
+    """``lies_at`` in an image with a margin."""
+    return lies_at(y + MARGIN, across + MARGIN, width + 2 * MARGIN, SIDE)
+
+
+@triton.jit
+def _area(height, width, MARGIN: tl.constexpr):
+    return (height + 2 * MARGIN) * (width + 2 * MARGIN)
+
+
+@triton.jit
+def _any_order(number, width, SIDE: tl.constexpr, MARGIN: tl.constexpr):
+    """Where the ``number``-th pixel of an image lies: as they lie, where all of what lies there is of the image."""
+    return number if MARGIN == 0 else _lies_within(number // width, number % width, width, SIDE, MARGIN)
+
+
+@kernel(do_not_specialize=["height", "width"])
+def _sum_up(
+    x, sums, height, width, SHUFFLE: tl.constexpr, MARGIN: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+):  # fmt: skip
     """A part's mean of each channel, and the squares of the distances from it, in one pass: counted from the median of three pixels, so that no large number
     is subtracted from another. Blocks are asked for ``STAGES`` - 1 ahead, else a program waits for each."""
     part, parts, image = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     channel = tl.arange(0, WIDTH)[None, :]
-    x += image.to(tl.int64) * pixels * CHANNELS
+    pixels = height * width
+    x += image.to(tl.int64) * _area(height, width, MARGIN) * CHANNELS
     first, count = part * BLOCK, tl.minimum(pixels - part * BLOCK, BLOCK)
-    one, two, three = _pixel(x, first, CHANNELS, channel), _pixel(x, first + count // 2, CHANNELS, channel), _pixel(x, first + count - 1, CHANNELS, channel)
+    one = _pixel(x, _any_order(first, width, SHUFFLE, MARGIN), CHANNELS, channel)
+    two = _pixel(x, _any_order(first + count // 2, width, SHUFFLE, MARGIN), CHANNELS, channel)
+    three = _pixel(x, _any_order(first + count - 1, width, SHUFFLE, MARGIN), CHANNELS, channel)
     pivot = tl.maximum(tl.minimum(one, two), tl.minimum(tl.maximum(one, two), three))
     total = tl.zeros([BLOCK, WIDTH], tl.float32)
     squares = tl.zeros([BLOCK, WIDTH], tl.float32)
     for start in tl.range(part * BLOCK, pixels, parts * BLOCK, num_stages=STAGES):
         pixel = (start + tl.arange(0, BLOCK))[:, None]
-        value = tl.load(x + pixel.to(tl.int64) * CHANNELS + channel, mask=(pixel < pixels) & (channel < CHANNELS), other=0).to(tl.float32)
+        place = x + _any_order(pixel, width, SHUFFLE, MARGIN).to(tl.int64) * CHANNELS + channel
+        value = tl.load(place, mask=(pixel < pixels) & (channel < CHANNELS), other=0).to(tl.float32)
         value = tl.where(pixel < pixels, value - pivot, 0.0)
         total += value
         squares += value * value
@@ -198,18 +240,10 @@ def _solve(
     tl.store(moments + CHANNELS, inverse, mask=channel < CHANNELS)
 
 
-@triton.jit
-def lies_at(y, across, width, SIDE: tl.constexpr):
-    """Where a pixel lies among those of its image, by places of ``SIDE x SIDE``, counted in pixels."""
-    if SIDE == 1:
-        return y * width + across
-    return ((y // SIDE) * (width // SIDE) + across // SIDE) * SIDE * SIDE + (y % SIDE) * SIDE + across % SIDE
-
-
 @kernel(do_not_specialize=["height", "width", "skip_image", "skip_row"])
 def _apply(
     x, moments, weight, bias, skip, out, height, width, skip_image, skip_row,
-    PADDING: tl.constexpr, MODE: tl.constexpr, RELU: tl.constexpr, SKIP: tl.constexpr, SHUFFLE: tl.constexpr, PLACES: tl.constexpr,
+    PADDING: tl.constexpr, MODE: tl.constexpr, RELU: tl.constexpr, SKIP: tl.constexpr, SHUFFLE: tl.constexpr, PLACES: tl.constexpr, MARGIN: tl.constexpr,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Some pixels of the output, one after the other, from those that padding finds there: rows are no whole number of programs, and those of a share would wait."""
@@ -225,7 +259,7 @@ def _apply(
         across = width - 1 - tl.abs(width - 1 - tl.abs(across))
     y = tl.minimum(tl.maximum(y, 0), height - 1)
     across = tl.minimum(tl.maximum(across, 0), width - 1)
-    pixel = image * height * width + lies_at(y, across, width, SHUFFLE)[:, None]
+    pixel = image * _area(height, width, MARGIN) + _lies_within(y, across, width, SHUFFLE, MARGIN)[:, None]
     value = tl.load(x + pixel * CHANNELS + channel, mask=there, other=0).to(tl.float32)
     mean = tl.load(moments + image * 2 * CHANNELS + channel, mask=real, other=0)
     gain = tl.load(moments + (image * 2 + 1) * CHANNELS + channel, mask=real, other=0) * tl.load(weight + channel, mask=real, other=0).to(tl.float32)
@@ -256,7 +290,7 @@ def _mirror(at, side, which, PADDING: tl.constexpr, MODE: tl.constexpr):
 @kernel(do_not_specialize=["height", "width", "columns"])
 def _fold(
     x, moments, weight, bias, gradient, within, folded, sums, height, width, columns,
-    PADDING: tl.constexpr, MODE: tl.constexpr, RELU: tl.constexpr, WITHIN: tl.constexpr, SHUFFLE: tl.constexpr, PLACES: tl.constexpr,
+    PADDING: tl.constexpr, MODE: tl.constexpr, RELU: tl.constexpr, WITHIN: tl.constexpr, SHUFFLE: tl.constexpr, PLACES: tl.constexpr, MARGIN: tl.constexpr,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The way back through padding, sum and ReLU, for stretches of rows, of which there are ``columns`` in each, and what the norm needs of it: each channel's
@@ -273,7 +307,7 @@ def _fold(
     for stretch in range(part, height * columns, parts):
         y, column = stretch // columns, stretch % columns * BLOCK + tl.arange(0, BLOCK)
         there = (column < width)[:, None] & real
-        pixel = image * height * width + lies_at(y, column, width, SHUFFLE)[:, None]
+        pixel = image * _area(height, width, MARGIN) + _lies_within(y, column, width, SHUFFLE, MARGIN)[:, None]
         value = tl.load(x + pixel * CHANNELS + channel, mask=there, other=0).to(tl.float32) - mean
         seen = image * (height + 2 * PADDING) * broad + lies_at(y + PADDING, column + PADDING, broad, PLACES)[:, None]
         total = tl.load(gradient + seen * CHANNELS + channel, mask=there, other=0).to(tl.float32)
@@ -315,14 +349,18 @@ def _total(sums, totals, parts, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PAR
     tl.store(totals + CHANNELS, tl.sum(products, 0), mask=real)
 
 
-@kernel(do_not_specialize=["pixels"])
-def _back(x, moments, weight, folded, totals, back, whole, pixels, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+@kernel(do_not_specialize=["height", "width"])
+def _back(
+    x, moments, weight, folded, totals, back, whole, height, width,
+    SHUFFLE: tl.constexpr, MARGIN: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The norm's input gradient: weight / deviation x (g - mean(g) - x^ mean(g x^)), x^ being the normalized values. And ``whole``, the sum of the images' totals."""
     image, pixel = tl.program_id(1).to(tl.int64), (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
     channel = tl.arange(0, WIDTH)[None, :]
     real = channel < CHANNELS
-    there = (pixel < pixels) & real
-    place = (image * pixels + pixel) * CHANNELS + channel
+    pixels, area = height * width, _area(height, width, MARGIN)
+    there = (pixel < area) & real
+    place = (image * area + pixel) * CHANNELS + channel
     mean = tl.load(moments + image * 2 * CHANNELS + channel, mask=real, other=0)
     inverse = tl.load(moments + (image * 2 + 1) * CHANNELS + channel, mask=real, other=0)
     total = tl.load(totals + image * 2 * CHANNELS + channel, mask=real, other=0) / pixels
@@ -330,6 +368,9 @@ def _back(x, moments, weight, folded, totals, back, whole, pixels, CHANNELS: tl.
     gain = inverse * tl.load(weight + channel, mask=real, other=0).to(tl.float32)
     normalized = (tl.load(x + place, mask=there, other=0).to(tl.float32) - mean) * inverse
     value = gain * (tl.load(folded + place, mask=there, other=0).to(tl.float32) - total - normalized * products)
+    if MARGIN > 0:
+        _, row, column = pixel_at(pixel, height + 2 * MARGIN, width + 2 * MARGIN, SHUFFLE)
+        value = tl.where((row >= MARGIN) & (row < height + MARGIN) & (column >= MARGIN) & (column < width + MARGIN), value, 0.0)
     tl.store(back + place, value.to(back.dtype.element_ty), mask=there)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         both = tl.arange(0, 2 * WIDTH)  # of sums and products, one after the other

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastnst.fused_kernel import kernel
-from fastnst.fused_norm import lies_at
+from fastnst.fused_norm import lies_at, pixel_at
 from fastnst.stages import PIXEL_SHIFT
 from fastnst.wide import CHANNELS, NUMBERS, PLACE
 
@@ -164,14 +164,6 @@ def _finish(
         tl.store(out + place * (PLACE * 3) + number, ((value + 12582912.0) - 12582912.0).to(tl.uint8), mask=there)  # 1.5 x 2^23, beside which halves are rounded to even
 
 
-@triton.jit
-def _pixel_at(place, height, width, SIDE: tl.constexpr):
-    """Image, row and column of a pixel that is the ``place``-th in memory, by places of ``SIDE x SIDE``: what ``lies_at`` gives, the other way."""
-    within, place = place % (SIDE * SIDE), place // (SIDE * SIDE)
-    row, rows = place // (width // SIDE), height // SIDE
-    return row // rows, row % rows * SIDE + within // SIDE, place % (width // SIDE) * SIDE + within % SIDE
-
-
 @kernel(do_not_specialize=["lines", "height", "width"])
 def _to_pixels(x, bias, std, out, lines, height, width, SCALED: tl.constexpr, PLACE: tl.constexpr, NUMBERS: tl.constexpr, ROWS: tl.constexpr):
     row, lane = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, NUMBERS)[None, :]
@@ -182,7 +174,7 @@ def _to_pixels(x, bias, std, out, lines, height, width, SCALED: tl.constexpr, PL
         value = value / tl.load(std + channel)
     else:
         value += tl.load(bias + lane, mask=lane < numbers, other=0).to(tl.float32)
-    image, y, across = _pixel_at(row * PLACE * PLACE + lane // 3, height, width, PLACE)
+    image, y, across = pixel_at(row * PLACE * PLACE + lane // 3, height, width, PLACE)
     tl.store(out + ((image * 3 + channel).to(tl.int64) * height + y) * width + across, value, mask=there)
 
 
@@ -197,7 +189,7 @@ def _to_places(
         pixel, channel = row * (NUMBERS // CHANNELS) + lane // CHANNELS, lane % CHANNELS
     else:
         pixel, channel = row * SIDE * SIDE + lane // 3, tl.where(lane < SIDE * SIDE * 3, lane % 3, 3)
-    image, y, across = _pixel_at(pixel, height, width, SIDE)
+    image, y, across = pixel_at(pixel, height, width, SIDE)
     color = there & (channel < 3)
     place = images + image.to(tl.int64) * image_stride + channel * channel_stride + y * row_stride + across * column_stride
     value = tl.load(place, mask=color, other=0)

@@ -39,7 +39,7 @@ class NvidiaPass:
                 raw, bias = raw.unflatten(0, (3, 4))[:, 0, :, :-1, :-1], bias[::4]
             weight, bias = wide.last_weight(raw, 3 - stage.stride), wide.last_bias(bias, 3 - stage.stride)
         elif stage.transposed:
-            weight = wide.upsampled_weight(raw, "transposed")
+            weight = wide.around_corners(wide.upsampled_weight(raw, "transposed"))
             bias = None if bias is None else bias.repeat(4)
         elif stage.shuffle == 2:
             weight, bias = wide.by_place(raw), None if bias is None else wide.by_place(bias)
@@ -73,16 +73,16 @@ class NvidiaPass:
                 x, shuffle = wide.cropped(x, shuffle, *(stage.size(side + less + 2 * config.start_padding) for side, less in zip((height, width), missing)))
             after = stages[index + 1]
             places = wide.PLACE // (3 - after.stride) if index + 1 == last else 1
-            x = self._between(x, arrays, stage, skip, after.padding, after.padding_mode, shuffle, places, unlike)
+            x = self._between(x, arrays, stage, skip, after.padding, after.padding_mode, shuffle, places, int(stage.transposed), unlike)
         raise AssertionError("a network has a last stage")
 
     @staticmethod
     def _between(
-        x: Tensor, arrays: _Arrays, stage: Stage, skip: Tensor | None, padding: int, mode: str, shuffle: int, places: int, unlike: Tensor | None
+        x: Tensor, arrays: _Arrays, stage: Stage, skip: Tensor | None, padding: int, mode: str, shuffle: int, places: int, margin: int, unlike: Tensor | None
     ) -> Tensor:
         if arrays.norm_weight is not None:
-            return fused_norm(x, arrays.norm_weight, arrays.norm_bias, stage.relu, skip, padding, mode, shuffle, places, unlike)
-        x = wide.in_pixels(x, shuffle)  # batch norm's, folded into convolutions
+            return fused_norm(x, arrays.norm_weight, arrays.norm_bias, stage.relu, skip, padding, mode, shuffle, places, margin, unlike)
+        x = F.pad(wide.in_pixels(x, shuffle), [-margin] * 4)  # batch norm's, folded into convolutions
         x = x.relu() if stage.relu else x
         x = x + skip if skip is not None else x
         x = F.pad(x, [padding] * 4, mode=mode) if padding else x

@@ -37,6 +37,14 @@ class Step:
     def shuffle(self) -> int:
         return 1 if self.kind == "plain" else 2
 
+    @property
+    def to_corners(self) -> bool:
+        """Whether ``wide.around_corners`` has its kernels."""
+        return self.kind in ("nearest", "transposed")
+
+    def laid_out_for_corners(self, weight: Tensor) -> Tensor:
+        return wide.around_corners(self.laid_out(weight))
+
     def laid_out(self, weight: Tensor) -> Tensor:
         """The convolution's weight as it is taken here."""
         if self.kind == "transposed":

@@ -85,6 +85,16 @@ def upsampled_weight(weight: Tensor, mode: str) -> Tensor:
     return split.view(*weight.shape[:2], 4, 3, 3).permute(2, 0, 1, 3, 4).flatten(0, 1)
 
 
+def around_corners(weight: Tensor) -> Tensor:
+    """What ``upsampled_weight`` gives, unless bilinear, ``(2 2 O, I, 3, 3)``, less the taps that are 0 -> ``(2 2 O, I, 2, 2)``: 4 multiplications instead of 9.
+
+    Of the pixels of a place each looks towards another corner. The four that look towards one are the places here: there is a row and a column of them more,
+    and a pixel on all sides of the picture is no part of it.
+    """
+    by_pixel = weight.unflatten(0, (2, 2, -1))
+    return torch.cat([by_pixel[y, x, :, :, y : y + 2, x : x + 2] for y in (1, 0) for x in (1, 0)])
+
+
 @cache
 def _upsampling(mode: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """What each tap of a kernel, ``(k k, ...)``, is to the taps of the four on the small grid, ``(..., 36)``."""

@@ -141,7 +141,7 @@ def test_what_is_compiled_ahead_is_not_started_and_everything_is_afterwards():
     def compute():
         _double[(1,)](torch.ones_like(out), out, NUMBERS=8)
         leaf = x.clone().requires_grad_()
-        FusedNorm.apply(leaf, ones, ones, None, True, 1, "reflect", 1, 1)[0].sum().backward()
+        FusedNorm.apply(leaf, ones, ones, None, True, 1, "reflect", 1, 1, 0)[0].sum().backward()
         calls.append(leaf.grad.shape)
 
     compile_ahead(compute)

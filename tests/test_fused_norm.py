@@ -8,6 +8,7 @@ from test_engine import ARCHITECTURES, eager, photo
 from test_stages import staged
 
 pytest.importorskip("triton", reason="Triton comes with torch on Linux alone")
+from fastnst import wide  # noqa: E402
 from fastnst.cli import shipped_folder  # noqa: E402
 from fastnst.engine import load_network  # noqa: E402
 from fastnst.fused_norm import FusedNorm, fused_norm  # noqa: E402
@@ -80,33 +81,35 @@ def test_in_half_precision_only_the_result_is_rounded(dtype, tolerance):
 
 
 @pytest.mark.parametrize(
-    "mode, padding, shuffle, places",
+    "mode, padding, shuffle, places, margin",
     [
-        *((mode, padding, shuffle, 1) for mode, padding in (("reflect", 0), ("reflect", 1), ("reflect", 4), ("replicate", 1), ("constant", 2)) for shuffle in (1, 2)),
-        *(("reflect", 1, 4, 1), ("reflect", 4, 2, 4), ("constant", 4, 2, 4), ("reflect", 2, 1, 2), ("reflect", 0, 2, 4)),
+        *((mode, padding, shuffle, 1, margin) for mode, padding in (("reflect", 0), ("reflect", 1), ("reflect", 4), ("replicate", 1), ("constant", 2)) for shuffle, margin in ((1, 0), (2, 0), (2, 1))),
+        *(("reflect", 1, 4, 1, 0), ("reflect", 4, 2, 4, 0), ("constant", 4, 2, 4, 0), ("reflect", 2, 1, 2, 0), ("reflect", 0, 2, 4, 0), ("reflect", 5, 2, 4, 1)),
     ],
 )
 @pytest.mark.parametrize("relu", [True, False])
-def test_gradients_are_those_of_torch(relu, mode, padding, shuffle, places):
+def test_gradients_are_those_of_torch(relu, mode, padding, shuffle, places, margin):
     torch.manual_seed(0)
     height, width = (5, 7) if places == 1 else (6, 8)  # and sides that are multiples of the places'
-    x = (3 * torch.randn(2, 3 * shuffle**2, height, width) + 10).contiguous(memory_format=torch.channels_last)
+    x = 3 * torch.randn(2, 3, height * shuffle, width * shuffle) + 10
+    if margin:  # whatever lies there
+        x[:, :, [0, -1]], x[:, :, :, [0, -1]] = torch.nan, torch.inf
+    x = wide.in_places(x, shuffle).contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(3), torch.randn(3)
     skip = None if relu or shuffle > 1 else torch.randn(2, 3, height + 2, width + 2).contiguous(memory_format=torch.channels_last)
 
     def by_torch(x, weight, bias, skip):
-        pixels = x.reshape(2, shuffle, shuffle, 3, height, width).permute(0, 3, 4, 1, 5, 2).reshape(2, 3, height * shuffle, width * shuffle)
+        pixels = F.pad(wide.in_pixels(x, shuffle), [-margin] * 4)
         after = F.instance_norm(pixels, weight=weight, bias=bias, eps=1e-5)
         after = after.relu() if relu else after
         after = after if skip is None else after + skip[:, :, 1:-1, 1:-1]
         out = F.pad(after, [padding] * 4, mode=mode)
         if places == 1:
             return out, after
-        rows, columns = out.shape[2] // places, out.shape[3] // places
-        return (out.reshape(2, 3, rows, places, columns, places).permute(0, 3, 5, 1, 2, 4).reshape(2, -1, rows, columns),)
+        return (wide.in_places(out, places),)
 
     def by_kernels(x, weight, bias, skip):
-        found = FusedNorm.apply(x, weight, bias, None if skip is None else skip[:, :, 1:-1, 1:-1], relu, padding, mode, shuffle, places)
+        found = FusedNorm.apply(x, weight, bias, None if skip is None else skip[:, :, 1:-1, 1:-1], relu, padding, mode, shuffle, places, margin)
         return found if places == 1 else found[:1]
 
     pulls = [torch.randn_like(each) for each in by_torch(x, weight, bias, skip)]
