@@ -167,7 +167,8 @@ def _sum_up(
     x, sums, height, width, SHUFFLE: tl.constexpr, MARGIN: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
     """A part's mean of each channel, and the squares of the distances from it, in one pass: counted from the median of three pixels, so that no large number
-    is subtracted from another. Blocks are asked for ``STAGES`` - 1 ahead, else a program waits for each."""
+    is subtracted from another. Blocks are asked for ``STAGES`` - 1 ahead, else a program waits for each. They are read from the end of the image, which was written last
+    and is in the cache still, to its beginning, which `_apply` reads first."""
     part, parts, image = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     channel = tl.arange(0, WIDTH)[None, :]
     pixels = height * width
@@ -179,8 +180,10 @@ def _sum_up(
     pivot = tl.maximum(tl.minimum(one, two), tl.minimum(tl.maximum(one, two), three))
     total = tl.zeros([BLOCK, WIDTH], tl.float32)
     squares = tl.zeros([BLOCK, WIDTH], tl.float32)
-    for start in tl.range(part * BLOCK, pixels, parts * BLOCK, num_stages=STAGES):
-        pixel = (start + tl.arange(0, BLOCK))[:, None]
+    apart = parts * BLOCK
+    last = first + (pixels - 1 - first) // apart * apart
+    for before in tl.range(0, pixels - first, apart, num_stages=STAGES):
+        pixel = (last - before + tl.arange(0, BLOCK))[:, None]
         place = x + _any_order(pixel, width, SHUFFLE, MARGIN).to(tl.int64) * CHANNELS + channel
         value = tl.load(place, mask=(pixel < pixels) & (channel < CHANNELS), other=0).to(tl.float32)
         value = tl.where(pixel < pixels, value - pivot, 0.0)
@@ -246,7 +249,9 @@ def _apply(
     PADDING: tl.constexpr, MODE: tl.constexpr, RELU: tl.constexpr, SKIP: tl.constexpr, SHUFFLE: tl.constexpr, PLACES: tl.constexpr, MARGIN: tl.constexpr,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Some pixels of the output, one after the other, from those that padding finds there: rows are no whole number of programs, and those of a share would wait."""
+    """Some pixels of the output, one after the other, from those that padding finds there: rows are no whole number of programs, and those of a share would wait.
+
+    What is read makes way in the cache for what is written, which the next convolution reads."""
     at, image, broad = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64), width + 2 * PADDING
     row, column = at // broad, at % broad
     channel = tl.arange(0, WIDTH)[None, :]
@@ -260,7 +265,7 @@ def _apply(
     y = tl.minimum(tl.maximum(y, 0), height - 1)
     across = tl.minimum(tl.maximum(across, 0), width - 1)
     pixel = image * _area(height, width, MARGIN) + _lies_within(y, across, width, SHUFFLE, MARGIN)[:, None]
-    value = tl.load(x + pixel * CHANNELS + channel, mask=there, other=0).to(tl.float32)
+    value = tl.load(x + pixel * CHANNELS + channel, mask=there, other=0, eviction_policy="evict_first").to(tl.float32)
     mean = tl.load(moments + image * 2 * CHANNELS + channel, mask=real, other=0)
     gain = tl.load(moments + (image * 2 + 1) * CHANNELS + channel, mask=real, other=0) * tl.load(weight + channel, mask=real, other=0).to(tl.float32)
     value = (value - mean) * gain + tl.load(bias + channel, mask=real, other=0).to(tl.float32)
@@ -268,7 +273,7 @@ def _apply(
         value = tl.where(value < 0, 0.0, value)  # what is no number stays so
     if SKIP:
         pixel = image * skip_image + (y.to(tl.int64) * skip_row + across)[:, None]  # counted in pixels: that these are of so many numbers is what lets 16 bytes be read at once
-        value += tl.load(skip + pixel * CHANNELS + channel, mask=there, other=0).to(tl.float32)
+        value += tl.load(skip + pixel * CHANNELS + channel, mask=there, other=0, eviction_policy="evict_first").to(tl.float32)
     if MODE == "constant":
         value = tl.where(inside[:, None], value, 0.0)
     pixel = image * (height + 2 * PADDING) * broad + lies_at(row, column, broad, PLACES)[:, None]
