@@ -4,6 +4,7 @@ import inspect
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -29,12 +30,19 @@ class Kernel:
             asked.add(self)
         return partial(self.jit.run, grid=grid, warmup=asked is not None)
 
+    def compiled(self) -> list[Any]:
+        """What has been."""
+        return [each for kept, *_ in self._caches() for each in kept.values() if not isinstance(each, triton.FutureKernel)]
+
     def forget_futures(self) -> None:
         """Of kernels that could not be compiled, which then raise where they are started: a future in their place raises something else."""
-        for compiled, *_ in getattr(self.jit, "device_caches", {}).values():
-            for key, value in list(compiled.items()):
+        for kept, *_ in self._caches():
+            for key, value in list(kept.items()):
                 if isinstance(value, triton.FutureKernel):
-                    compiled.pop(key, None)
+                    kept.pop(key, None)
+
+    def _caches(self) -> list[tuple]:
+        return list(getattr(self.jit, "device_caches", {}).values())  # none where it is interpreted
 
 
 def kernel(function: Callable | None = None, **options: Any) -> Any:
@@ -60,14 +68,22 @@ def compile_ahead(compute: Callable[[], Any]) -> None:
     threads = ThreadPoolExecutor(cpu_threads(), "compiling", known.wait, (_LONGEST,))
     asked: set[Kernel] = set()
     try:
-        # What is compiled beside, and that nothing starts, is a setting of this thread: gradients are to be found in it, too.
-        with threads, triton.AsyncCompileMode(threads, ignore_errors=True), torch.autograd.set_multithreading_enabled(False):
-            before = _ahead.set(asked)
-            try:
-                compute()
-            finally:
-                _ahead.reset(before)
-                known.set()
+        with threads:
+            # What is compiled beside, and that nothing starts, is a setting of this thread: gradients are to be found in it, too.
+            with triton.AsyncCompileMode(threads, ignore_errors=True), torch.autograd.set_multithreading_enabled(False):
+                before = _ahead.set(asked)
+                try:
+                    compute()
+                finally:
+                    _ahead.reset(before)
+                    known.set()
+            threads.map(_build_launcher, [each for one in asked for each in one.compiled()])
     finally:
         for one in asked:
             one.forget_futures()
+
+
+def _build_launcher(compiled: Any) -> None:
+    """What starts a kernel, which Triton 3.6 lets a C compiler make and keeps on disk for those of such arguments: else that is done when each is first started."""
+    with suppress(Exception):  # it is then
+        triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
