@@ -19,6 +19,7 @@ from fastnst.fused_norm import FusedNorm
 from fastnst.fused_pixels import AsPixels, take
 from fastnst.fused_weights import LaidOut, WeightLayouts
 from fastnst.model import NetworkConfig
+from fastnst.pull import pull
 from fastnst.steps import Step, steps_of
 
 _kept: WeakKeyDictionary[nn.Module, dict[torch.dtype, WeightLayouts]] = WeakKeyDictionary()
@@ -98,7 +99,7 @@ class Aside:
         """What was found to the parameters that the weights were made of."""
         if self._found:  # else the network was not fused, and what is recorded may not wait for a stream that has no part in it
             self._side.wait()
-            torch.autograd.backward(*zip(*self._found))
+            pull(*zip(*self._found))
 
     def let_go(self) -> None:
         """Of what is held, once it is no longer read."""

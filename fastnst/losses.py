@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from fastnst.background import SideStream
 from fastnst.fused import on_device, triton_works
 from fastnst.loss_network import LossNetwork, LossNetworkConfig, layer_index
+from fastnst.pull import pull
 from fastnst.self_product import SelfProduct
 
 LayerWeights = dict[str, Annotated[float, Field(ge=0)]]
@@ -268,7 +269,7 @@ class LossTerms:
     def pull(self, factor: float) -> None:
         """``total.backward()``, times ``factor``, which waits for none of the numbers."""
         pulled = [term for term in self.summands if term.requires_grad]
-        torch.autograd.backward(pulled, [torch.full_like(pulled[0], factor)] * len(pulled))
+        pull(pulled, [torch.full_like(pulled[0], factor)] * len(pulled))
 
     def scalars(self) -> dict[str, Tensor]:
         """Detached, by the names under which TensorBoard shows them."""

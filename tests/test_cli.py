@@ -83,6 +83,24 @@ def test_train_resume_and_stylize_from_any_folder(photos, painting, tmp_path):
     assert Image.open(tmp_path / "out.png").size == (60, 50)
 
 
+IMPORTED = """
+import sys, torch
+of_torch = set(sys.modules)
+from fastnst.cli import run
+from fastnst.scripts.train import main
+code = run(main, sys.argv[1:])
+print(*sorted({"sympy", "torch._dynamo", "torchvision"} & sys.modules.keys() - of_torch), sep=",")
+sys.exit(code)
+"""
+
+
+def test_training_does_not_wait_for_libraries_that_it_does_not_need(photos, painting, tmp_path):
+    """Seconds on a slow disk: algebra and compilers, which torch imports where they are asked for."""
+    done = run([sys.executable, "-c", IMPORTED, *QUICK, "--content", photos, "--style", painting], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == ""
+
+
 def test_a_mistake_shows_no_traceback(tmp_path):
     done = run([*command("module", "train"), "--config", "smoke", "--style", "nowhere.jpg", "--content", "nowhere"], tmp_path)
     assert done.returncode == 2

@@ -35,13 +35,14 @@ NOUNS = {
     "fused_norm": {"fused_kernel", "stages"},
     "fused": {"fused_norm", "runtime"},
     "adam": set(),
+    "pull": set(),
     "fused_adam": {"adam", "fused", "fused_kernel"},
     "wide": {"stages"},
     "fused_weights": {"fused_kernel"},
     "fused_pixels": {"fused_kernel", "fused_norm", "stages", "wide"},
     "nvidia": {"fused_norm", "fused_pixels", "stages", "wide"},
     "steps": {"wide"},
-    "fused_network": {"background", "fused_norm", "fused_pixels", "fused_weights", "model", "steps", "wide"},
+    "fused_network": {"background", "fused_norm", "fused_pixels", "fused_weights", "model", "pull", "steps", "wide"},
     "cpu_network": {"native_norm", "stages", "steps", "wide", "winograd"},
     "fused_features": {"fused_kernel", "fused_pixels", "runtime", "wide"},
     "self_product": set(),
@@ -59,7 +60,7 @@ NOUNS = {
     "native_features": {"native_library"},
     "network": {"cpu_network", "fused", "fused_network", "model", "wide", "winograd"},
     "loss_network": {"config", "fused", "fused_features", "native_features", "native_library", "winograd"},
-    "losses": {"background", "config", "fused", "fused_distances", "loss_network", "self_product"},
+    "losses": {"background", "config", "fused", "fused_distances", "loss_network", "pull", "self_product"},
     "photo_cache": {"files", "runtime"},
     "data": {"background", "config", "photo_cache", "picture", "runtime"},
     "objective": {"background", "losses", "runtime"},
@@ -81,7 +82,7 @@ NOUNS = {
     "training": {"background", "checkpoint", "image", "model", "picture", "run", "runtime", "schedule", "task", "watchdog"},
     "task": {"config", "data", "gradient", "image", "loss_network", "losses", "metrics", "model", "network", "objective", "optimizer", "photo_cache", "picture", "ranks", "runtime", "schedule"},
 }
-TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "gradient", "optimizer", "adam", "fused_adam", "benchmark_training", "benchmark_recipes", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task", "training"}
+TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "gradient", "optimizer", "adam", "fused_adam", "pull", "benchmark_training", "benchmark_recipes", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task", "training"}
 # Each verb; any noun is open to those that train.
 ALLOWED_TO_VERBS = {
     "train": set(NOUNS),
