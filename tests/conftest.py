@@ -82,6 +82,12 @@ def native_however_small(monkeypatch):
 
 
 @pytest.fixture
+def whole_float32(monkeypatch):
+    """No convolution in TF32, which a GPU takes for float32 otherwise, with 10 bits instead of 23."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """A folder of 12 photos of different sizes and formats, one in a subfolder."""
     folder = tmp_path / "photos"

@@ -9,6 +9,7 @@ from test_fused_norm import DEVICE
 from fastnst.fused_features import can_fuse, fused_features
 from fastnst.loss_network import LossNetwork
 
+pytestmark = pytest.mark.usefixtures("whole_float32")
 
 def made(name: str, layers: list[str], **options) -> LossNetwork:
     torch.manual_seed(0)
@@ -41,7 +42,7 @@ def test_features_and_gradients_are_those_of_the_layers(name, layers, padding, s
     assert given == layers
     for layer in layers:
         torch.testing.assert_close(found[layer].detach().cpu().double(), wanted[layer].detach(), atol=1e-4, rtol=1e-4)
-    assert (own.cpu().double() - pull).norm() < 1e-4 * pull.norm()
+    assert (own.cpu().double() - pull).norm() < (1e-4 if DEVICE == "cpu" else 1e-3) * pull.norm()  # rounded otherwise, another number may be the largest of four
 
 
 def test_weights_written_to_are_laid_out_anew():

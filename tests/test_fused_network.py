@@ -9,6 +9,7 @@ from fastnst.fused_network import Aside, can_fuse, fused_layers, weights_aside
 from fastnst.model import NetworkConfig
 from fastnst.network import TransformNetwork
 
+pytestmark = pytest.mark.usefixtures("whole_float32")
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):

@@ -14,6 +14,7 @@ from fastnst.engine import load_network  # noqa: E402
 from fastnst.fused_norm import FusedNorm, fused_norm  # noqa: E402
 from fastnst.nvidia import NvidiaPass  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("whole_float32")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where it is interpreted: conftest.py
 
 
