@@ -11,6 +11,7 @@ from fastnst.loss_network import LossNetwork
 
 pytestmark = pytest.mark.usefixtures("whole_float32")
 
+
 def made(name: str, layers: list[str], **options) -> LossNetwork:
     torch.manual_seed(0)
     network = LossNetwork(name, layers, **options)
