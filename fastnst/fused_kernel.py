@@ -4,7 +4,6 @@ import inspect
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -30,9 +29,10 @@ class Kernel:
             asked.add(self)
         return partial(self.jit.run, grid=grid, warmup=asked is not None)
 
-    def compiled(self) -> list[Any]:
-        """What has been."""
-        return [each for kept, *_ in self._caches() for each in kept.values() if not isinstance(each, triton.FutureKernel)]
+    def unstarted(self) -> list[Any]:
+        """What has been compiled, and not started."""
+        made = [each for kept, *_ in self._caches() for each in list(kept.values()) if not isinstance(each, triton.FutureKernel)]
+        return [each for each in made if getattr(each, "module", None) is None]
 
     def forget_futures(self) -> None:
         """Of kernels that could not be compiled, which then raise where they are started: a future in their place raises something else."""
@@ -77,7 +77,10 @@ def compile_ahead(compute: Callable[[], Any]) -> None:
                 finally:
                     _ahead.reset(before)
                     known.set()
-            threads.map(_build_launcher, [each for one in asked for each in one.compiled()])
+            threads.map(_build_launcher, [each for one in asked for each in one.unstarted()])  # of none is asked whether it could be
+    except BaseException:  # such as Ctrl-C
+        threads.shutdown(wait=False, cancel_futures=True)
+        raise
     finally:
         for one in asked:
             one.forget_futures()
@@ -85,5 +88,4 @@ def compile_ahead(compute: Callable[[], Any]) -> None:
 
 def _build_launcher(compiled: Any) -> None:
     """What starts a kernel, which Triton 3.6 lets a C compiler make and keeps on disk for those of such arguments: else that is done when each is first started."""
-    with suppress(Exception):  # it is then
-        triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
+    triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)

@@ -17,7 +17,7 @@ from fastnst import wide
 from fastnst.background import SideStream
 from fastnst.fused_norm import FusedNorm
 from fastnst.fused_pixels import AsPixels, take
-from fastnst.fused_weights import LaidOut, WeightLayouts
+from fastnst.fused_weights import LaidOut, Layout, WeightLayouts
 from fastnst.model import NetworkConfig
 from fastnst.pull import pull
 from fastnst.steps import Step, steps_of
@@ -65,11 +65,17 @@ def _layouts(network: nn.Module, steps: list[Step], shuffle: int, dtype: torch.d
     unminded = [step.conv.bias for step in steps[:-1] if step.kind != "subpixel"]  # a norm follows
     if dtype not in kept or not kept[dtype].holds((*kernels, *unminded)):
         stride = steps[0].conv.stride[0]
-        layouts = [None if step.kind == "plain" else step.laid_out_for_corners if step.to_corners else step.laid_out for step in steps]
+        layouts = [_layout(step) for step in steps]
         layouts[0] = lambda weight: wide.first_weight(weight / 255, stride)
         layouts[-1] = lambda weight: wide.last_weight(weight, shuffle)
         kept[dtype] = WeightLayouts(kernels, layouts, unminded, dtype)
     return kept[dtype]
+
+
+def _layout(step: Step) -> Layout | None:
+    if step.kind == "plain":
+        return None
+    return (lambda weight: wide.around_corners(step.laid_out(weight))) if step.to_corners else step.laid_out
 
 
 class Aside:

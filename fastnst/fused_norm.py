@@ -38,12 +38,12 @@ def fused_norm(
     margin: int = 0,
     unlike: Tensor | None = None,
 ) -> Tensor:
-    """``(N, C s s, h, w)`` -> its instance norm, ReLU, plus ``skip``, padded by ``padding`` on all sides: ``(N, C, h s + 2 p, w s + 2 p)``, the same type, channels-last.
+    """``(N, C s s, h, w)`` -> its instance norm, ReLU, plus ``skip``, padded by ``padding`` on all sides: ``(N, C, H + 2 p, W + 2 p)``, the same type, channels-last.
 
-    ``weight`` and ``bias``: ``(C,)``. ``skip``: ``(N, C, h s, w s)``, channels-last or an inner part of such. ``mode``: ``reflect``,
-    ``replicate`` or ``constant`` (0). ``shuffle`` s: what comes are places of ``s x s`` pixels, as ``wide`` has them; ``places`` n: what goes are
-    such of ``n x n``, which both sides are multiples of. ``margin``: so many pixels on all sides of what comes are no part of it. ``unlike``, int32 ``(N,)``: 0 where all pixels of a channel are the same but for rounding, so that the
-    norm is ``bias``. Moments and arithmetic are float32.
+    H is ``h s`` less both margins, W likewise. ``weight`` and ``bias``: ``(C,)``. ``skip``: ``(N, C, H, W)``, channels-last or an inner part of such. ``mode``: ``reflect``,
+    ``replicate`` or ``constant`` (0). ``shuffle`` s: what comes are places of ``s x s`` pixels, as ``wide`` has them; ``margin``: so many pixels on all sides of them are
+    no part of it; ``places`` n: what goes are places of ``n x n``, which both sides are multiples of. ``unlike``, int32 ``(N,)``: 0 where all pixels of a channel are the same
+    but for rounding, so that the norm is ``bias``. Moments and arithmetic are float32.
     """
     x = x.contiguous(memory_format=_LAST)
     return _forward(x, _moments(x, shuffle, margin, unlike), weight, bias, relu, skip, padding, mode, shuffle, places, margin)
@@ -168,7 +168,7 @@ def _sum_up(
 ):  # fmt: skip
     """A part's mean of each channel, and the squares of the distances from it, in one pass: counted from the median of three pixels, so that no large number
     is subtracted from another. Blocks are asked for ``STAGES`` - 1 ahead, else a program waits for each. They are read from the end of the image, which was written last
-    and is in the cache still, to its beginning, which `_apply` reads first."""
+    and is in the cache still, to its beginning, which ``_apply`` reads first."""
     part, parts, image = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     channel = tl.arange(0, WIDTH)[None, :]
     pixels = height * width

@@ -82,7 +82,8 @@ class NvidiaPass:
     ) -> Tensor:
         if arrays.norm_weight is not None:
             return fused_norm(x, arrays.norm_weight, arrays.norm_bias, stage.relu, skip, padding, mode, shuffle, places, margin, unlike)
-        x = F.pad(wide.in_pixels(x, shuffle), [-margin] * 4)  # batch norm's, folded into convolutions
+        x = wide.in_pixels(x, shuffle)  # batch norm's, folded into convolutions
+        x = x[:, :, margin : x.shape[2] - margin, margin : x.shape[3] - margin]
         x = x.relu() if stage.relu else x
         x = x + skip if skip is not None else x
         x = F.pad(x, [padding] * 4, mode=mode) if padding else x

@@ -9,7 +9,10 @@ from torch.autograd.function import once_differentiable
 
 
 def pull(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """``torch.autograd.backward(tensors, gradients)``, which would import sympy to compare their shapes: half a second of every training, and more on a slow disk."""
+    """``torch.autograd.backward(tensors, gradients)``, which would import sympy to compare their shapes: half a second of every training, and more on a slow disk.
+
+    All tensors need gradients, and each gets one of its shape: nothing of that is looked at.
+    """
     _Pulled.apply(gradients, *tensors).backward()
 
 

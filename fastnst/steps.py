@@ -39,11 +39,8 @@ class Step:
 
     @property
     def to_corners(self) -> bool:
-        """Whether ``wide.around_corners`` has its kernels."""
+        """Whether there are kernels for ``wide.around_corners``."""
         return self.kind in ("nearest", "transposed")
-
-    def laid_out_for_corners(self, weight: Tensor) -> Tensor:
-        return wide.around_corners(self.laid_out(weight))
 
     def laid_out(self, weight: Tensor) -> Tensor:
         """The convolution's weight as it is taken here."""

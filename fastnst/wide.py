@@ -88,8 +88,8 @@ def upsampled_weight(weight: Tensor, mode: str) -> Tensor:
 def around_corners(weight: Tensor) -> Tensor:
     """What ``upsampled_weight`` gives, unless bilinear, ``(2 2 O, I, 3, 3)``, less the taps that are 0 -> ``(2 2 O, I, 2, 2)``: 4 multiplications instead of 9.
 
-    Of the pixels of a place each looks towards another corner. The four that look towards one are the places here: there is a row and a column of them more,
-    and a pixel on all sides of the picture is no part of it.
+    Each of the four pixels of a place looks towards another corner of it. Here places are the four that look towards one: from ``h + 2`` rows ``h + 1`` of them, of which
+    the first and the last of their ``2 h + 2`` rows of pixels are no part of the picture; columns likewise.
     """
     by_pixel = weight.unflatten(0, (2, 2, -1))
     return torch.cat([by_pixel[y, x, :, :, y : y + 2, x : x + 2] for y in (1, 0) for x in (1, 0)])

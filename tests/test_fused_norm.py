@@ -8,6 +8,7 @@ from test_engine import ARCHITECTURES, eager, photo
 from test_stages import staged
 
 pytest.importorskip("triton", reason="Triton comes with torch on Linux alone")
+from fastnst import fused_norm as fused_norms  # noqa: E402
 from fastnst import wide  # noqa: E402
 from fastnst.cli import shipped_folder  # noqa: E402
 from fastnst.engine import load_network  # noqa: E402
@@ -58,6 +59,17 @@ def test_pictures_of_many_programs_and_of_a_pixel(channels, height, width):
         assert torch.equal(found, bias[None, :, None, None])
     else:
         torch.testing.assert_close(found.double(), norm_by_torch(x, weight, bias, True, None, 0, "reflect"), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("margin, height, width", [(0, 5, 7), (1, 6, 4)])  # 140 and 60 pixels: 17 and 7 blocks of 8, and half of one
+def test_every_pixel_counts_once_where_programs_have_many_blocks(margin, height, width, monkeypatch):
+    monkeypatch.setattr(fused_norms, "_SUMMING", (128, 3, 2, 4))  # two numbers of float32 for one of two bytes, of 8 channels; three programs
+    torch.manual_seed(0)
+    x = torch.randn(1, 32, height, width).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.rand(8), torch.rand(8)
+    found = fused_norm(x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), shuffle=2, margin=margin).cpu()
+    pixels = F.pad(wide.in_pixels(x, 2), [-margin] * 4)
+    torch.testing.assert_close(found.double(), norm_by_torch(pixels, weight, bias, False, None, 0, "reflect"), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("away", ["a pixel", "a row", "everything"])
