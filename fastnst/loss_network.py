@@ -209,13 +209,9 @@ class LossNetwork(nn.Module):
                     f"enlarge it, or use shallower layers{', or loss.padding: zeros' if self._reflects else ''}"
                 ) from error
             for layer in (layer for layer, place in wanted.items() if place == index):
-                found[layer] = self._head(layer, x) if layer in self.heads else x
+                found[layer] = torch.relu(self.heads[layer](x)) if layer in self.heads else x
                 each(layer, found[layer])
         return {layer: found[layer] for layer in wanted}
-
-    def _head(self, layer: str, x: Tensor) -> Tensor:
-        x = self.heads[layer](x)
-        return Rectified.apply(x, False)[0] if self.fused and can_rectify(x) else torch.relu(x)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_in_half"}  # `fused_features` keeps weights there

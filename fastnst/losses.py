@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from fastnst.background import SideStream
 from fastnst.fused import on_device, triton_works
 from fastnst.loss_network import LossNetwork, LossNetworkConfig, layer_index
+from fastnst.native_distance import MeanSquare, can_compare
 from fastnst.pull import pull
 from fastnst.self_product import SelfProduct
 
@@ -176,7 +177,7 @@ def distance(a: Tensor, b: Tensor, kind: Distance = "mse") -> Tensor:
         with on_device(a.device):
             return _compare(a, b.expand_as(a))[0]
     if kind == "mse":
-        return _MeanSquare.apply(a, b)
+        return (MeanSquare if can_compare(a, b) else _MeanSquare).apply(a, b)
     difference = _difference(a, b)
     if kind == "sse":
         return difference.square().sum() / difference.shape[0]

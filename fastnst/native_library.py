@@ -89,7 +89,7 @@ def native_library() -> ctypes.CDLL | None:
             if path.is_file() and path.stat().st_mtime >= changed:
                 with suppress(OSError, AttributeError):  # of another system, or an older fastnst's
                     library = ctypes.CDLL(str(path))
-                    if library.fastnst_norm and library.fastnst_features and library.fastnst_runs_here():
+                    if library.fastnst_norm and library.fastnst_distance and library.fastnst_features and library.fastnst_runs_here():
                         return library
     return None
 
