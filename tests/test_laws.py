@@ -45,7 +45,7 @@ NOUNS = {
     "fused_network": {"background", "fused_norm", "fused_pixels", "fused_weights", "model", "pull", "steps", "wide"},
     "cpu_network": {"native_norm", "stages", "steps", "wide", "winograd"},
     "fused_features": {"fused_kernel", "fused_pixels", "runtime", "wide"},
-    "self_product": set(),
+    "self_product": {"runtime"},
     "fused_distances": {"fused_kernel", "self_product"},
     "recording": {"fused_kernel"},
     "moments": set(),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import TOY_LOSS
 
+from fastnst import self_product
 from fastnst.config import ConfigError, validate_config
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import (
@@ -249,6 +250,26 @@ def test_tv_units(units, factor):
     loss = toy_loss(tv_weight=1.0, tv_units=units, mean=(0.3, 0.3, 0.3), std=(0.5, 0.5, 0.5))  # differences over 0.5: twice
     images = image(1)
     assert loss(images, loss.content_targets(images)).tv.item() == pytest.approx(factor * total_variation(images).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("matrix_unit", [True, False], ids=["AMX", "any CPU"])
+@pytest.mark.parametrize("shape", [(2, 24, 40, 30), (1, 3, 5, 1)], ids=str)
+def test_grams_of_bfloat16_features_are_float32(shape, matrix_unit, monkeypatch):
+    """bfloat16, in which a CPU's product comes out, has 8 bits: rounded once, the largest would be up to 0.4 % off."""
+    monkeypatch.setattr(self_product, "_HAS_MATRIX_UNIT", matrix_unit)
+    torch.manual_seed(0)
+    features = torch.randn(shape).relu().bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    found = gram_matrix(features, "none")
+    flat = features.detach().double().flatten(2)
+    wanted = flat @ flat.transpose(1, 2)
+    assert found.dtype == torch.float32
+    assert (found.double() - wanted).abs().max() < (3e-5 if matrix_unit else 1e-6) * wanted.abs().max()
+    pull = torch.randn(wanted.shape)
+    found.backward(pull)
+    expected = ((pull + pull.transpose(1, 2)).double() @ flat).view(shape)
+    assert (features.grad.double() - expected).abs().max() < 2e-2 * expected.abs().max()  # which is bfloat16's
+    features.data[0, 0, 0, 0] = torch.nan
+    assert gram_matrix(features, "none")[0, 0].isnan().any()
 
 
 @pytest.mark.parametrize("options", [{}, {"tv_weight": 1.0, "grid_weight": 2.0}, {"content_layers": {}}], ids=str)
