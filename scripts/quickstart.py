@@ -52,12 +52,9 @@ def main(argv=None) -> int:
     for name in styles[1:]:
         stylizer = Stylizer.from_file(models[name])
         rows.append([to_pil(stylizer(to_tensor(photo))) for photo in photos])
-    sheet = contact_sheet(
-        [[*row, painting] for row, painting in zip(rows, [None] * (len(rows) - 1) + [open_rgb(style)[0]])],
-        ["photo", *models],
-        [*PHOTOS, "painting"],
-        marked_row=len(rows) - 1,
-    )
+    paintings = [model.with_name("style.png") for model in [*models.values()][:-1]] + [style]  # those of others are not the project's to show
+    emblems = [None, *(open_rgb(painting)[0] if painting.is_file() else None for painting in paintings)]
+    sheet = contact_sheet(rows, ["photo", *models], PHOTOS, marked_row=len(rows) - 1, emblems=emblems)
     path = args.output / "contact_sheet.jpg"
     with atomic_write(path) as temporary:
         sheet.save(temporary, quality=92)

@@ -23,6 +23,15 @@ def test_labels_take_room_and_leave_ink():
     assert min(labelled.convert("L").crop((0, 0, labelled.width - plain.width, labelled.height)).getextrema()) < 100
 
 
+def test_an_emblem_stands_below_a_row_s_label():
+    white, green = Image.new("RGB", (20, 20), "white"), Image.new("RGB", (10, 5), (0, 255, 0))
+    sheet = contact_sheet([[white], [white]], ["a", "b"], height=100, emblems=[None, green])
+    # Half the height wide, 50x25, at a margin of 8 in the second row, 8 + 100 + 8 down; the label's line of 12 and a margin of 8 are above it: (100 - 25 - 8) // 2 + 12 + 8.
+    found = [(x, y) for y in range(sheet.height) for x in range(sheet.width) if sheet.getpixel((x, y)) == (0, 255, 0)]
+    top = 116 + 33 + 20
+    assert (min(found), max(found)) == ((8, top), (8 + 49, top + 24)) and len(found) == 50 * 25
+
+
 def test_a_marked_row_is_framed_in_red():
     sheet = contact_sheet([[Image.new("RGB", (20, 20), "white")]] * 2, ["a", "b"], marked_row=1)
     rows_with_red = {y for y in range(sheet.height) for x in range(sheet.width) if sheet.getpixel((x, y)) == (200, 40, 40)}
