@@ -103,8 +103,9 @@ def _divisor(features: Tensor, kind: Gram) -> float:
 
 def mean_covariance(features: Tensor, epsilon: float = 1e-4) -> tuple[Tensor, Tensor]:
     """``(N, C, H, W)`` -> mean ``(N, C)`` and covariance ``(N, C, C)`` over the positions, plus ``epsilon`` on its diagonal."""
-    second_moment = gram_matrix(features, "hw")
-    mean = features.to(second_moment.dtype).mean(dim=(2, 3))
+    exact = features.to(torch.promote_types(features.dtype, torch.float32))
+    second_moment = gram_matrix(features if features.is_cuda else exact, "hw")  # of which nearly all may be subtracted: a CPU's of bfloat16 is too coarse
+    mean = exact.mean(dim=(2, 3))
     covariance = second_moment - mean[:, :, None] * mean[:, None, :]
     return mean, covariance + epsilon * torch.eye(mean.shape[1], dtype=mean.dtype, device=mean.device)
 

@@ -252,6 +252,15 @@ def test_tv_units(units, factor):
     assert loss(images, loss.content_targets(images)).tv.item() == pytest.approx(factor * total_variation(images).item(), rel=1e-4)
 
 
+def test_covariances_of_bfloat16_features_lose_nothing_where_means_are_large(monkeypatch):
+    monkeypatch.setattr(self_product, "_HAS_MATRIX_UNIT", True)
+    torch.manual_seed(0)
+    features = (8 + torch.randn(1, 6, 40, 30) / 8).bfloat16()  # the mean's square is 4096 times the variance
+    wanted = torch.cov(features[0].double().flatten(1), correction=0)
+    found = mean_covariance(features, epsilon=0.0)[1][0].double()
+    assert (found - wanted).abs().max() < 2e-3 * wanted.abs().max()  # 4096 roundings of float32; 2^-17 of the second moment would be 3e-2
+
+
 @pytest.mark.parametrize("matrix_unit", [True, False], ids=["AMX", "any CPU"])
 @pytest.mark.parametrize("shape", [(2, 24, 40, 30), (1, 3, 5, 1)], ids=str)
 def test_grams_of_bfloat16_features_are_float32(shape, matrix_unit, monkeypatch):
