@@ -154,7 +154,8 @@ def log_spectrum(images: Tensor) -> Tensor:
     0.2 cycles a pixel (waves shorter than 5 px) across or down. Images are 32 px at least."""
     windows = images.float().unfold(2, _WINDOW, _WINDOW // 2).unfold(3, _WINDOW, _WINDOW // 2)
     hann = torch.hann_window(_WINDOW, device=images.device)
-    power = torch.fft.rfft2((windows - windows.mean((-2, -1), keepdim=True)) * hann[:, None] * hann).abs().square().mean((1, 2, 3))
+    waves = torch.fft.rfft2((windows - windows.mean((-2, -1), keepdim=True)) * (hann[:, None] * hann))
+    power = torch.view_as_real(waves).square().mean((1, 2, 3)).sum(-1)  # for absolute values, a CPU would take a third more time
     first = _WINDOW // 5 + 1  # frequencies across are 0 to 16 32nds, down 0 to 16 and -15 to -1; no mask, for whose size a GPU would be waited for
     fine = torch.cat([power[:, :, first:].flatten(1), power[:, first : 1 - first, :first].flatten(1)], 1)
     return (fine + _LEVEL).log()
