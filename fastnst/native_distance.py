@@ -16,10 +16,10 @@ class _Distance(ctypes.Structure):
 
 def can_compare(a: Tensor, b: Tensor) -> bool:
     """Whether it is there for such tensors, of which the second needs no gradient. Of tensors of other kinds, as for tracing, there may be no numbers."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or b.requires_grad or (a.requires_grad and b.is_inference()):  # the last could not be kept for the way back
         return False
-    alike = all(type(each) is Tensor and each.device.type == "cpu" and each.dtype == a.dtype in (torch.float32, torch.bfloat16) for each in (a, b))
-    return alike and not b.requires_grad and a.shape == b.shape and a.stride() == b.stride() and a.numel() > 0 and _is_dense(a) and native_library() is not None
+    alike = all(type(each) is Tensor and each.device.type == "cpu" and each.dtype == a.dtype in (torch.float32, torch.bfloat16) and not each.is_neg() for each in (a, b))
+    return alike and a.shape == b.shape and a.stride() == b.stride() and a.numel() > 0 and _is_dense(a) and native_library() is not None
 
 
 def _is_dense(x: Tensor) -> bool:

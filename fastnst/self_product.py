@@ -40,7 +40,7 @@ def product_in_parts(flat: Tensor) -> Tensor:
 
 
 def _rounded_twice(flat: Tensor) -> Tensor:
-    """F F^T in float32 of bfloat16, in which a CPU's products come out rounded: such a one and what it lacks, together 2^-17 off. By AMX it takes 0.3 of float32's time."""
+    """F F^T in float32 of bfloat16, in which a CPU's products come out rounded: such a one and what it lacks, together 2^-17 off (more below 1e-15). By AMX it takes 0.3 of float32's time."""
     across = flat.transpose(1, 2)
     product = flat @ across
     return product.float() + torch.baddbmm(product, flat, across, beta=-1).float()

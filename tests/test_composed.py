@@ -116,7 +116,11 @@ def test_the_quickstart_ends_in_a_contact_sheet_and_runs_again_quickly(tmp_path,
     monkeypatch.setattr(train_script, "main", short)
     for _ in range(2):
         assert cli.run(quickstart.main, ["--style", str(painting), "--output", str(tmp_path / "quick")]) == 0
-    assert Image.open(tmp_path / "quick" / "contact_sheet.jpg").height > 400
+    sheet = np.asarray(Image.open(tmp_path / "quick" / "contact_sheet.jpg")).astype(int)
+    # Beside rows of 220 and a margin of 8, from 2 lines of 15 and a margin on: paintings, which have blue, below the names of those that are the project's, and of this one.
+    beside = [sheet[38 + 228 * row : 38 + 228 * row + 220, 8:100] for row in range(8)]
+    with_blue = [row for row, part in enumerate(beside) if (part[..., 2] - part[..., 0]).max() > 60]
+    assert with_blue == [1 + sorted(cli.shipped_styles()).index("mosaic_sun"), 7] and len(cli.shipped_styles()) == 6
     assert (tmp_path / "quick" / "painting" / "model.safetensors").exists()
     assert seen[0][:2] == ["--config", "quickstart"]
     printed = capsys.readouterr().out

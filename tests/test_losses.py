@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import TOY_LOSS
 
-from fastnst import self_product
+from fastnst import losses, self_product
 from fastnst.config import ConfigError, validate_config
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import (
@@ -433,6 +434,16 @@ def test_spectrum_distance_of_waves():
     assert float(spectrum_distance(waves(0.2, 5), log_spectrum(waves(0.1, 5)))) < 1e-6  # strokes of more than 5 px
     down = waves(0.2, 12).transpose(2, 3)
     assert float(spectrum_distance(waves(0.2, 12), log_spectrum(down))) > 1  # the direction counts
+
+
+def test_the_spectrum_is_the_mean_power_of_windows():
+    """By numpy, of four windows that overlap by half, in double precision."""
+    image = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(32) / 32)
+    windows = np.stack([image[0, :, y : y + 32, x : x + 32].double().numpy() for y in (0, 16) for x in (0, 16)])
+    power = (np.abs(np.fft.rfft2((windows - windows.mean((2, 3), keepdims=True)) * hann[:, None] * hann)) ** 2).mean((0, 1))
+    fine = np.concatenate([power[:, 7:].ravel(), power[7:-6, :7].ravel()])  # above 6.4 of 32 cycles across, or down in either direction
+    np.testing.assert_allclose(log_spectrum(image)[0].numpy(), np.log(fine + losses._LEVEL), rtol=1e-5)
 
 
 def test_spectrum_distance_is_of_each_image_alone():

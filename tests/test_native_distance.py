@@ -83,12 +83,19 @@ def test_distances_take_it_where_both_are_alike_and_are_the_same_otherwise(dtype
         "with a gradient": b.clone().requires_grad_(),
         "of another kind": b.double(),
         "with gaps": torch.stack([b, b], -1)[..., 0],
+        "of negated memory": torch._neg_view(-b),
     }
     own = distance(a, b)
     for name, other in others.items():
         assert not can_compare(a, other), name
         if name != "one for all":
             torch.testing.assert_close(distance(a, other).float(), own, rtol=1e-5, atol=0, msg=name)
+    gaps = torch.stack([a, b, b], -1)
+    assert not can_compare(gaps[..., 0], gaps[..., 1]) and not can_compare(a[:0], b[:0]) and not can_compare(torch.nn.Parameter(a.detach()), b)
+    with torch.inference_mode():
+        target = b.clone()
+        assert can_compare(a.detach(), target)
+    torch.testing.assert_close(torch.autograd.grad(distance(a, target), a), torch.autograd.grad(distance(a, b), a), rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=0)
     monkeypatch.setattr(losses, "can_compare", lambda a, b: False)
     before, after = (torch.autograd.grad(each, a)[0] for each in (own, distance(a, b)))
     torch.testing.assert_close(before, after, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=0)
