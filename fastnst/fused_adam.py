@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastnst.adam import Adam, same_order
 from fastnst.fused import on_device
 from fastnst.fused_kernel import kernel
+from fastnst.runtime import is_dense
 
 _TABLES = 4  # that are kept: two recorded passes have gradients of their own each
 _NUMBERS = 2048  # that a program steps: a network takes some 900, all of which a large GPU runs at once
@@ -66,7 +67,7 @@ class FusedAdam(Adam):
         if not all(states) or any(gradient is None for gradient in gradients):  # at the first step torch makes the state
             return None
         stepped = list(zip(parameters, gradients, *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))))
-        if not all(_dense(each[0]) and all(one.dtype == torch.float32 and same_order(one, each[0]) for one in each) for each in stepped):
+        if not all(is_dense(each[0]) and all(one.dtype == torch.float32 and same_order(one, each[0]) for one in each) for each in stepped):
             return None
         counts = [state["step"] for state in states]
         if self._steps is None:
@@ -77,10 +78,6 @@ class FusedAdam(Adam):
         rows = torch.from_numpy(_rows(stepped, counts))
         device = parameters[0].device
         return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
-
-
-def _dense(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
 def _rows(stepped: list[tuple[Tensor, ...]], counts: list[Tensor]) -> np.ndarray:

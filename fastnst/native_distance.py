@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastnst.native_library import join_threads, native_library
+from fastnst.native_library import join_threads, native_library, reads
+from fastnst.runtime import is_dense
 
 
 class _Distance(ctypes.Structure):
@@ -15,15 +16,9 @@ class _Distance(ctypes.Structure):
 
 
 def can_compare(a: Tensor, b: Tensor) -> bool:
-    """Whether it is there for such tensors, of which the second needs no gradient. Of tensors of other kinds, as for tracing, there may be no numbers."""
-    if torch.compiler.is_compiling() or b.requires_grad or (a.requires_grad and b.is_inference()):  # the last could not be kept for the way back
-        return False
-    alike = all(type(each) is Tensor and each.device.type == "cpu" and each.dtype == a.dtype in (torch.float32, torch.bfloat16) and not each.is_neg() for each in (a, b))
-    return alike and a.shape == b.shape and a.stride() == b.stride() and a.numel() > 0 and _is_dense(a) and native_library() is not None
-
-
-def _is_dense(x: Tensor) -> bool:
-    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    """Whether it is there for such tensors, of which the second needs no gradient."""
+    alike = reads(a, b) and a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and a.numel() > 0 and is_dense(a)
+    return alike and not b.requires_grad and not (a.requires_grad and b.is_inference())  # what is, cannot be kept for the way back
 
 
 class MeanSquare(torch.autograd.Function):

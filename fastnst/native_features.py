@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnst.native_library import join_threads, native_library
+from fastnst.native_library import join_threads, native_library, reads
 
 _LAST = torch.channels_last
 
@@ -20,9 +20,8 @@ class _Features(ctypes.Structure):
 
 
 def can_rectify(x: Tensor) -> bool:
-    """Whether it is there for such activations. Of tensors of other kinds, as for tracing, there may be no numbers."""
-    alike = type(x) is Tensor and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.dim() == 4 and x.is_contiguous(memory_format=_LAST) and x.numel() > 0
-    return alike and native_library() is not None
+    """Whether it is there for such activations."""
+    return reads(x) and x.dim() == 4 and x.is_contiguous(memory_format=_LAST) and x.numel() > 0
 
 
 class Rectified(torch.autograd.Function):

@@ -13,11 +13,15 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastnst.runtime import has_matrix_unit
 from fastnst.stages import Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _WINOGRAD, _DIRECT, _NESTED = range(3)  # kinds of convolutions
 _LARGEST_KERNEL = 16  # as many rows of the input `direct_part` of native.c knows at once
@@ -92,6 +96,16 @@ def native_library() -> ctypes.CDLL | None:
                     if library.fastnst_norm and library.fastnst_distance and library.fastnst_features and library.fastnst_runs_here():
                         return library
     return None
+
+
+def reads(*tensors: "Tensor") -> bool:
+    """Whether there is compiled code, and these have numbers that it reads where they lie: plain tensors on a CPU, float32 or bfloat16. Of others, as for tracing, there may
+    be none."""
+    import torch
+
+    if torch.compiler.is_compiling() or native_library() is None:
+        return False
+    return all(type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not x.is_neg() for x in tensors)
 
 
 def join_threads() -> None:

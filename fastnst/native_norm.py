@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastnst.native_library import join_threads, native_library
+from fastnst.native_library import join_threads, native_library, reads
 from fastnst.stages import EPSILON
 
 _MODES = {"reflect": "reflect", "replicate": "edge"}
@@ -29,9 +29,8 @@ class _Norm(ctypes.Structure):
 
 
 def can_norm(x: Tensor, weight: Tensor) -> bool:
-    """Whether it is there for such activations. Of tensors of other kinds, as for tracing, there may be no numbers."""
-    alike = type(x) is Tensor and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and weight.dtype == torch.float32 and 0 not in x.shape[1:]
-    return alike and native_library() is not None
+    """Whether it is there for such activations."""
+    return reads(x) and weight.dtype == torch.float32 and 0 not in x.shape[1:]
 
 
 class NativeNorm(torch.autograd.Function):

@@ -78,6 +78,13 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
+def is_dense(x: torch.Tensor) -> bool:
+    """Whether its numbers lie one after the other, row by row or channels-last."""
+    import torch
+
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
 def autocast(device: torch.device, dtype: torch.dtype):
     """Autocast to ``dtype``; for float32 a no-op of the same shape."""
     import torch

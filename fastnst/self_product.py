@@ -6,7 +6,7 @@ from torch import Tensor
 from fastnst.runtime import has_matrix_unit
 
 _FEWEST = 1024  # positions of which a GPU's part of a product is made
-_HAS_MATRIX_UNIT = has_matrix_unit()
+_HAS_MATRIX_UNIT = has_matrix_unit()  # a file is read for it, which no compiler could trace
 
 
 class SelfProduct(torch.autograd.Function):
@@ -40,7 +40,10 @@ def product_in_parts(flat: Tensor) -> Tensor:
 
 
 def _rounded_twice(flat: Tensor) -> Tensor:
-    """F F^T in float32 of bfloat16, in which a CPU's products come out rounded: such a one and what it lacks, together 2^-17 off (more below 1e-15). By AMX it takes 0.3 of float32's time."""
+    """F F^T in float32 of bfloat16, in which a CPU's products come out rounded: such a one and what it lacks, together 2^-17 off (more for features below 1e-15).
+
+    By AMX it takes 0.3 of float32's time.
+    """
     across = flat.transpose(1, 2)
     product = flat @ across
     return product.float() + torch.baddbmm(product, flat, across, beta=-1).float()

@@ -43,7 +43,7 @@ def test_features_and_gradients_are_those_of_the_layers(name, layers, padding, s
     assert given == layers
     for layer in layers:
         torch.testing.assert_close(found[layer].detach().cpu().double(), wanted[layer].detach(), atol=1e-4, rtol=1e-4)
-    assert (own.cpu().double() - pull).norm() < (1e-4 if DEVICE == "cpu" else 1e-3) * pull.norm()  # rounded otherwise, another number may be the largest of four
+    assert (own.cpu().double() - pull).norm() < (1e-4 if DEVICE == "cpu" else 2e-4) * pull.norm()  # 1.4e-4 on an H200, in one of eight
 
 
 def test_weights_written_to_are_laid_out_anew():

@@ -116,6 +116,7 @@ def downloads(monkeypatch) -> dict:
     ],
 )
 def test_features_are_torchvisions(network, layers, downloads):
+    torch.manual_seed(0)  # of 40 seeds all are within the bound, the nearest by a fifth of it
     reference = torchvision_features(network, max(layers.values()) + 1)
     downloads[f"{type_of_weights(network)}.IMAGENET1K_V1"] = state_of(reference) | {"classifier.1.bias": torch.zeros(1)}
     images = torch.rand(2, 3, 48, 67)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_fused_network import made
 from torch import Tensor
 
-from fastnst import cpu_network, native_library
+from fastnst import cpu_network
 from fastnst.cpu_network import cpu_layers
 from fastnst.native_norm import NativeNorm, can_norm
 
@@ -158,7 +158,6 @@ def test_a_relu_and_a_sum_at_once_are_refused():
 def test_where_nothing_is_compiled_torch_does_the_same(monkeypatch):
     network, images = made(width=8), torch.rand(2, 3, 18, 20)
     assert can_norm(torch.zeros(1, 8, 4, 4), torch.zeros(8)) and not can_norm(torch.zeros(1, 8, 4, 4).double(), torch.zeros(8).double()) and not can_norm(torch.zeros(1, 8, 4, 0), torch.zeros(8))
-    monkeypatch.setattr(native_library, "native_library", lambda: None)
     monkeypatch.setattr("fastnst.winograd.native_library", lambda: None)
     outputs = []
     for compiled in (True, False):
