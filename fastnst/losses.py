@@ -1,4 +1,4 @@
-"""What is minimized: content, style, total variation and what keeps networks from weaving, and ``PerceptualLoss``, which adds them up.
+"""What is minimized: content, style, total variation and (in ``texture``) what keeps networks from weaving, and ``PerceptualLoss``, which adds them up.
 
 ``train`` lowers it over the weights of a network, ``optimize`` over the pixels of one image. Functions hold the
 mathematics, classes the settings.
@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -20,11 +19,11 @@ from fastnst.loss_network import LossNetwork, LossNetworkConfig, layer_index
 from fastnst.native_distance import MeanSquare, can_compare
 from fastnst.pull import pull
 from fastnst.self_product import SelfProduct
+from fastnst.texture import SPECTRUM_SIDE, log_spectrum, regular_grid, spectrum_distance
 
 LayerWeights = dict[str, Annotated[float, Field(ge=0)]]
 Distance = Literal["mse", "sse", "rmse"]
 Gram = Literal["chw", "hw", "sqrt_chw", "none"]
-_WINDOW, _LEVEL = 32, 1e-3  # of spectra: px; the power of noise of 0.7 of 255 levels, less than which does not count
 
 
 class LossConfig(LossNetworkConfig):
@@ -130,47 +129,6 @@ def total_variation(images: Tensor, power: int = 2, reduction: str = "sum") -> T
     below = images[..., 1:, :] - images[..., :-1, :]
     total = right.abs().sum() + below.abs().sum() if power == 1 else right.square().sum() + below.square().sum()
     return total / (images.shape[0] if reduction == "sum" else images.numel())
-
-
-def regular_grid(images: Tensor) -> Tensor:
-    """Mean square of the pattern that repeats every 4 px, in windows of 32 px, averaged over the batch; 0 where there is none.
-
-    4 px is what a network's two upsamplings make of one position: short of photos it fills all of them alike, which looks woven.
-    What is coarser than 5 px does not count. Random texture leaves a 64th of its variance (more below 32 px).
-    """
-    images = images.float()
-    height, width = (side // 4 * 4 for side in images.shape[-2:])
-    if not (height and width):
-        return images.new_zeros(())
-    fine = (images - F.avg_pool2d(images, 5, 1, 2, count_include_pad=False))[..., :height, :width]
-    places = F.pixel_unshuffle(fine, 4)  # (N, 3 x 16, H / 4, W / 4)
-    window = min(8, *places.shape[-2:])
-    pattern = F.avg_pool2d(places, window, max(1, window // 2)).unflatten(1, (-1, 16))
-    return (pattern - pattern.mean(2, keepdim=True)).square().mean()
-
-
-def log_spectrum(images: Tensor) -> Tensor:
-    """How much fine texture of each frequency and direction: logarithms of the mean power in windows of 32 px, ``(N, F)``, of all frequencies above
-    0.2 cycles a pixel (waves shorter than 5 px) across or down. Images are 32 px at least."""
-    windows = images.float().unfold(2, _WINDOW, _WINDOW // 2).unfold(3, _WINDOW, _WINDOW // 2)
-    hann = torch.hann_window(_WINDOW, device=images.device)
-    waves = torch.fft.rfft2((windows - windows.mean((-2, -1), keepdim=True)) * (hann[:, None] * hann))
-    power = torch.view_as_real(waves).square().mean((1, 2, 3)).sum(-1)  # for absolute values, a CPU would take a third more time
-    first = _WINDOW // 5 + 1  # frequencies across are 0 to 16 32nds, down 0 to 16 and -15 to -1; no mask, for whose size a GPU would be waited for
-    fine = torch.cat([power[:, :, first:].flatten(1), power[:, first : 1 - first, :first].flatten(1)], 1)
-    return (fine + _LEVEL).log()
-
-
-def _large_enough(style: Tensor) -> Tensor:
-    if min(style.shape[-2:]) < _WINDOW:
-        raise ValueError(f"loss.spectrum_weight: got a style image of {style.shape[-1]}x{style.shape[-2]}, need {_WINDOW} px at least; set it to 0, or style.long_side higher")
-    return style
-
-
-def spectrum_distance(images: Tensor, target: Tensor) -> Tensor:
-    """Mean square of what ``log_spectrum`` says of the images, ``(N, 3, H, W)``, beyond ``target``, ``(1, F)`` (after Durall et al. 2020, who compare the spectra
-    of real and generated images over all directions); 0 for images below 32 px."""
-    return (log_spectrum(images) - target).square().mean() if min(images.shape[-2:]) >= _WINDOW else images.new_zeros((), dtype=torch.float32)
 
 
 def distance(a: Tensor, b: Tensor, kind: Distance = "mse") -> Tensor:
@@ -287,6 +245,14 @@ class LossTerms:
 def _sum(terms: list[Tensor]) -> Tensor:
     """Of scalars, in two kernels however many they are."""
     return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
+
+
+def _large_enough(style: Tensor) -> Tensor:
+    if min(style.shape[-2:]) < SPECTRUM_SIDE:
+        raise ValueError(
+            f"loss.spectrum_weight: got a style image of {style.shape[-1]}x{style.shape[-2]}, need {SPECTRUM_SIDE} px at least; set it to 0, or style.long_side higher"
+        )
+    return style
 
 
 class PerceptualLoss(nn.Module):

@@ -61,7 +61,8 @@ NOUNS = {
     "native_distance": {"native_library", "runtime"},
     "network": {"cpu_network", "fused", "fused_network", "model", "wide", "winograd"},
     "loss_network": {"config", "fused", "fused_features", "native_features", "native_library", "winograd"},
-    "losses": {"background", "config", "fused", "fused_distances", "loss_network", "native_distance", "pull", "self_product"},
+    "texture": set(),
+    "losses": {"background", "config", "fused", "fused_distances", "loss_network", "native_distance", "pull", "self_product", "texture"},
     "photo_cache": {"files", "runtime"},
     "data": {"background", "config", "photo_cache", "picture", "runtime"},
     "objective": {"background", "losses", "runtime"},
@@ -83,7 +84,7 @@ NOUNS = {
     "training": {"background", "checkpoint", "image", "model", "picture", "run", "runtime", "schedule", "task", "watchdog"},
     "task": {"config", "data", "gradient", "image", "loss_network", "losses", "metrics", "model", "network", "objective", "optimizer", "photo_cache", "picture", "ranks", "runtime", "schedule"},
 }
-TRAINING = {"train", "losses", "loss_network", "data", "photo_cache", "objective", "gradient", "optimizer", "adam", "fused_adam", "pull", "benchmark_training", "benchmark_recipes", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task", "training"}
+TRAINING = {"train", "losses", "texture", "loss_network", "data", "photo_cache", "objective", "gradient", "optimizer", "adam", "fused_adam", "pull", "benchmark_training", "benchmark_recipes", "optimize", "distill", "evaluate", "export", "schedule", "watchdog", "survey", "run", "task", "training"}
 # Each verb; any noun is open to those that train.
 ALLOWED_TO_VERBS = {
     "train": set(NOUNS),

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from conftest import TOY_LOSS
@@ -18,12 +17,10 @@ from fastnst.losses import (
     distance,
     gaussian_wasserstein,
     gram_matrix,
-    log_spectrum,
     mean_covariance,
-    regular_grid,
-    spectrum_distance,
     total_variation,
 )
+from fastnst.texture import log_spectrum, regular_grid, spectrum_distance
 
 # Two channels of three positions: F F^T = [[1 + 4, 3 + 8], [3 + 8, 9 + 16 + 1]] = [[5, 11], [11, 26]].
 FEATURES = torch.tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 1.0]]).view(1, 2, 1, 3)
@@ -396,67 +393,6 @@ def test_raw_weights_are_left_as_they_are(pictures):
     photos, style = pictures
     config = strength_of(None)
     assert calibrate(PerceptualLoss(load_loss_network(config, config.layers), config, style), photos) is config
-
-
-def test_regular_grid_of_stripes_every_4_px():
-    # The mean over 5 columns takes 1/5 of a stripe, at the place between two stripes 2/5: 1 - 1/5, -1/5, -2/5, -1/5 are left at the four places.
-    # Their mean is 0, their mean square (0.64 + 0.04 + 0.16 + 0.04) / 4 = 0.22; the picture's border is one cell of 40.
-    stripes = torch.zeros(2, 3, 160, 160)
-    stripes[..., ::4] = 0.5
-    assert float(regular_grid(stripes)) == pytest.approx(0.22 * 0.5**2, rel=0.02)
-    assert float(regular_grid(stripes.roll(1, 3))) == pytest.approx(0.22 * 0.5**2, rel=0.02)  # wherever they lie
-
-
-def test_regular_grid_counts_what_repeats_every_4_px_alone():
-    wide = torch.arange(160).remainder(10).lt(5).float().expand(1, 3, 160, 160)  # every 10 px
-    ramp = torch.linspace(0, 1, 160).expand(1, 3, 160, 160)
-    noise = torch.rand(1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
-    assert float(regular_grid(wide)) < 0.22 / 20 and float(regular_grid(ramp)) < 1e-6
-    # 64 cells of a window averaged: a 64th of the variance 1/12, of which the 5x5 mean has taken 1/25
-    assert float(regular_grid(noise)) == pytest.approx(1 / 12 * 24 / 25 / 64, rel=0.1)
-
-
-@pytest.mark.parametrize("height, width", [(3, 50), (4, 4), (5, 33), (16, 16), (50, 47)])
-def test_regular_grid_takes_any_size(height, width):
-    assert math.isfinite(float(regular_grid(torch.rand(1, 3, height, width))))
-
-
-def waves(amplitude: float, cycles: int, count: int = 1) -> torch.Tensor:
-    """Across, ``cycles`` in 32 px."""
-    wave = amplitude * torch.cos(2 * math.pi * cycles / 32 * torch.arange(96))
-    return (0.5 + wave).expand(count, 3, 64, 96)
-
-
-def test_spectrum_distance_of_waves():
-    # Twice the amplitude is 4 times the power. A Hann window spreads a wave over 3 x 3 frequencies, of 32 x 17 - 13 x 7 above 0.2 cycles a pixel.
-    assert float(spectrum_distance(waves(0.2, 12, 2), log_spectrum(waves(0.1, 12)))) == pytest.approx(9 * math.log(4) ** 2 / 453, rel=1e-3)
-    assert float(spectrum_distance(waves(0.2, 12), log_spectrum(waves(0.2, 12)))) == 0
-    assert float(spectrum_distance(waves(0.2, 5), log_spectrum(waves(0.1, 5)))) < 1e-6  # strokes of more than 5 px
-    down = waves(0.2, 12).transpose(2, 3)
-    assert float(spectrum_distance(waves(0.2, 12), log_spectrum(down))) > 1  # the direction counts
-
-
-def test_the_spectrum_is_the_mean_power_of_windows():
-    """By numpy, of four windows that overlap by half, in double precision."""
-    image = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(32) / 32)
-    windows = np.stack([image[0, :, y : y + 32, x : x + 32].double().numpy() for y in (0, 16) for x in (0, 16)])
-    power = (np.abs(np.fft.rfft2((windows - windows.mean((2, 3), keepdims=True)) * hann[:, None] * hann)) ** 2).mean((0, 1))
-    fine = np.concatenate([power[:, 7:].ravel(), power[7:-6, :7].ravel()])  # above 6.4 of 32 cycles across, or down in either direction
-    np.testing.assert_allclose(log_spectrum(image)[0].numpy(), np.log(fine + losses._LEVEL), rtol=1e-5)
-
-
-def test_spectrum_distance_is_of_each_image_alone():
-    images, target = torch.rand(3, 3, 70, 50, generator=torch.Generator().manual_seed(0)), log_spectrum(waves(0.1, 9))
-    alone = [float(spectrum_distance(image[None] * scale, target)) for image, scale in zip(images, (0.1, 0.5, 1))]
-    together = torch.stack([image * scale for image, scale in zip(images, (0.1, 0.5, 1))])
-    assert float(spectrum_distance(together, target)) == pytest.approx(sum(alone) / 3, rel=1e-5)
-
-
-def test_a_flat_image_has_a_finite_spectrum_and_gradient():
-    flat = torch.full((1, 3, 48, 48), 0.3, requires_grad=True)
-    spectrum_distance(flat, log_spectrum(waves(0.3, 12))).backward()
-    assert torch.isfinite(flat.grad).all()
 
 
 def test_the_spectrum_term_is_part_of_the_objective():
