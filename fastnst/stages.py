@@ -13,7 +13,7 @@ The rewrites, each the same function of the same weights:
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -150,16 +150,52 @@ def fold(weights: dict[str, np.ndarray], info: ModelInfo) -> StagedNetwork:
         stages.append(Stage(weight, bias, padding=2, padding_mode=mode, shuffle=2))
     else:
         stages.append(Stage(_split_stride(weight), bias.repeat(4), padding=4, padding_mode=mode, stride=2, shuffle=2))
-    return StagedNetwork(_checked(_contiguous(one) for one in stages), info)
+    return StagedNetwork(_checked((_contiguous(one) for one in stages), info), info)
 
 
-def _checked(stages: Iterable[Stage]) -> tuple[Stage, ...]:
-    stages = tuple(stages)
-    for index, stage in enumerate(stages):
-        wrong = [name for name in ARRAYS if getattr(stage, name) is not None and not np.isfinite(getattr(stage, name)).all()]
-        if wrong:
-            raise ValueError(f"the {wrong[0]} of stage {index} holds what is no number")
+def _checked(stages: Iterable[Stage], info: ModelInfo) -> tuple[Stage, ...]:
+    """The stages, once it is sure that they fit together: engines do not ask again, and one in C would read what lies beside an array. Raises ``ValueError``."""
+    stages, config = tuple(stages), info.network
+    smallest = config.smallest_side + -config.smallest_side % config.multiple
+    for side in (smallest, 64 * smallest):
+        channels, sides = [3], [side + 2 * config.start_padding]  # of what each stage takes, and the last one gives
+        for index, stage in enumerate(stages):
+            for demand, is_met in _demands(stage, channels, sides):
+                if not is_met:
+                    raise ValueError(f"stage {index}: {demand}")
+            if stage.skip and index and stages[index - 1].skip:
+                raise ValueError(f"stage {index}: it adds what has been added to")
+            channels.append(stage.channels)
+            sides.append(stage.size(sides[-1]))
+        if not stages or stages[-1].norm_weight is not None or stages[-1].relu or stages[-1].skip or channels[-1] != 3 or sides[-1] < side:
+            raise ValueError(f"{len(stages)} stages give {channels[-1]} channels of {sides[-1]} px for a picture of {side}, need 3 of as many, with nothing behind the last convolution")
     return stages
+
+
+def _demands(stage: Stage, channels: list[int], sides: list[int]) -> Iterator[tuple[str, bool]]:
+    """What is asked of a stage behind others, of which each took, and the last gave, so many ``channels`` and pixels a side, and whether it is met. Each relies on those before."""
+    weight, numbers = stage.weight, (stage.padding, stage.stride, stage.shuffle, stage.shave)
+    for name in ARRAYS:
+        array = getattr(stage, name)
+        yield f"its {name} holds what is no number", array is None or bool(np.isfinite(array).all())
+    yield f"its kernels are {weight.shape}, need four dimensions, the last two alike", weight.ndim == 4 and weight.size > 0 and weight.shape[2] == weight.shape[3]
+    yield f"need whole numbers, got {numbers}", all(type(number) is int for number in numbers)
+    yield f"need a number to pad with, got {stage.value!r}", type(stage.value) in (int, float) and bool(np.isfinite(stage.value))
+    yield "need true or false", all(type(flag) is bool for flag in (stage.transposed, stage.relu, stage.skip))
+    yield f"padding by {stage.padding}, {stage.padding_mode!r}", stage.padding_mode in ("reflect", "replicate", "constant") and 0 <= stage.padding < min(sides[-1], weight.shape[2])
+    yield f"stride {stage.stride}, shuffle {stage.shuffle}", stage.stride in (1, 2) and stage.shuffle in (1, 2)
+    yield "transposed kernels are 4x4, without stride and shuffle", not stage.transposed or (weight.shape[2], stage.stride, stage.shuffle) == (4, 1, 1)
+    inputs, outputs = weight.shape[:2] if stage.transposed else weight.shape[1::-1]
+    yield f"it takes {inputs} channels, and gets {channels[-1]}", inputs == channels[-1]
+    yield f"{outputs} channels cannot be shuffled by {stage.shuffle}", outputs % stage.shuffle**2 == 0
+    yield f"need a bias of {outputs} numbers", stage.bias is None or stage.bias.shape == (outputs,)
+    norm = [None if array is None else array.shape for array in (stage.norm_weight, stage.norm_bias)]
+    yield f"need a norm of {stage.channels} numbers", norm in ([None, None], [(stage.channels,)] * 2)
+    side = stage.size(sides[-1])
+    yield f"nothing is left of {sides[-1]} px", side > 0
+    if stage.skip:
+        added = (*channels[-2:-1], *(before - 2 * stage.shave for before in sides[-2:-1]))
+        yield f"it adds {added} channels and px to {(stage.channels, side)}", stage.shave >= 0 and added == (stage.channels, side)
 
 
 def _take_pixels(first: Stage) -> Stage:
@@ -260,9 +296,9 @@ def describe(network: StagedNetwork) -> tuple[dict[str, np.ndarray], str]:
 
 
 def restore_stages(arrays: dict[str, np.ndarray], rest: str, info: ModelInfo) -> StagedNetwork:
-    """What ``describe`` took apart. Raises ``KeyError``, ``TypeError`` or ``ValueError`` where a part is missing."""
+    """What ``describe`` took apart. Raises ``KeyError``, ``TypeError`` or ``ValueError`` where a part is missing or does not fit."""
     stages = []
     for index, options in enumerate(json.loads(rest)):
         found = {name: arrays[f"stage.{index}.{name}"].copy() for name in ARRAYS if f"stage.{index}.{name}" in arrays}
-        stages.append(Stage(**found, **options))
-    return StagedNetwork(_checked(stages), info)
+        stages.append(_contiguous(Stage(**found, **options)))
+    return StagedNetwork(_checked(stages, info), info)

@@ -105,7 +105,7 @@ def test_a_file_with_weights_that_are_no_numbers_is_named(model, tmp_path):
     assert at > 0
     data[at : at + 64] = b"\xff" * 64
     (tmp_path / "model.onnx").write_bytes(data)
-    with pytest.raises(ValueError, match="model.onnx: .*stage 2 holds what is no number"):
+    with pytest.raises(ValueError, match="model.onnx: .*stage 2: its weight holds what is no number"):
         load_onnx(tmp_path / "model.onnx")
 
 

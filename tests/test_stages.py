@@ -1,5 +1,7 @@
 """The exact rewrites: other arithmetic, the same function."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,58 @@ def test_stages_taken_apart_come_back():
     for one, other in zip(network.stages, again.stages, strict=True):
         for name in Stage.__dataclass_fields__:
             assert np.array_equal(getattr(one, name), getattr(other, name)), name
+
+
+# Stages of a network of width 4: 9x9 (3 to 4 channels), two of stride 2 (to 8, to 16), a block of two, two transposed ones, the last to 12 channels and shuffled.
+@pytest.mark.parametrize("index, name, value, complaint", [
+    (4, "shave", 100_000, "stage 4: it adds"),
+    (4, "shave", -30_000, "stage 4: it adds"),
+    (0, "skip", True, "stage 0: it adds"),
+    (1, "stride", 0, "stage 1: stride 0"),
+    (0, "stride", 2, "8 stages give 3 channels of 8 px for a picture of 16"),
+    (1, "stride", 1.5, "stage 1: need whole numbers"),
+    (0, "padding", -1, "stage 0: padding by -1"),
+    (0, "padding", 10**6, "stage 0: padding by 1000000"),
+    (0, "padding_mode", "zzz", "stage 0: padding by 4, 'zzz'"),
+    (0, "value", None, "stage 0: need a number to pad with, got None"),
+    (0, "relu", "yes", "stage 0: need true or false"),
+    (1, "transposed", True, "stage 1: transposed kernels are 4x4"),
+    (1, "shuffle", 3, "stage 1: stride 2, shuffle 3"),
+    (-1, "relu", True, "nothing behind the last convolution"),
+])
+def test_stages_that_do_not_fit_are_named(index, name, value, complaint):
+    """A file may be damaged, or made to do harm: code in C would read beside an array."""
+    _, network = staged()
+    arrays, rest = describe(network)
+    stages = json.loads(rest)
+    stages[index][name] = value
+    with pytest.raises(ValueError, match=complaint):
+        restore_stages(arrays, json.dumps(stages), network.info)
+
+
+@pytest.mark.parametrize("layer, damage, complaint", [
+    ("0.weight", lambda a: a[..., :2, :2], "stage 0: padding by 4"),
+    ("0.weight", lambda a: a[..., :8], "stage 0: its kernels are .4, 3, 9, 8."),
+    ("0.weight", lambda a: a.ravel(), "stage 0: its kernels are"),
+    ("0.weight", lambda a: a.repeat(2, 1), "stage 0: it takes 6 channels, and gets 3"),
+    ("3.weight", lambda a: a[:5], "stage 1: need a norm of 5 numbers"),
+    ("4.weight", lambda a: a[:0], "stage 1: need a norm of 8 numbers"),
+    ("9.layers.3.weight", lambda a: np.pad(a, ((0, 0), (0, 0), (0, 2), (0, 2))), "stage 4: it adds .16, 4. channels and px to .16, 2."),
+    ("18.bias", lambda a: a[:2], "stage 7: need a bias of 12 numbers"),
+    ("18.weight", lambda a: a[:2], "stage 7: "),
+])
+def test_weights_that_do_not_fit_are_named(layer, damage, complaint):
+    network, _ = staged()
+    weights = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    weights[f"layers.{layer}"] = damage(weights[f"layers.{layer}"])
+    with pytest.raises(ValueError, match=complaint):
+        fold(weights, ModelInfo(network.config, 0, {}, {}, None))
+
+
+def test_no_stages_at_all_are_an_error():
+    _, network = staged()
+    with pytest.raises(ValueError, match="0 stages give 3 channels of 16 px"):
+        restore_stages({}, "[]", network.info)
 
 
 def test_missing_weights_are_named():
