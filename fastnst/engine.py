@@ -304,11 +304,10 @@ class TorchEngine:
         with torch.inference_mode():
             if self._device.type == "cuda" and self._in_a_row == WORTH_COMPILING:
                 self._recording = self._record(x, pixels)
-            if self._recording is not None:
-                return self._recording(x).clone()
-            if self._device.type == "cuda" and self._so_far > WORTH_COMPILING:
-                return self.compute_fast(x, pixels)
-            return self.compute(x, pixels)
+            if self._recording is None:
+                return self.compute_fast(x, pixels) if self._device.type == "cuda" and self._so_far > WORTH_COMPILING else self.compute(x, pixels)
+            stylized = self._recording(x)
+        return stylized.clone()  # which the next pass overwrites
 
     def _record(self, x: Any, pixels: Pixels) -> "Recording | None":
         """A pass over pictures like ``x``, as fast as this machine can; None where it can do nothing about it."""

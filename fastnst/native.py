@@ -61,19 +61,15 @@ class _Spare:
 
 
 class NativeEngine:
-    """On a CPU, without torch or any other runtime.
-
-    In bfloat16 this is what convolutions multiply; sums, norms and activations are float32. Pictures that are drawn take float32 throughout: where nearly all is plain,
-    norms make lines of a pixel so strong that filtering spreads their rounding visibly around (36 to 42 dB).
-    """
+    """On a CPU, without torch or any other runtime. In bfloat16 this is what convolutions multiply; sums, norms and activations are float32."""
 
     name, device, batch = "native", "cpu", 1
 
     def __init__(self, network: StagedNetwork, precision: str = "float32") -> None:
         self.network, self.precision = network, precision
-        self._in_precision: dict[str, list[Packed]] = {}
         self._threads = cpu_threads()
-        self._packed = self._pack(precision)
+        last = len(network.stages) - 1
+        self._packed = [Packed.of(stage, index == 0, index == last, precision == "bfloat16") for index, stage in enumerate(network.stages)]
         self._spare, self._last_shape, self._rounding = _Spare(), (), rounding(network)
         self._flat = [self._flat_value(stage, value) for stage, value in zip(network.stages, flat_values(network)[0])]
 
@@ -93,7 +89,6 @@ class NativeEngine:
         join_threads()
         for picture, target in zip(pictures, stylized):
             levels = picture if pixels == "uint8" else picture.transpose(1, 2, 0) * np.float32(255)
-            self._packed = self._pack("float32" if self.precision == "float32" or _is_drawn(levels) else self.precision)
             raw = self._run(np.subtract(levels, ground(self.network, levels), out=self._spare.take(levels.shape), dtype=np.float32))
             finish(raw, 1 if self._packed[-1].outputs == 3 else self.network.stages[-1].shuffle, self.network.info.network.output, target, self._threads)
             self._spare.give(raw)
@@ -101,15 +96,8 @@ class NativeEngine:
             self._spare.clear()
         return stylized
 
-    def _pack(self, precision: str) -> list[Packed]:
-        if precision not in self._in_precision:
-            last = len(self.network.stages) - 1
-            self._in_precision[precision] = [Packed.of(stage, index == 0, index == last, precision == "bfloat16") for index, stage in enumerate(self.network.stages)]
-        return self._in_precision[precision]
-
     def stage(self, index, rows, gain, shift, above, below, statistics):
         self._spare.clear()
-        self._packed = self._pack(self.precision)
         stage, channels = self.network.stages[index], rows.shape[1]
         x = from_planes(rows[0], channels if index == 0 else whole_vectors(channels), self._threads)
         given = Activation.of(x, index > 0 and self.network.stages[index - 1].relu)
@@ -126,7 +114,7 @@ class NativeEngine:
     def operations(self, height: int, width: int) -> int:
         """Floating-point operations of the convolutions of one picture, two for each multiplication; those of Winograd's transforms are not counted."""
         total = 0
-        for stage, packed in zip(self.network.stages, self._pack(self.precision)):
+        for stage, packed in zip(self.network.stages, self._packed):
             height, width = stage.size(height), stage.size(width)
             shuffled = stage.shuffle if stage is self.network.stages[-1] and packed.outputs > 3 else 1
             total += packed.operations(height // shuffled, width // shuffled)
@@ -219,13 +207,6 @@ class NativeEngine:
         kernels_differ = self.network.info.network.upsampling in ("transposed", "subpixel") and (stage.transposed or stage.shuffle > 1)  # from pixel to pixel
         value = 0 * value if stage.norm_weight is None or kernels_differ else value
         return np.pad(value, (0, whole_vectors(value.size) - value.size)).astype(np.float32)
-
-
-def _is_drawn(levels: np.ndarray) -> bool:
-    """Whether nine tenths of the pixels, ``(H, W, 3)``, are as those two further on: things on a plain ground, or stripes or squares of a pixel, of which strides leave
-    one color. Of 360 photos it was half at most."""
-    some = levels[::8]
-    return levels.shape[1] < 3 or bool((some[:, 2:] == some[:, :-2]).all(axis=2).mean() > 0.9)
 
 
 def _padded(indices: np.ndarray, stage: Stage, before: int, behind: int) -> np.ndarray:

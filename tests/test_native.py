@@ -98,16 +98,6 @@ def test_what_is_not_kept_but_made_twice_is_the_same(monkeypatch, architecture):
     assert len(bands) > 2 * len(stages.stages)
 
 
-def test_what_is_drawn_is_told_from_photos():
-    plain = np.full((40, 60, 3), 200, np.uint8)
-    plain[8:16, 20:30] = 90
-    assert native._is_drawn(plain) and native._is_drawn(plain.astype(np.float32) / 255) and native._is_drawn(plain[:, :2]) and native._is_drawn(plain[:1])
-    assert not native._is_drawn(photo(40, 60)[0])
-    framed = plain.copy()
-    framed[:, 20:40] = photo(40, 20)[0]  # a third of it a photo
-    assert not native._is_drawn(framed)
-
-
 def test_memory_is_kept_for_pictures_of_one_size_in_a_row_alone():
     engine = load_engine(staged(width=8)[1], "cpu", "native", "float32")
     first, other = photo(40, 56), photo(33, 20)

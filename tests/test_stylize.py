@@ -22,7 +22,7 @@ from fastnst.engine import load_engine
 from fastnst.model import NetworkConfig
 from fastnst.network import TransformNetwork
 from fastnst.picture import ImageSize
-from fastnst.stylize import Stylizer, stylize_files
+from fastnst.stylize import Stylizer, _shows_rounding, stylize_files
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,48 @@ def test_a_picture_of_one_color_stays_one(engine, precision):
     flat = [[value.std() for value in one] for one in stylizer(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255)]
     assert min(flat[0]) > 0.01 and np.max(flat[1:]) < 1e-6
     assert np.abs(np.subtract(stylized[1], Stylizer.from_file(shipped_styles()["mosaic_sun"], "cpu", "native", "float32")(gray), dtype=float)).max() <= 1
+
+
+RAMP = np.repeat(np.arange(0, 256, 2, np.uint8)[None, :, None], 64, axis=0).repeat(3, axis=2)  # (64, 128, 3), 2 levels a pixel
+
+
+def test_what_shows_rounding_is_told_from_photos():
+    photo, plain = np.asarray(synthetic_photo(0, 80, 64)), np.full((64, 80, 3), 200, np.uint8)
+    plain[8:16, 20:30] = 90  # a thing on a plain ground
+    half = plain.copy()
+    half[:, 20:40] = photo[:, 20:40]  # a quarter of it a photo
+    blurred = np.asarray(Image.fromarray(photo).resize((4, 3)).resize((160, 120), Image.Resampling.BICUBIC))
+    stripes, squares = np.zeros((2, 64, 80, 3), np.uint8)
+    stripes[:, ::2], squares[::2, ::2], squares[1::2, 1::2] = 255, 255, 255
+    smooth = [plain, plain.astype(np.float32), plain[:, :2], plain[:1], RAMP, RAMP.transpose(1, 0, 2), RAMP[:, :40] * np.float32(0.3), blurred, stripes, squares]
+    assert [_shows_rounding(picture) for picture in smooth] == [True] * len(smooth)
+    assert [_shows_rounding(picture) for picture in (photo, half, photo * np.float32(0.5))] == [False] * 3
+
+
+@pytest.mark.parametrize("engine", [pytest.param("native", marks=PAIRS_ALONE), "openvino", "torch"])
+def test_what_shows_rounding_is_float32(engine):
+    """To a level, where bfloat16 by itself is some 40 off; alone, beside a photo, as a tensor, and in strips."""
+    from fastnst.cli import shipped_styles
+
+    path = shipped_styles()["mosaic_sun"]
+    stylizer, exact = (Stylizer.from_file(path, "cpu", engine, precision) for precision in ("bfloat16", "float32"))
+    photo = np.asarray(synthetic_photo(0, 128, 64))
+    expected, of_photo = exact(RAMP), stylizer(photo)
+    for found in (stylizer(RAMP), stylizer(np.stack([photo, RAMP, photo]))[1], Stylizer(stylizer.engine, tile=32)(RAMP)):
+        assert np.abs(found.astype(int) - expected).max() <= 1
+    both = torch.from_numpy(np.stack([photo, RAMP])).permute(0, 3, 1, 2) / 255
+    of_both = (stylizer(both) * 255).permute(0, 2, 3, 1).numpy()
+    assert np.abs(of_both[1] - expected).max() <= 1.01
+    assert np.array_equal(stylizer(both)[0].numpy(), stylizer.engine.run(both.numpy(), "float")[0])
+    assert np.abs(of_photo.astype(int) - exact(photo)).max() > 1  # which is not
+
+
+@pytest.mark.parametrize("engine", ["native", "openvino", "onnxruntime", "torch"])
+def test_tensors_may_be_written_to_and_learned_from(model, engine):
+    stylized = Stylizer.from_file(model, "cpu", engine)(torch.rand(1, 3, 20, 24, generator=torch.Generator().manual_seed(0)))
+    weight = torch.ones(1, requires_grad=True)
+    (stylized.mul_(2) * weight).sum().backward()
+    assert weight.grad == stylized.sum()
 
 
 def test_a_fade_is_computed_once(monkeypatch):
