@@ -74,7 +74,7 @@ def stylize_video(
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     if is_numbered(target) and (Path(source).is_dir() or is_numbered(source)) and target.parent.resolve() == folder.resolve():
         raise ValueError(f"--output {target} would lie among the input's own pictures, and could overwrite them; choose another folder")
-    told = 0
+    told, stopped = 0, False
 
     def say_a_few(message: str) -> None:
         nonlocal told
@@ -86,7 +86,7 @@ def stylize_video(
 
     with contextlib.ExitStack() as stack:
         video = stack.enter_context(open_video(source, size, say_a_few, pictures_per_second))
-        write = stack.enter_context(create_video(target, video.info, encoding, say, overwrite, picture_quality))
+        write = stack.enter_context(create_video(target, video.info, encoding, say, overwrite, picture_quality, cut=lambda: stopped))
         began, done = time.monotonic(), 0
 
         def write_all(batch: tuple[list[Frame], np.ndarray]) -> None:
@@ -96,12 +96,12 @@ def stylize_video(
         with _Writer(write_all) as writer:
             with contextlib.closing(read_ahead(_batches(video, batch_size), "reading frames")) as batches:
                 for batch in batches:
-                    if should_stop():
+                    if stopped := should_stop():
                         break
                     writer.put((batch, stylize(np.stack([frame.pixels for frame in batch]))))
                     done += len(batch)
                     on_progress(Progress(done, video.info.count, time.monotonic() - began, video.broken))
-        if not done and not should_stop():
+        if not done and not stopped:
             raise OSError(f"{source}: no frame of it can be read")
     return Progress(done, video.info.count, time.monotonic() - began, video.broken)
 

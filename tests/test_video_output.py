@@ -192,7 +192,7 @@ def clip_with_sound(tmp_path_factory):
 
 def copy_video(source, target, count: int | None = None, say=print):
     with open_video(source) as video:
-        save(target, list(video)[:count], video.info, say=say)
+        save(target, list(video)[:count], video.info, say=say, cut=lambda: count is not None)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
