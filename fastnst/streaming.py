@@ -27,12 +27,13 @@ _TOLD = 5  # broken frames named one by one
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a video is: ``done`` frames of ``total`` (an estimate, or unknown) after ``seconds``; ``broken`` were left out."""
+    """How far a video is: ``done`` frames of ``total`` (or unknown) after ``seconds``; ``broken`` were left out, ``missing`` seconds cut off."""
 
     done: int
     total: int | None
     seconds: float
     broken: int = 0
+    missing: Fraction = Fraction(0)
 
     @property
     def frames_per_second(self) -> float:
@@ -103,7 +104,7 @@ def stylize_video(
                     on_progress(Progress(done, video.info.count, time.monotonic() - began, video.broken))
         if not done and not stopped:
             raise OSError(f"{source}: no frame of it can be read")
-    return Progress(done, video.info.count, time.monotonic() - began, video.broken)
+    return Progress(done, video.info.count, time.monotonic() - began, video.broken, video.info.missing)
 
 
 def _batches(frames: Iterable[Frame], batch_size: int) -> Iterator[list[Frame]]:

@@ -200,10 +200,9 @@ def clip(args, stylizer, finish, stop) -> int:
             bar.close()
     broken = f", {found.broken} broken ones left out" if found.broken else ""
     print(f"{found.done} frames{' (stopped)' if stop() else ''}{broken}, {found.frames_per_second:.1f} a second; output: {args.output}")
-    early = found.total is not None and not stop() and found.done + found.broken < 0.8 * found.total
-    if early:
-        cli.say(None, f"error: {args.input[0]} ends early: {found.done} frames, it says that it has about {found.total}; is it cut off?")
-    return stop.exit_code or (1 if found.broken or early else 0)
+    if found.missing and not stop():
+        cli.say(None, f"error: {args.input[0]} ends early, {float(found.missing):.1f} s before what it says; is it cut off?")
+    return stop.exit_code or (1 if found.broken or found.missing else 0)
 
 
 def camera(args, stylizer, finish, stop) -> int:

@@ -71,6 +71,13 @@ def test_sound_that_outlasts_the_picture_is_kept_but_for_a_stopped_video(tmp_pat
         assert sound == pytest.approx(seconds, abs=0.045)
 
 
+def test_an_uneven_clip_is_as_long_afterwards(tmp_path):
+    times = [*range(0, 400, 40), *range(2400, 5001, 650)]
+    clip = write_clip(tmp_path / "screen.webm", moving_frames(len(times) - 1), times, rate=30, codec="libvpx-vp9")
+    stylize_video(clip, tmp_path / "out.mp4", negative)
+    assert duration(tmp_path / "out.mp4") == duration(clip) == 5.0
+
+
 def test_progress_counts_speed_and_time_left():
     progress = Progress(done=30, total=100, seconds=6.0, broken=10)
     assert progress.frames_per_second == 5.0

@@ -461,6 +461,22 @@ def test_a_clip_that_is_cut_off_is_told(stylize_command, tmp_path, capsys):
     assert "there already" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"times": [250 * index for index in range(11)], "rate": 30},
+        {"times": [5000 + 40 * index for index in range(11)]},
+        {"sound": "aac", "sound_until": 2000},
+    ],
+    ids=["uneven", "late", "sound"],
+)
+def test_a_whole_clip_is_not_taken_for_one_cut_off(stylize_command, tmp_path, capsys, options):
+    write_clip(tmp_path / "clip.mkv", moving_frames(10), **options)
+    assert stylize_command("--input", tmp_path / "clip.mkv", "--output", tmp_path / "out.mkv") == 0
+    printed = capsys.readouterr()
+    assert "10 frames" in printed.out and "ends early" not in printed.err
+
+
 @pytest.mark.parametrize("flag, value", [("--short-side", "99999"), ("--short-side", "0"), ("--crf", "99"), ("--quality", "0"), ("--frames-per-second", "1/0"), ("--frames-per-second", "-5")])
 def test_a_number_out_of_range_names_its_flag(stylize_command, flag, value, capsys):
     with pytest.raises(SystemExit) as left:
