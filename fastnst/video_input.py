@@ -22,7 +22,7 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif", ".avi", ".mpg
 PICTURES_PER_SECOND = Fraction(25)
 _EVEN = Fraction(2, 1000)  # seconds by which steps of even times may differ, as many files round them to milliseconds
 _WHOLE = Fraction(8, 10)  # of the duration that a file tells, which is rounded, and may count how long the last frame is shown, or not
-_NUMBERED = re.compile(r"%0?(\d*)d")
+_NUMBERED = re.compile(r"%\d+d|%d(?![^\W\d_])")  # %d before a letter is words: 50%discount.jpg
 _BT709, _BT601 = 1, 5  # matrix coefficients, as ITU-T H.273 numbers them
 # FFmpeg's SWS_BICUBIC, _FULL_CHR_H_INT, _FULL_CHR_H_INP and _ACCURATE_RND. Without them it cuts off instead of rounding, 0.7 of 255
 # too dark, and repeats chroma instead of interpolating it.
@@ -75,12 +75,17 @@ class VideoInput:
 
 
 def is_numbered(path: str | Path) -> bool:
-    """Whether ``path`` is a pattern such as ``frames/%04d.png``."""
-    return _NUMBERED.search(Path(path).name) is not None
+    """Whether ``path`` is a pattern such as ``frames/%04d.png``, and not a file or folder of that very name."""
+    return _NUMBERED.search(Path(path).name) is not None and not Path(path).exists()
+
+
+def numbered_path(pattern: Path, number: int) -> Path:
+    """The file that ``pattern`` stands for: ``frames/%04d.png`` and 7 give ``frames/0007.png``."""
+    return pattern.with_name(_NUMBERED.sub(lambda hit: hit[0] % number, pattern.name, count=1))
 
 
 def is_video(path: str | Path) -> bool:
-    """Whether ``path`` names a video, a GIF or numbered pictures, by its name alone."""
+    """Whether ``path`` names a video, a GIF or numbered pictures; files are not looked into."""
     return Path(path).suffix.lower() in VIDEO_SUFFIXES or is_numbered(path)
 
 

@@ -4,7 +4,6 @@ Takes the frames of ``video_input``: uint8 RGB ``(H, W, 3)`` with their own time
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
@@ -17,7 +16,7 @@ from pydantic import Field
 from fastnst.config import Config
 from fastnst.files import atomic_write
 from fastnst.picture import check_writable, save_picture
-from fastnst.video_input import ACCURATE, Frame, VideoInfo, import_av, is_numbered
+from fastnst.video_input import ACCURATE, Frame, VideoInfo, import_av, is_numbered, numbered_path
 
 WRITABLE_VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif")
 _BT709, _LIMITED, _FULL = 1, 1, 2  # ITU-T H.273; FFmpeg's color ranges
@@ -107,7 +106,7 @@ def create_video(
 
 def _picture_writer(pattern: Path, overwrite: bool, quality: int) -> Callable[[Frame], None]:
     def write(frame: Frame) -> None:
-        path = pattern.parent / re.sub(r"%0?\d*d", lambda hit: hit[0] % frame.number, pattern.name, count=1)
+        path = numbered_path(pattern, frame.number)
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists already; use --overwrite to replace it")
         save_picture(Image.fromarray(frame.pixels), path, quality=quality)

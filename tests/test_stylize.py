@@ -368,6 +368,24 @@ def test_a_mistake_is_one_line_and_exit_code_2(stylize_command, tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
 
 
+@pytest.mark.parametrize(
+    "source, output, written",
+    [
+        ("50%discount.jpg", "out/", "out/50%discount.jpg"),
+        ("%d.jpg", "out/", "out/%d.jpg"),
+        ("20%discount", "out/", "out/photo.jpg"),
+        ("20%discount/photo.jpg", "100%done.jpg", "100%done.jpg"),
+    ],
+)
+def test_percent_signs_in_the_names_of_photos(stylize_command, tmp_path, monkeypatch, source, output, written):
+    monkeypatch.chdir(tmp_path)
+    Path("20%discount").mkdir()
+    for name in ("50%discount.jpg", "%d.jpg", "20%discount/photo.jpg"):
+        synthetic_photo(0).save(name)
+    assert stylize_command("--input", source, "--output", output) == 0
+    assert Path(written).is_file()
+
+
 # Moving pictures
 
 

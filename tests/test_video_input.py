@@ -243,9 +243,14 @@ def test_without_pyav_the_error_tells_how_to_install_it(tmp_path, monkeypatch):
         open_video(tmp_path / "clip.mp4")
 
 
-def test_names_of_videos():
+def test_names_of_videos(tmp_path):
     assert is_video("a/clip.MP4") and is_video(Path("loop.gif")) and is_video("frames/%04d.png")
     assert not is_video("photo.jpg") and not is_video("100%.png") and not is_numbered("clip.mp4")
+    assert all(is_numbered(name) for name in ("%d.png", "a%d_b.png", "%03dpx.png", "50%-%04d.png"))
+    assert not any(is_numbered(name) for name in ("50%discount.jpg", "100%done.jpg", "5%dänisch.jpg", "20%discount"))
+    assert is_numbered(tmp_path / "100%d")
+    (tmp_path / "100%d").mkdir()
+    assert not is_numbered(tmp_path / "100%d")
 
 
 def test_a_test_source_stands_in_for_a_camera():
