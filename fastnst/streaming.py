@@ -179,6 +179,7 @@ def stylize_live(
     target: str | Path | None = None,
     finish: Finish | None = None,
     encoding: Encoding = Encoding(),
+    picture_quality: int = 95,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
     should_stop: Callable[[], bool] = lambda: False,
@@ -195,7 +196,7 @@ def stylize_live(
         write = None
         if target is not None:
             info = replace(video.info, variable_rate=True, time_base=Fraction(1, 90_000), count=None)
-            write = stack.enter_context(_Writer(stack.enter_context(create_video(target, info, encoding, say, overwrite))))
+            write = stack.enter_context(_Writer(stack.enter_context(create_video(target, info, encoding, say, overwrite, picture_quality))))
         newest = stack.enter_context(_Newest(video))
         began = time.monotonic()
         times: deque[float] = deque()

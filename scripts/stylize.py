@@ -222,6 +222,7 @@ def camera(args, stylizer, finish, stop) -> int:
             target=args.output,
             finish=finish,
             encoding=Encoding(codec=args.codec, quality=args.crf, preset=args.preset),
+            picture_quality=args.quality,
             overwrite=args.overwrite,
             say=lambda message: cli.say(None, message),
             should_stop=stop,

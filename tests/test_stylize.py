@@ -440,6 +440,13 @@ def test_a_camera_is_shown_and_recorded(stylize_command, tmp_path, capsys):
     assert (tmp_path / "out.mp4").stat().st_size > 1000
 
 
+def test_a_camera_is_recorded_as_pictures_of_the_quality_asked_for(stylize_command, tmp_path):
+    arguments = ("--camera", "lavfi:testsrc2=duration=0.3:rate=10:size=64x48", "--output", tmp_path / "%02d.jpg", "--port", 0)
+    assert stylize_command(*arguments, "--quality", 10) == 0
+    written = list(tmp_path.glob("*.jpg"))
+    assert written and all(Image.open(path).quantization[0][0] == 80 for path in written)  # libjpeg: 5000 / 10 % of its table's 16
+
+
 @pytest.mark.parametrize("inputs, output", [(["a.png"], "out.mp4"), (["a.mp4"], "out.png"), (["a.mp4", "b.mp4"], "out.mp4"), (["a.png"], "%d.png")])
 def test_half_a_video_is_refused(stylize_command, tmp_path, monkeypatch, capsys, inputs, output):
     monkeypatch.chdir(tmp_path)
