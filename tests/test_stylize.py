@@ -421,6 +421,29 @@ def test_frames_are_made_steady_before_they_are_blended(stylize_command, tmp_pat
     assert np.abs(seen[1][-1] - frames[-1]).mean() > 1
 
 
+@pytest.mark.parametrize("flags, computed", [([], 2), (["--opacity", "0.7"], 2), (["--stabilize"], 6)], ids=str)
+def test_numbered_pictures_that_are_missing_are_made_as_they_were(stylize_command, tmp_path, monkeypatch, capsys, flags, computed):
+    write_clip(tmp_path / "clip.mp4", moving_frames(6))
+    arguments = ("--input", tmp_path / "clip.mp4", "--output", tmp_path / "out" / "f_%04d.png", *flags)
+    assert stylize_command(*arguments) == 0
+    before = {path: (path.stat().st_ino, path.read_bytes()) for path in (tmp_path / "out").iterdir()}
+    gone = [tmp_path / "out" / f"f_{number:04d}.png" for number in (3, 5)]
+    for path in gone:
+        path.unlink()
+    seen, call = [], Stylizer.__call__
+    monkeypatch.setattr(Stylizer, "__call__", lambda self, batch: (seen.extend(batch), call(self, batch))[1])
+    capsys.readouterr()
+    assert stylize_command(*arguments, "--skip-existing") == 0
+    assert "2 frames, 4 there already" in capsys.readouterr().out
+    assert len(seen) == computed
+    after = {path: (path.stat().st_ino, path.read_bytes()) for path in (tmp_path / "out").iterdir()}
+    assert {path: data for path, (_, data) in after.items()} == {path: data for path, (_, data) in before.items()}
+    assert all(after[path][0] == before[path][0] for path in before if path not in gone)
+    assert stylize_command(*arguments, "--skip-existing") == 0
+    assert "0 frames, 6 there already" in capsys.readouterr().out
+    assert stylize_command(*arguments) == 2
+
+
 def test_numbered_pictures_and_a_folder_become_a_clip(stylize_command, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for index, frame in enumerate(moving_frames(5)):
