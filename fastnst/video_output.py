@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import Field
 
 from fastnst.config import Config
-from fastnst.files import atomic_write
+from fastnst.files import atomic_write, without_leftovers
 from fastnst.picture import check_writable, save_picture
 from fastnst.video_input import ACCURATE, Frame, VideoInfo, import_av, is_numbered, numbered_path
 
@@ -92,6 +92,7 @@ def create_video(
         def write(frame: Frame) -> None:
             nonlocal writer
             if writer is None:
+                stack.enter_context(without_leftovers(path))
                 writer = make(path, stack.enter_context(atomic_write(path)), info, encoding, say, frame)
             writer.write(frame)
 
