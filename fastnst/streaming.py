@@ -71,8 +71,8 @@ def stylize_video(
     ``stylize`` is called in the calling thread, ``on_progress`` after every batch; ``say`` is told what is left out, from any thread.
     Once ``should_stop`` holds, the frames done so far are put in place as a video that plays. ``skip_existing`` keeps the
     numbered pictures that are there and makes the others; those that are there are computed again only where ``finish_in_order`` says
-    that ``finish`` depends on the frames before. Raises ``FileExistsError`` unless
-    ``overwrite``, ``OSError`` or ``ValueError`` naming the file; then the target is as it was.
+    that ``finish`` depends on the frames before. Raises ``FileExistsError`` unless ``overwrite``, ``OSError`` or ``ValueError``
+    naming the file; then the target is as it was.
     """
     target = Path(target)
     check_writable_video(target)

@@ -179,8 +179,8 @@ def _open_container(name: str, size: ImageSize, say: Callable[[str], None], form
 def _look_through(name: str, index: int) -> tuple[int, bool, Fraction]:
     """How many frames stream ``index`` of a file has, whether they come at uneven times, and where the last of all streams ends (seconds).
 
-    From all packets, none of them decoded: 0.7 s for 100 minutes on our machine. What a header tells of it is a plan (the rate of a
-    Matroska file), a sum over all streams (its duration), or an extrapolation. The end is that of all streams, as sound may outlast the picture.
+    From all packets, none of them decoded: 0.7 s for 100 minutes (150,000 frames, 310 MB in memory; our measurement). A header may
+    tell a plan alone, as the rate in a Matroska file is, and a duration is that of the longest stream: sound may outlast the picture.
     """
     av = import_av()
     times, end = [], Fraction(0)
