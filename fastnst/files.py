@@ -4,7 +4,7 @@ import glob
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -46,8 +46,30 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def remove_leftovers(path: str | Path) -> None:
     """Remove what ``atomic_write`` to ``path`` left beside it when its process was killed; only for who holds the folder alone."""
     path = Path(path)
-    for leftover in path.parent.glob(f".{glob.escape(path.stem[:80])}-*{path.suffix}"):
+    for leftover in path.parent.glob(f".{glob.escape(path.stem[:80])}-{'[a-z0-9_]' * 8}{path.suffix}"):  # as mkstemp names them
         leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def without_leftovers(path: str | Path) -> Iterator[None]:
+    """Around ``atomic_write`` to ``path``: first remove what killed processes left of it, unless another is within such a block for the same folder.
+
+    The folder, made when missing, is the lock, so no file stays behind. Where it cannot be locked (Windows, some network file
+    systems), nothing is removed.
+    """
+    folder = Path(path).parent
+    with ExitStack() as stack:
+        if fcntl is not None:
+            with suppress(OSError):  # atomic_write tells what is wrong with the folder
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, lock)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    remove_leftovers(path)
+                finally:
+                    fcntl.flock(lock, fcntl.LOCK_SH)  # until the end none is alone here
+        yield
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 
 from fastnst.background import read_ahead
 from fastnst.picture import ImageSize
-from fastnst.video_input import Frame, VideoInput, is_numbered, open_camera, open_video
+from fastnst.video_input import Frame, VideoInput, is_numbered, numbered_path, open_camera, open_video
 from fastnst.video_output import Encoding, check_writable_video, create_video
 
 Stylize = Callable[[np.ndarray], np.ndarray]  # uint8 RGB (N, H, W, 3) -> the same shape
@@ -27,12 +27,15 @@ _TOLD = 5  # broken frames named one by one
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a video is: ``done`` frames of ``total`` (an estimate, or unknown) after ``seconds``; ``broken`` were left out."""
+    """How far a video is: ``done`` frames of ``total`` (or unknown) after ``seconds``; ``broken`` were left out, ``there``
+    already before, ``missing`` seconds cut off."""
 
     done: int
     total: int | None
     seconds: float
     broken: int = 0
+    there: int = 0
+    missing: Fraction = Fraction(0)
 
     @property
     def frames_per_second(self) -> float:
@@ -42,7 +45,7 @@ class Progress:
     def seconds_left(self) -> float | None:
         if self.total is None or not self.done:
             return None
-        return max(0, self.total - self.done - self.broken) * self.seconds / self.done
+        return max(0, self.total - self.done - self.broken - self.there) * self.seconds / self.done
 
 
 def stylize_video(
@@ -57,6 +60,8 @@ def stylize_video(
     picture_quality: int = 95,
     pictures_per_second: Fraction | None = None,
     overwrite: bool = False,
+    skip_existing: bool = False,
+    finish_in_order: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     say: Callable[[str], None] = print,
     should_stop: Callable[[], bool] = lambda: False,
@@ -64,8 +69,10 @@ def stylize_video(
     """Stylize a video file, GIF or picture sequence into another. Times, duration, sound and color are kept, rotation is applied.
 
     ``stylize`` is called in the calling thread, ``on_progress`` after every batch; ``say`` is told what is left out, from any thread.
-    Once ``should_stop`` holds, the frames done so far are put in place as a video that plays. Raises ``FileExistsError`` unless
-    ``overwrite``, ``OSError`` or ``ValueError`` naming the file; then the target is as it was.
+    Once ``should_stop`` holds, the frames done so far are put in place as a video that plays. ``skip_existing`` keeps the
+    numbered pictures that are there and makes the others; those that are there are computed again only where ``finish_in_order`` says
+    that ``finish`` depends on the frames before. Raises ``FileExistsError`` unless ``overwrite``, ``OSError`` or ``ValueError``
+    naming the file; then the target is as it was.
     """
     target = Path(target)
     check_writable_video(target)
@@ -74,7 +81,11 @@ def stylize_video(
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     if is_numbered(target) and (Path(source).is_dir() or is_numbered(source)) and target.parent.resolve() == folder.resolve():
         raise ValueError(f"--output {target} would lie among the input's own pictures, and could overwrite them; choose another folder")
-    told = 0
+    told, stopped = 0, False
+    keep = skip_existing and is_numbered(target)
+
+    def is_there(frame: Frame) -> bool:
+        return keep and numbered_path(target, frame.number).exists()
 
     def say_a_few(message: str) -> None:
         nonlocal told
@@ -86,24 +97,28 @@ def stylize_video(
 
     with contextlib.ExitStack() as stack:
         video = stack.enter_context(open_video(source, size, say_a_few, pictures_per_second))
-        write = stack.enter_context(create_video(target, video.info, encoding, say, overwrite, picture_quality))
-        began, done = time.monotonic(), 0
+        write = stack.enter_context(create_video(target, video.info, encoding, say, overwrite, picture_quality, cut=lambda: stopped))
+        began, done, there = time.monotonic(), 0, 0
 
         def write_all(batch: tuple[list[Frame], np.ndarray]) -> None:
             for frame, stylized in zip(*batch, strict=True):
-                write(replace(frame, pixels=finish(frame.pixels, stylized) if finish else stylized))
+                shown = replace(frame, pixels=finish(frame.pixels, stylized) if finish else stylized)
+                if not is_there(frame):
+                    write(shown)
 
         with _Writer(write_all) as writer:
             with contextlib.closing(read_ahead(_batches(video, batch_size), "reading frames")) as batches:
                 for batch in batches:
-                    if should_stop():
+                    if stopped := should_stop():
                         break
-                    writer.put((batch, stylize(np.stack([frame.pixels for frame in batch]))))
-                    done += len(batch)
-                    on_progress(Progress(done, video.info.count, time.monotonic() - began, video.broken))
-        if not done and not should_stop():
+                    wanted = [frame for frame in batch if not is_there(frame)]
+                    done, there = done + len(wanted), there + len(batch) - len(wanted)
+                    if computed := batch if finish_in_order else wanted:
+                        writer.put((computed, stylize(np.stack([frame.pixels for frame in computed]))))
+                    on_progress(Progress(done, video.info.count, time.monotonic() - began, video.broken, there))
+        if not done and not there and not stopped:
             raise OSError(f"{source}: no frame of it can be read")
-    return Progress(done, video.info.count, time.monotonic() - began, video.broken)
+    return Progress(done, video.info.count, time.monotonic() - began, video.broken, there, video.info.missing)
 
 
 def _batches(frames: Iterable[Frame], batch_size: int) -> Iterator[list[Frame]]:
@@ -178,6 +193,7 @@ def stylize_live(
     target: str | Path | None = None,
     finish: Finish | None = None,
     encoding: Encoding = Encoding(),
+    picture_quality: int = 95,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
     should_stop: Callable[[], bool] = lambda: False,
@@ -194,7 +210,7 @@ def stylize_live(
         write = None
         if target is not None:
             info = replace(video.info, variable_rate=True, time_base=Fraction(1, 90_000), count=None)
-            write = stack.enter_context(_Writer(stack.enter_context(create_video(target, info, encoding, say, overwrite))))
+            write = stack.enter_context(_Writer(stack.enter_context(create_video(target, info, encoding, say, overwrite, picture_quality))))
         newest = stack.enter_context(_Newest(video))
         began = time.monotonic()
         times: deque[float] = deque()

@@ -4,6 +4,8 @@ Guards the convention at the door: a frame is uint8 RGB ``(H, W, 3)``, upright, 
 PyAV is imported when a video is opened, never with this module.
 """
 
+import contextlib
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +20,9 @@ from fastnst.picture import READABLE, ImageSize, open_rgb
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp", ".flv", ".wmv", ".ogv", ".y4m")
 PICTURES_PER_SECOND = Fraction(25)
-_NUMBERED = re.compile(r"%0?(\d*)d")
+_EVEN = Fraction(2, 1000)  # seconds by which steps of even times may differ, as many files round them to milliseconds
+_WHOLE = Fraction(8, 10)  # of the duration that a file tells, which is rounded, and may count how long the last frame is shown, or not
+_NUMBERED = re.compile(r"%\d+d|%d(?![^\W\d_])")  # %d before a letter is words: 50%discount.jpg
 _BT709, _BT601 = 1, 5  # matrix coefficients, as ITU-T H.273 numbers them
 # FFmpeg's SWS_BICUBIC, _FULL_CHR_H_INT, _FULL_CHR_H_INP and _ACCURATE_RND. Without them it cuts off instead of rounding, 0.7 of 255
 # too dark, and repeats chroma instead of interpolating it.
@@ -39,13 +43,14 @@ class Frame:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is known before the first frame: ``count`` is exact or an estimate (frames), ``rate`` frames per second on average."""
+    """What is known before the first frame: how many there are, where that is known; ``rate`` is frames per second, as the file tells it."""
 
     name: str
     count: int | None
     rate: Fraction
     time_base: Fraction  # seconds; every time of a frame is a multiple of it
     variable_rate: bool
+    missing: Fraction = Fraction(0)  # seconds at the end that the file says it has, and has not: it is cut off
     start: Fraction = Fraction(0)  # seconds that the file's own clock shows at time 0
     audio: str | None = None  # the file to take sound from, where there is one
 
@@ -70,12 +75,17 @@ class VideoInput:
 
 
 def is_numbered(path: str | Path) -> bool:
-    """Whether ``path`` is a pattern such as ``frames/%04d.png``."""
-    return _NUMBERED.search(Path(path).name) is not None
+    """Whether ``path`` is a pattern such as ``frames/%04d.png``, and not a file or folder of that very name."""
+    return _NUMBERED.search(Path(path).name) is not None and not Path(path).exists()
+
+
+def numbered_path(pattern: Path, number: int) -> Path:
+    """The file that ``pattern`` stands for: ``frames/%04d.png`` and 7 give ``frames/0007.png``."""
+    return pattern.with_name(_NUMBERED.sub(lambda hit: hit[0] % number, pattern.name, count=1))
 
 
 def is_video(path: str | Path) -> bool:
-    """Whether ``path`` names a video, a GIF or numbered pictures, by its name alone."""
+    """Whether ``path`` names a video, a GIF or numbered pictures; files are not looked into."""
     return Path(path).suffix.lower() in VIDEO_SUFFIXES or is_numbered(path)
 
 
@@ -99,7 +109,7 @@ def open_video(source: str | Path, size: ImageSize = ImageSize(), say: Callable[
         return _open_pictures(path, size, say, rate or PICTURES_PER_SECOND)
     if not path.is_file():
         raise FileNotFoundError(f"no video file at {path}")
-    return _open_container(str(path), size, say, keep_audio=True)
+    return _open_container(str(path), size, say, whole=True)
 
 
 def open_camera(source: str, size: ImageSize = ImageSize(), say: Callable[[str], None] = print) -> VideoInput:
@@ -132,7 +142,8 @@ def _numbered_camera(number: int) -> tuple[str, str]:
     return "dshow", f"video={cameras[number]}"
 
 
-def _open_container(name: str, size: ImageSize, say: Callable[[str], None], form: str | None = None, keep_audio: bool = False) -> VideoInput:
+def _open_container(name: str, size: ImageSize, say: Callable[[str], None], form: str | None = None, whole: bool = False) -> VideoInput:
+    """``whole``: a file, with its sound, that can be looked through before; else what comes as it comes."""
     av = import_av()
     try:
         container = av.open(name, format=form)
@@ -148,19 +159,42 @@ def _open_container(name: str, size: ImageSize, say: Callable[[str], None], form
     stream.thread_type = "AUTO"
     rate = stream.average_rate or stream.guessed_rate or PICTURES_PER_SECOND
     start = Fraction(max(0, container.start_time or 0), 1_000_000)
-    seconds = stream.duration * stream.time_base if stream.duration else Fraction(container.duration, 1_000_000) if container.duration else None
+    count, variable_rate, end = _look_through(name, stream.index) if whole else (None, True, Fraction(0))
+    told = Fraction(container.duration or 0, 1_000_000) - start
     info = VideoInfo(
         name=name,
-        count=stream.frames or (round(seconds * rate) if seconds else None),
+        count=count,
         rate=rate,
         time_base=stream.time_base,
-        variable_rate=stream.average_rate is None or abs(stream.average_rate / (stream.base_rate or rate) - 1) > Fraction(1, 1000),
+        variable_rate=variable_rate,
+        missing=told - (end - start) if whole and end - start < _WHOLE * told else Fraction(0),
         start=start,
-        audio=name if keep_audio and container.streams.audio else None,
+        audio=name if whole and container.streams.audio else None,
     )
-    if keep_audio and container.streams.subtitles:
+    if whole and container.streams.subtitles:
         say(f"{name}: its subtitles are left out")
     return VideoInput(info, lambda video: _decoded(container, stream, video, size, say), container.close)
+
+
+def _look_through(name: str, index: int) -> tuple[int, bool, Fraction]:
+    """How many frames stream ``index`` of a file has, whether they come at uneven times, and where the last of all streams ends (seconds).
+
+    From all packets, none of them decoded: 0.7 s for 100 minutes (150,000 frames, 310 MB in memory; our measurement). A header may
+    tell a plan alone, as the rate in a Matroska file is, and a duration is that of the longest stream: sound may outlast the picture.
+    """
+    av = import_av()
+    times, end = [], Fraction(0)
+    with av.open(name) as container, contextlib.suppress(av.FFmpegError):
+        for packet in container.demux():
+            time = packet.dts if packet.pts is None else packet.pts
+            if not packet.size or time is None:
+                continue
+            end = max(end, (time + (packet.duration or 0)) * packet.time_base)
+            if packet.stream_index == index and not packet.is_discard:
+                times.append(time * packet.time_base)
+    times.sort()
+    steps = [after - before for before, after in itertools.pairwise(times)]
+    return len(times), bool(steps) and max(steps) - min(steps) > _EVEN, end
 
 
 def _decoded(container, stream, video: VideoInput, size: ImageSize, say: Callable[[str], None]) -> Iterator[Frame]:

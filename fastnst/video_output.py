@@ -3,7 +3,7 @@
 Takes the frames of ``video_input``: uint8 RGB ``(H, W, 3)`` with their own times. PyAV is imported when a video is begun.
 """
 
-import re
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
@@ -14,9 +14,9 @@ from PIL import Image
 from pydantic import Field
 
 from fastnst.config import Config
-from fastnst.files import atomic_write
+from fastnst.files import atomic_write, without_leftovers
 from fastnst.picture import check_writable, save_picture
-from fastnst.video_input import ACCURATE, Frame, VideoInfo, import_av, is_numbered
+from fastnst.video_input import ACCURATE, Frame, VideoInfo, import_av, is_numbered, numbered_path
 
 WRITABLE_VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif")
 _BT709, _LIMITED, _FULL = 1, 1, 2  # ITU-T H.273; FFmpeg's color ranges
@@ -67,10 +67,12 @@ def create_video(
     say: Callable[[str], None] = print,
     overwrite: bool = False,
     picture_quality: int = 95,
+    cut: Callable[[], bool] = lambda: False,
 ) -> Iterator[Callable[[Frame], None]]:
     """Yield ``write(frame)``. Leaving the context finishes the file and puts it in place; an exception, or no frame at all, leaves none.
 
-    ``info`` is that of the input: its rate, time base and sound. ``path`` such as ``frame_%04d.png`` writes pictures, each put in
+    ``info`` is that of the input: its rate, time base and sound, which is kept to its own end; or, where ``cut()`` then holds, to that
+    of the last frame, as the input goes on beyond it. ``path`` such as ``frame_%04d.png`` writes pictures, each put in
     place at once. Raises ``FileExistsError`` unless ``overwrite``, ``ValueError`` for a name, codec or preset that cannot be
     written, ``OSError`` naming ``path``.
     """
@@ -90,13 +92,14 @@ def create_video(
         def write(frame: Frame) -> None:
             nonlocal writer
             if writer is None:
+                stack.enter_context(without_leftovers(path))
                 writer = make(path, stack.enter_context(atomic_write(path)), info, encoding, say, frame)
             writer.write(frame)
 
         try:
             yield write
             if writer is not None:
-                writer.finish()
+                writer.finish(cut())
         finally:
             if writer is not None:
                 writer.close()
@@ -104,7 +107,7 @@ def create_video(
 
 def _picture_writer(pattern: Path, overwrite: bool, quality: int) -> Callable[[Frame], None]:
     def write(frame: Frame) -> None:
-        path = pattern.parent / re.sub(r"%0?\d*d", lambda hit: hit[0] % frame.number, pattern.name, count=1)
+        path = numbered_path(pattern, frame.number)
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists already; use --overwrite to replace it")
         save_picture(Image.fromarray(frame.pixels), path, quality=quality)
@@ -113,7 +116,7 @@ def _picture_writer(pattern: Path, overwrite: bool, quality: int) -> Callable[[F
 
 
 class _VideoFile:
-    """A video stream and the sound of the input. Sound is muxed up to the frame that is written, so a stopped file ends with both."""
+    """A video stream and the sound of the input. Sound is muxed up to the frame that is written, so that a stopped file can end with both."""
 
     def __init__(self, path: Path, temporary: Path, info: VideoInfo, encoding: Encoding, say: Callable[[str], None], first: Frame) -> None:
         av = import_av()
@@ -169,10 +172,10 @@ class _VideoFile:
         except av.FFmpegError as error:
             raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
 
-    def finish(self) -> None:
+    def finish(self, cut: bool) -> None:
         self._mux(None)
         if self.sound:
-            self.sound.copy_until(self.end)
+            self.sound.copy_until(self.end if cut else math.inf)
             self.sound.finish()
         self.container.close()
 
@@ -242,7 +245,7 @@ class _Sound:
         except av.FFmpegError as error:
             self.say(f"{self.name}: its sound ends early ({error.strerror})")
 
-    def copy_until(self, time: Fraction) -> None:
+    def copy_until(self, time: Fraction | float) -> None:
         """Mux what begins before ``time`` (seconds)."""
         av = import_av()
         while self.waiting is not None and self.waiting.dts * self.waiting.time_base - self.start < time:
@@ -320,7 +323,7 @@ class _GifFile:
                 packet.duration = duration
                 self.container.mux(packet)
 
-    def finish(self) -> None:
+    def finish(self, cut: bool) -> None:
         self._flush(None)
         self.container.mux(self.stream.encode(None))
         self.container.close()

@@ -31,7 +31,7 @@ def main(argv=None) -> int:
     p.add_argument("--quality", type=cli.whole(1, 100), default=95, metavar="1-100", help="of JPEG and WebP (default: 95)")
     existing = p.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
-    existing.add_argument("--skip-existing", action="store_true", help="go on where an interrupted run stopped: photos whose output exists are not made again")
+    existing.add_argument("--skip-existing", action="store_true", help="go on where an interrupted run stopped: photos, videos and numbered pictures whose output exists are not made again")
     p.add_argument("--engine", default="auto", metavar="auto|native|openvino|onnxruntime|torch", help="what computes (auto: the fastest that is installed)")
     p.add_argument("--precision", default="auto", metavar="auto|float32|bfloat16|float16|int8", help="auto: the fastest that the eye cannot tell from float32; int8 is faster, some 50 dB for photos, but 33 for a few things on a plain ground such as text; strips of it are bfloat16, or float32 where the CPU has none")
     p.add_argument("--tile", default="auto", metavar="auto|off|ROWS", help="strip by strip, with the same result but for rounding: where memory is short, never, or always")
@@ -176,7 +176,7 @@ def clip(args, stylizer, finish, stop) -> int:
     def report(progress):
         nonlocal bar
         bar = bar or cli.progress_bar(progress.total, unit="frame")
-        bar.update(progress.done - bar.n)
+        bar.update(progress.done + progress.there - bar.n)
 
     stylizer.notice = lambda message: cli.say(bar, message)
     try:
@@ -191,6 +191,8 @@ def clip(args, stylizer, finish, stop) -> int:
             picture_quality=args.quality,
             pictures_per_second=args.frames_per_second,
             overwrite=args.overwrite,
+            skip_existing=args.skip_existing,
+            finish_in_order=args.stabilize,
             on_progress=report,
             say=lambda message: cli.say(bar, message),
             should_stop=stop,
@@ -199,11 +201,11 @@ def clip(args, stylizer, finish, stop) -> int:
         if bar:
             bar.close()
     broken = f", {found.broken} broken ones left out" if found.broken else ""
-    print(f"{found.done} frames{' (stopped)' if stop() else ''}{broken}, {found.frames_per_second:.1f} a second; output: {args.output}")
-    early = found.total is not None and not stop() and found.done + found.broken < 0.8 * found.total
-    if early:
-        cli.say(None, f"error: {args.input[0]} ends early: {found.done} frames, it says that it has about {found.total}; is it cut off?")
-    return stop.exit_code or (1 if found.broken or early else 0)
+    there = f", {found.there} there already" if found.there else ""
+    print(f"{found.done} frames{' (stopped)' if stop() else ''}{there}{broken}, {found.frames_per_second:.1f} a second; output: {args.output}")
+    if found.missing and not stop():
+        cli.say(None, f"error: {args.input[0]} ends early, {float(found.missing):.1f} s before what it says; is it cut off?")
+    return stop.exit_code or (1 if found.broken or found.missing else 0)
 
 
 def camera(args, stylizer, finish, stop) -> int:
@@ -223,6 +225,7 @@ def camera(args, stylizer, finish, stop) -> int:
             target=args.output,
             finish=finish,
             encoding=Encoding(codec=args.codec, quality=args.crf, preset=args.preset),
+            picture_quality=args.quality,
             overwrite=args.overwrite,
             say=lambda message: cli.say(None, message),
             should_stop=stop,

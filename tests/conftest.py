@@ -128,10 +128,10 @@ def shared() -> Path:
     return Path(folder).resolve()
 
 
-def write_clip(path: Path, frames, times=None, *, rate=25, codec="libx264", pix_fmt="yuv420p", sound: str | None = None, **stream_attributes) -> Path:
+def write_clip(path: Path, frames, times=None, *, rate=25, codec="libx264", pix_fmt="yuv420p", sound: str | None = None, sound_until: int | None = None, **stream_attributes) -> Path:
     """A small video. ``frames``: uint8 RGB arrays, or tuples of planes as they are to be stored; ``times``: in ms, one more than frames.
 
-    ``sound``: the codec of a 440 Hz tone as long as the video. Quality is the best that the codec has.
+    ``sound``: the codec of a 440 Hz tone as long as the video, or until ``sound_until`` ms. Quality is the best that the codec has.
     """
     av = pytest.importorskip("av")
     times = times or [round(1000 * index / rate) for index in range(len(frames) + 1)]
@@ -161,7 +161,7 @@ def write_clip(path: Path, frames, times=None, *, rate=25, codec="libx264", pix_
             packet.duration = times[index + 1] - times[index]
             container.mux(packet)
         if tone:
-            wave = (0.3 * np.sin(2 * np.pi * 440 * np.arange(48 * (times[-1] - times[0])) / 48_000)).astype(np.float32)
+            wave = (0.3 * np.sin(2 * np.pi * 440 * np.arange(48 * ((sound_until or times[-1]) - times[0])) / 48_000)).astype(np.float32)
             for begin in range(0, len(wave), 1024):
                 piece = av.AudioFrame.from_ndarray(wave[None, begin : begin + 1024], format="fltp", layout="mono")
                 piece.sample_rate, piece.pts, piece.time_base = 48_000, begin + 48 * times[0], Fraction(1, 48_000)

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from fastnst.files import atomic_write, exclusive
+from fastnst.files import atomic_write, exclusive, without_leftovers
 
 
 def test_result_replaces_the_old_file(tmp_path):
@@ -84,6 +84,21 @@ def test_long_names_fit(tmp_path):
     with atomic_write(path) as temporary:
         temporary.write_text("x")
     assert path.read_text() == "x"
+
+
+def test_leftovers_are_removed_unless_another_may_be_writing_them(tmp_path):
+    path, left = tmp_path / "new" / "v.mp4", tmp_path / "new" / ".v-abc_1234.mp4"
+    with without_leftovers(path):
+        assert path.parent.is_dir()
+        left.write_text("half")
+        for other in (".w-abc_1234.mp4", ".v-old.mp4"):  # of another target; a file of the user's
+            (path.parent / other).write_text("whole")
+        with without_leftovers(path):  # as another process: what is left may be being written
+            assert left.exists()
+        with atomic_write(path) as temporary, without_leftovers(path):
+            temporary.write_text("whole")
+    with without_leftovers(path):
+        assert sorted(os.listdir(path.parent)) == [".v-old.mp4", ".w-abc_1234.mp4", "v.mp4"]
 
 
 def test_a_folder_is_held_by_one_and_let_go_at_the_end(tmp_path):

@@ -60,6 +60,24 @@ def test_every_frame_once_and_in_order_with_times_duration_and_sound(clip, tmp_p
         assert [bytes(packet) for packet in source.demux(audio=0)] == [bytes(packet) for packet in target.demux(audio=0)]
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_sound_that_outlasts_the_picture_is_kept_but_for_a_stopped_video(tmp_path, suffix):
+    clip = write_clip(tmp_path / f"clip{suffix}", moving_frames(10), sound="aac", sound_until=2000)  # 0.4 s of picture
+    for name, batches, seconds in (("whole", 5, 2.0), ("stopped", 1, 0.2)):
+        done = []
+        stylize_video(clip, tmp_path / f"{name}{suffix}", negative, batch_size=5, encoding=FAST, on_progress=done.append, should_stop=lambda: len(done) == batches)
+        with av.open(str(tmp_path / f"{name}{suffix}")) as container:
+            sound = sum(frame.samples for frame in container.decode(audio=0)) / 48_000
+        assert sound == pytest.approx(seconds, abs=0.045)
+
+
+def test_an_uneven_clip_is_as_long_afterwards(tmp_path):
+    times = [*range(0, 400, 40), *range(2400, 5001, 650)]
+    clip = write_clip(tmp_path / "screen.webm", moving_frames(len(times) - 1), times, rate=30, codec="libvpx-vp9")
+    stylize_video(clip, tmp_path / "out.mp4", negative)
+    assert duration(tmp_path / "out.mp4") == duration(clip) == 5.0
+
+
 def test_progress_counts_speed_and_time_left():
     progress = Progress(done=30, total=100, seconds=6.0, broken=10)
     assert progress.frames_per_second == 5.0

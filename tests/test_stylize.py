@@ -410,6 +410,24 @@ def test_a_mistake_is_one_line_and_exit_code_2(stylize_command, tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
 
 
+@pytest.mark.parametrize(
+    "source, output, written",
+    [
+        ("50%discount.jpg", "out/", "out/50%discount.jpg"),
+        ("%d.jpg", "out/", "out/%d.jpg"),
+        ("20%discount", "out/", "out/photo.jpg"),
+        ("20%discount/photo.jpg", "100%done.jpg", "100%done.jpg"),
+    ],
+)
+def test_percent_signs_in_the_names_of_photos(stylize_command, tmp_path, monkeypatch, source, output, written):
+    monkeypatch.chdir(tmp_path)
+    Path("20%discount").mkdir()
+    for name in ("50%discount.jpg", "%d.jpg", "20%discount/photo.jpg"):
+        synthetic_photo(0).save(name)
+    assert stylize_command("--input", source, "--output", output) == 0
+    assert Path(written).is_file()
+
+
 # Moving pictures
 
 
@@ -445,6 +463,29 @@ def test_frames_are_made_steady_before_they_are_blended(stylize_command, tmp_pat
     assert np.abs(seen[1][-1] - frames[-1]).mean() > 1
 
 
+@pytest.mark.parametrize("flags, computed", [([], 2), (["--opacity", "0.7"], 2), (["--stabilize"], 6)], ids=str)
+def test_numbered_pictures_that_are_missing_are_made_as_they_were(stylize_command, tmp_path, monkeypatch, capsys, flags, computed):
+    write_clip(tmp_path / "clip.mp4", moving_frames(6))
+    arguments = ("--input", tmp_path / "clip.mp4", "--output", tmp_path / "out" / "f_%04d.png", *flags)
+    assert stylize_command(*arguments) == 0
+    before = {path: (path.stat().st_ino, path.read_bytes()) for path in (tmp_path / "out").iterdir()}
+    gone = [tmp_path / "out" / f"f_{number:04d}.png" for number in (3, 5)]
+    for path in gone:
+        path.unlink()
+    seen, call = [], Stylizer.__call__
+    monkeypatch.setattr(Stylizer, "__call__", lambda self, batch: (seen.extend(batch), call(self, batch))[1])
+    capsys.readouterr()
+    assert stylize_command(*arguments, "--skip-existing") == 0
+    assert "2 frames, 4 there already" in capsys.readouterr().out
+    assert len(seen) == computed
+    after = {path: (path.stat().st_ino, path.read_bytes()) for path in (tmp_path / "out").iterdir()}
+    assert {path: data for path, (_, data) in after.items()} == {path: data for path, (_, data) in before.items()}
+    assert all(after[path][0] == before[path][0] for path in before if path not in gone)
+    assert stylize_command(*arguments, "--skip-existing") == 0
+    assert "0 frames, 6 there already" in capsys.readouterr().out
+    assert stylize_command(*arguments) == 2
+
+
 def test_numbered_pictures_and_a_folder_become_a_clip(stylize_command, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for index, frame in enumerate(moving_frames(5)):
@@ -462,6 +503,13 @@ def test_a_camera_is_shown_and_recorded(stylize_command, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "http://127.0.0.1:" in printed and "frames shown" in printed
     assert (tmp_path / "out.mp4").stat().st_size > 1000
+
+
+def test_a_camera_is_recorded_as_pictures_of_the_quality_asked_for(stylize_command, tmp_path):
+    arguments = ("--camera", "lavfi:testsrc2=duration=0.3:rate=10:size=64x48", "--output", tmp_path / "%02d.jpg", "--port", 0)
+    assert stylize_command(*arguments, "--quality", 10) == 0
+    written = list(tmp_path.glob("*.jpg"))
+    assert written and all(Image.open(path).quantization[0][0] == 80 for path in written)  # libjpeg: 5000 / 10 % of its table's 16
 
 
 @pytest.mark.parametrize("inputs, output", [(["a.png"], "out.mp4"), (["a.mp4"], "out.png"), (["a.mp4", "b.mp4"], "out.mp4"), (["a.png"], "%d.png")])
@@ -501,6 +549,22 @@ def test_a_clip_that_is_cut_off_is_told(stylize_command, tmp_path, capsys):
     assert (tmp_path / "out.mkv").exists()
     assert stylize_command("--input", tmp_path / "clip.mkv", "--output", tmp_path / "out.mkv", "--skip-existing") == 0
     assert "there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"times": [250 * index for index in range(11)], "rate": 30},
+        {"times": [5000 + 40 * index for index in range(11)]},
+        {"sound": "aac", "sound_until": 2000},
+    ],
+    ids=["uneven", "late", "sound"],
+)
+def test_a_whole_clip_is_not_taken_for_one_cut_off(stylize_command, tmp_path, capsys, options):
+    write_clip(tmp_path / "clip.mkv", moving_frames(10), **options)
+    assert stylize_command("--input", tmp_path / "clip.mkv", "--output", tmp_path / "out.mkv") == 0
+    printed = capsys.readouterr()
+    assert "10 frames" in printed.out and "ends early" not in printed.err
 
 
 @pytest.mark.parametrize("flag, value", [("--short-side", "99999"), ("--short-side", "0"), ("--crf", "99"), ("--quality", "0"), ("--frames-per-second", "1/0"), ("--frames-per-second", "-5")])

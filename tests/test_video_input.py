@@ -44,6 +44,44 @@ def test_an_even_clip_is_known_to_be_even(tmp_path):
         assert video.info.audio == str(tmp_path / "clip.mp4")
 
 
+UNEVEN = [250 * index + (40 if index % 3 == 1 else 0) for index in range(21)]  # ms; 20 frames over 5 s
+
+
+@pytest.mark.parametrize(
+    "name, count, uneven, options",
+    [
+        ("uneven.mkv", 20, True, {"times": UNEVEN, "rate": 30}),  # 30 a second is in the header, where most programs write what they meant
+        ("uneven.webm", 20, True, {"times": UNEVEN, "rate": 30, "codec": "libvpx-vp9"}),
+        ("uneven.ts", 20, True, {"times": UNEVEN}),
+        ("late.mkv", 12, False, {"times": [5000 + 40 * index for index in range(13)]}),
+        ("sound.mkv", 30, False, {"rate": 30, "sound": "aac", "sound_until": 5000}),  # times of 33 and 34 ms are even
+        ("sound.mp4", 30, False, {"rate": 30, "sound": "aac", "sound_until": 5000}),
+    ],
+)
+def test_how_many_frames_and_how_even_is_told_by_the_frames(tmp_path, name, count, uneven, options):
+    with open_video(write_clip(tmp_path / name, moving_frames(count), **options)) as video:
+        assert (video.info.count, video.info.variable_rate, video.info.missing) == (count, uneven, 0)
+        assert len(list(video)) == count
+
+
+@pytest.mark.parametrize("name, begin", [("clip.mkv", 0), ("late.mkv", 5000), ("clip.mp4", 0)])
+def test_what_is_cut_off_is_missing(tmp_path, name, begin):
+    clip = write_clip(tmp_path / name, moving_frames(40), [begin + 40 * index for index in range(41)], sound="aac")
+    if name.endswith(".mp4"):  # its table of frames is to come first, else nothing of it can be read
+        with av.open(str(clip)) as whole, av.open(str(tmp_path / "first.mp4"), "w", options={"movflags": "+faststart"}) as first:
+            streams = [first.add_stream_from_template(stream) for stream in whole.streams]
+            for packet in whole.demux():
+                if packet.size:
+                    packet.stream = streams[packet.stream.index]
+                    first.mux(packet)
+        clip = tmp_path / "first.mp4"
+    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    with open_video(clip, say=lambda message: None) as video:
+        frames = list(video)
+        assert video.info.count - 1 <= len(frames) <= 30
+        assert float(video.info.missing) == pytest.approx(1.6 - float(frames[-1].time + frames[-1].duration), abs=0.1)
+
+
 def test_time_begins_at_zero_where_the_clock_of_the_file_does_not(tmp_path):
     write_clip(tmp_path / "clip.ts", moving_frames(4), [1500, 1540, 1580, 1620, 1660])
     with av.open(str(tmp_path / "clip.ts")) as container:
@@ -205,9 +243,14 @@ def test_without_pyav_the_error_tells_how_to_install_it(tmp_path, monkeypatch):
         open_video(tmp_path / "clip.mp4")
 
 
-def test_names_of_videos():
+def test_names_of_videos(tmp_path):
     assert is_video("a/clip.MP4") and is_video(Path("loop.gif")) and is_video("frames/%04d.png")
     assert not is_video("photo.jpg") and not is_video("100%.png") and not is_numbered("clip.mp4")
+    assert all(is_numbered(name) for name in ("%d.png", "a%d_b.png", "%03dpx.png", "50%-%04d.png"))
+    assert not any(is_numbered(name) for name in ("50%discount.jpg", "100%done.jpg", "5%dänisch.jpg", "20%discount"))
+    assert is_numbered(tmp_path / "100%d")
+    (tmp_path / "100%d").mkdir()
+    assert not is_numbered(tmp_path / "100%d")
 
 
 def test_a_test_source_stands_in_for_a_camera():

@@ -137,6 +137,19 @@ def test_an_existing_file_is_kept_unless_told(tmp_path):
     assert len(read(path)) == 2 and left_in(tmp_path) == ["out.mp4"]
 
 
+def test_what_a_killed_run_left_is_removed_by_the_next_but_no_file_that_is_being_written(tmp_path):
+    half = tmp_path / ".out-abcd1234.mp4"
+    half.write_bytes(b"half")
+    first, *others = frames_of(moving_frames(3))
+    with create_video(tmp_path / "out.mp4", INFO, FAST) as write:
+        write(first)
+        assert not half.exists()
+        save(tmp_path / "out.mp4", [first])  # another run
+        for frame in others:
+            write(frame)
+    assert len(read(tmp_path / "out.mp4")) == 3 and left_in(tmp_path) == ["out.mp4"]
+
+
 @pytest.mark.parametrize("name", ["out.avi", "out", "frame_%04d.txt"])
 def test_a_name_that_cannot_be_written_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name}: cannot write"):
@@ -192,7 +205,7 @@ def clip_with_sound(tmp_path_factory):
 
 def copy_video(source, target, count: int | None = None, say=print):
     with open_video(source) as video:
-        save(target, list(video)[:count], video.info, say=say)
+        save(target, list(video)[:count], video.info, say=say, cut=lambda: count is not None)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
