@@ -25,7 +25,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:80]}-", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=path.suffix, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -46,8 +46,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def remove_leftovers(path: str | Path) -> None:
     """Remove what ``atomic_write`` to ``path`` left beside it when its process was killed; only for who holds the folder alone."""
     path = Path(path)
-    for leftover in path.parent.glob(f".{glob.escape(path.stem[:80])}-*{path.suffix}"):
+    for leftover in path.parent.glob(f"{glob.escape(_prefix(path))}*{path.suffix}"):
         leftover.unlink(missing_ok=True)
+
+
+def _prefix(path: Path) -> str:
+    """What temporary names for ``path`` begin with: as much of its own as fits, as a name has 255 bytes at most, not characters."""
+    return f".{os.fsencode(path.stem)[:60].decode(errors='ignore')}-"
 
 
 @contextmanager

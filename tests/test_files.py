@@ -1,11 +1,12 @@
 """A file is written whole or not at all."""
 
 import os
+import re
 import stat
 
 import pytest
 
-from fastnst.files import atomic_write, exclusive
+from fastnst.files import atomic_write, exclusive, remove_leftovers
 
 
 def test_result_replaces_the_old_file(tmp_path):
@@ -79,11 +80,16 @@ def test_full_disk_names_the_target_and_keeps_errno(tmp_path):
     assert raised.value.errno == 28
 
 
-def test_long_names_fit(tmp_path):
-    path = tmp_path / ("n" * 240 + ".png")
+@pytest.mark.parametrize("stem", ["n" * 240, "\U0001f30a" * 62, "n" + "\U0001f30a" * 62], ids=["letters", "waves", "a letter and waves"])  # a wave is 4 bytes, a name 255 at most
+def test_long_names_fit(tmp_path, stem):
+    path = tmp_path / f"{stem}.x"
     with atomic_write(path) as temporary:
         temporary.write_text("x")
+        assert re.fullmatch(r"\.(n|\U0001f30a)+-\w{8}\.x", temporary.name)  # no half of a wave
     assert path.read_text() == "x"
+    (tmp_path / temporary.name).write_text("of a process that was killed")
+    remove_leftovers(path)
+    assert os.listdir(tmp_path) == [path.name]
 
 
 def test_a_folder_is_held_by_one_and_let_go_at_the_end(tmp_path):
