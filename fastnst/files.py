@@ -39,7 +39,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None:
-            raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
+            reason = str(error.strerror).removeprefix(f"cannot write {temporary}: ")  # of a writer that writes atomically itself
+            raise type(error)(error.errno, f"cannot write {path}: {reason}") from error
         raise
 
 

@@ -92,6 +92,14 @@ def test_long_names_fit(tmp_path, stem):
     assert os.listdir(tmp_path) == [path.name]
 
 
+def test_a_writer_that_writes_whole_itself_names_the_target_alone(tmp_path):
+    with pytest.raises(OSError) as raised, atomic_write(tmp_path / "a.txt") as temporary:
+        with atomic_write(temporary):
+            raise OSError(28, "No space left on device")
+    assert str(raised.value) == f"[Errno 28] cannot write {tmp_path / 'a.txt'}: No space left on device"
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_folder_is_held_by_one_and_let_go_at_the_end(tmp_path):
     with exclusive(tmp_path / "run"):
         with pytest.raises(BlockingIOError, match="run is in use by another training"):
