@@ -1,9 +1,9 @@
-"""Writing files whole or not at all, and one writer at a time: a reader, or a crash, never sees half a file."""
+"""Writing files whole or not at all, never over what is read, and one writer at a time: a reader, or a crash, never sees half a file."""
 
 import glob
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,22 @@ try:
     import fcntl
 except ImportError:  # not on Windows: there two trainings in one folder are not noticed
     fcntl = None
+
+
+def check_output(path: str | Path, inputs: Iterable[str | Path] = (), overwrite: bool = False, flag: str = "--output") -> None:
+    """Whether ``path``, which ``flag`` asks for, may be written; to be asked before slow work begins.
+
+    Raises ``ValueError`` where it is one of ``inputs``, which nothing overwrites, ``IsADirectoryError`` where it is a folder,
+    and ``FileExistsError`` where it exists, unless ``overwrite``.
+    """
+    path = Path(path)
+    for source in inputs:
+        if path.resolve() == Path(source).resolve():
+            raise ValueError(f"{flag} would overwrite the input {source}; choose another {flag}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{flag}: {path} is a folder, need the name of a file")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{flag}: {path} exists already; use --overwrite to replace it")
 
 
 @contextmanager

@@ -38,10 +38,12 @@ def main(argv=None) -> int:
 
     from fastnst.benchmark_training import Task, draw_photos, measure
     from fastnst.config import load_config
-    from fastnst.files import atomic_write
+    from fastnst.files import atomic_write, check_output
     from fastnst.runtime import resolve_device
     from fastnst.train import TrainConfig
 
+    if args.json:
+        check_output(args.json, [cli.find_config(args.config), args.loss_weights], overwrite=True, flag="--json")
     given = ["style.image=.", "data.content=."]
     config = load_config(TrainConfig, cli.find_config(args.config), [*given, *args.set, f"loss.weights={args.loss_weights}"])
     configs = {Path(name).stem: load_config(TrainConfig, cli.find_config(name), [*given, "loss.weights=random"]) for name in args.also}

@@ -33,6 +33,7 @@ def main(argv=None) -> int:
         p.error("--pick and --write go together")
 
     from fastnst.config import load_config, parse_config
+    from fastnst.files import atomic_write, check_output
     from fastnst.train import TrainConfig
 
     path = cli.find_config(args.config)
@@ -44,13 +45,11 @@ def main(argv=None) -> int:
                 raise IndexError
         except (ValueError, IndexError):
             p.error(f"--pick: got {args.pick}, need ROW,COLUMN from 1,1 to {len(args.strengths)},{len(args.style_sizes)}")
-        if args.write.exists() and not args.overwrite:
-            raise FileExistsError(f"--write: {args.write} exists already; use --overwrite to replace it")
+        check_output(args.write, [args.style, *args.content, path, args.output], args.overwrite, "--write")
         return _write(path, args, strength, long_side, parse_config, TrainConfig)
 
     from tqdm import tqdm
 
-    from fastnst.files import atomic_write
     from fastnst.image import load_image, to_pil
     from fastnst.loss_network import load_loss_network
     from fastnst.optimize import DescentConfig, OptimizeConfig, optimize_image
@@ -59,8 +58,7 @@ def main(argv=None) -> int:
     from fastnst.sheet import contact_sheet
 
     check_writable(args.output)
-    if args.output.exists() and not args.overwrite:
-        raise FileExistsError(f"--output: {args.output} exists already; use --overwrite to replace it")
+    check_output(args.output, [args.style, *args.content], args.overwrite)
     config = load_config(TrainConfig, path, [f"style.image={args.style}", "data.content=.", *args.set])
     device = resolve_device(args.device)
     keep_freed_memory()

@@ -62,6 +62,19 @@ def test_a_preview_has_a_cell_for_each_strength_and_size(tmp_path, painting, pho
     assert whole.height > Image.open(sheet).height
 
 
+@pytest.mark.parametrize("flags", [["--output", "painting.png"], ["--output", "photo.png"], *(["--pick", "1,1", "--write", name] for name in ("painting.png", "photo.png", "mine.yaml", "sheet.png"))])
+def test_a_preview_never_overwrites_what_it_reads(tmp_path, painting, monkeypatch, capsys, flags):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "teal").save("photo.png")
+    Image.new("RGB", (40, 30), "white").save("sheet.png")
+    (tmp_path / "mine.yaml").write_text("style: {long_side: 64}  # precious\n")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    arguments = ["--style", "painting.png", "--content", "photo.png", "--config", "mine.yaml", "--output", "sheet.png", "--side", "24", "--steps", "1", "--strengths", "2", "--style-sizes", "64"]
+    assert cli.run(preview.main, [*arguments, *TOY, "--overwrite", *flags]) == 2
+    assert f"error: {flags[-2]} would overwrite the input {flags[-1]}; choose another" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_picked_cell_becomes_a_training_config(tmp_path, painting):
     written = tmp_path / "mine.yaml"
     arguments = ["--style", str(painting), "--output", str(tmp_path / "sheet.png"), "--strengths", "3", "7", "--style-sizes", "100", "200", "300"]

@@ -85,6 +85,9 @@ def test_the_command_says_what_it_measured(model, tmp_path, capsys):
     assert run(main, arguments) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert run(main, [*arguments, "--overwrite"]) == 0
+    named = (tmp_path / "model.safetensors").rename(tmp_path / "trained.onnx")  # by its user
+    assert run(main, ["--model", str(named), "--output", str(named), "--overwrite"]) == 2
+    assert "--output would overwrite the input" in capsys.readouterr().err
     assert run(main, ["--model", str(model[0]), "--output", str(tmp_path / "model.pb")]) == 2
     assert "ends in .onnx" in capsys.readouterr().err
 

@@ -6,7 +6,31 @@ import stat
 
 import pytest
 
-from fastnst.files import atomic_write, exclusive, remove_leftovers
+from fastnst.files import atomic_write, check_output, exclusive, remove_leftovers
+
+
+@pytest.mark.parametrize("name, overwrite", [("new/out.png", False), ("old.png", True), ("link.png", True)])
+def test_what_is_new_or_may_be_replaced_may_be_written(tmp_path, name, overwrite):
+    (tmp_path / "old.png").write_text("old")
+    (tmp_path / "link.png").symlink_to(tmp_path / "old.png")
+    check_output(tmp_path / name, [tmp_path / "in.png"], overwrite)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["in.png", "more/../in.png", "link.png"])
+def test_an_input_may_not_be_overwritten_even_where_others_may(tmp_path, name, overwrite):
+    (tmp_path / "in.png").write_text("precious")
+    (tmp_path / "link.png").symlink_to(tmp_path / "in.png")
+    with pytest.raises(ValueError, match=r"--write would overwrite the input .*in\.png; choose another --write"):
+        check_output(tmp_path / name, [tmp_path / "other.png", str(tmp_path / "in.png")], overwrite, flag="--write")
+
+
+def test_what_exists_needs_leave_and_a_folder_is_no_file(tmp_path):
+    (tmp_path / "old.png").write_text("old")
+    with pytest.raises(FileExistsError, match=r"--output: .*old\.png exists already; use --overwrite"):
+        check_output(tmp_path / "old.png")
+    with pytest.raises(IsADirectoryError, match="--output: .* is a folder"):
+        check_output(tmp_path, overwrite=True)
 
 
 def test_result_replaces_the_old_file(tmp_path):
