@@ -1,5 +1,6 @@
 """The scripts that put verbs together: preview, publish, quickstart, and the project's own style image."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -60,6 +61,29 @@ def test_a_preview_has_a_cell_for_each_strength_and_size(tmp_path, painting, pho
     assert cli.run(preview.main, [*arguments, *TOY, "--strengths", "2", "--style-sizes", "64"]) == 2  # exists
     assert cli.run(preview.main, [*arguments, *TOY, "--overwrite", "--strengths", "2", "--style-sizes", "64"]) == 0
     assert whole.height > Image.open(sheet).height
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--strengths", "5", "99"], "argument --strengths: got 99, need a number from 0 to 10"),
+        (["--strengths", "-3"], "argument --strengths: got -3, need a number from 0 to 10"),
+        (["--style-sizes", "64", "-5"], "argument --style-sizes: got -5, need a whole number from 1 to 65535"),
+        (["--side", "0"], "argument --side: got 0, need a whole number from 16 to 8192"),
+        (["--steps", "0"], "argument --steps: got 0, need a whole number from 1 to"),
+        (["--style-sizes", "512", "5"], "error: --style-sizes 5 at --side 24: long_side: got 0, need greater than or equal to 1"),  # 5 x 24 / 256
+        (["--style-sizes", "512", "64"], "error: --style-sizes 64 at --side 24: an image of 6x4 pixels is too small for relu4_1"),  # 64 x 24 / 256, and 6 x 96 / 128
+        (["--side", "16", "--set", 'loss.content_layers={"relu5_1": 1}'], "error: --side 16: an image of 20x16 pixels is too small for relu5_1"),
+    ],
+)
+def test_what_a_preview_cannot_do_is_told_by_its_flag_before_the_first_cell(tmp_path, painting, monkeypatch, capsys, flags, told):
+    monkeypatch.setattr("fastnst.optimize.optimize_image", lambda *_: pytest.fail("too late"))
+    Image.new("RGB", (40, 32), "teal").save(tmp_path / "photo.png")
+    arguments = ["--style", str(painting), "--content", str(tmp_path / "photo.png"), "--output", str(tmp_path / "sheet.png"), "--side", "24"]
+    with contextlib.suppress(SystemExit):
+        assert cli.run(preview.main, [*arguments, *flags]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "sheet.png").exists()
 
 
 @pytest.mark.parametrize("flags", [["--output", "painting.png"], ["--output", "photo.png"], *(["--pick", "1,1", "--write", name] for name in ("painting.png", "photo.png", "mine.yaml", "sheet.png"))])
