@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import sys
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import TOY_LOSS
 from fastnst.scripts import draw_style, preview, publish, quickstart, stylize
@@ -12,7 +14,7 @@ from fastnst.scripts import train as train_script
 from PIL import Image
 
 from fastnst import cli
-from fastnst.checkpoint import load_model
+from fastnst.checkpoint import load_model, save_model
 from fastnst.config import load_config, validate_config
 from fastnst.train import TrainConfig, train
 
@@ -136,6 +138,75 @@ def test_a_published_style_carries_its_figures_and_no_path_of_this_machine(tmp_p
     for text in ((style / "config.yaml").read_text(), (style / "model.safetensors").read_bytes().decode("latin-1")):
         assert str(tmp_path) not in text
     assert cli.run(publish.main, arguments) == 2  # exists
+
+
+@pytest.fixture
+def run(tmp_path, train_data):
+    """A finished run, and the command that publishes it."""
+    train(validate_config(TrainConfig, train_data), tmp_path / "run")
+    return tmp_path / "run", ["--run-dir", str(tmp_path / "run"), "--device", "cpu"]
+
+
+def too_large_for_half(run_dir, monkeypatch):
+    network, info = load_model(run_dir / "model.safetensors")
+    with torch.no_grad():
+        network.layers[0].weight.mul_(1e6)  # instance norm divides it away; half precision ends at 65,504
+    save_model(run_dir / "model.safetensors", network, info.step, info.recipe)
+
+
+def without_scikit_image(run_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+
+
+def without_memory(run_dir, monkeypatch):
+    monkeypatch.setattr("fastnst.task.validate", lambda *_: (_ for _ in ()).throw(OSError("out of memory")))
+
+
+def without_state(run_dir, monkeypatch):
+    (run_dir / "training_state.pt").unlink()
+
+
+@pytest.mark.parametrize(
+    "spoil, told",
+    [
+        (too_large_for_half, "half precision would change a pixel by nan of 255"),
+        (without_scikit_image, "scikit-image"),
+        (without_memory, "out of memory"),
+        (without_state, "no training state at"),
+    ],
+)
+def test_what_cannot_be_published_leaves_nothing_and_keeps_the_style_before(run, tmp_path, monkeypatch, capsys, spoil, told):
+    run_dir, arguments = run
+    assert cli.run(publish.main, [*arguments, "--output", str(tmp_path / "old")]) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    spoil(run_dir, monkeypatch)
+    for style in ("new", "old"):
+        assert cli.run(publish.main, [*arguments, "--output", str(tmp_path / style), "--overwrite"]) == 2
+        assert told in capsys.readouterr().err
+    assert not list((tmp_path / "new").glob("*"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+
+
+def test_publishing_never_overwrites_the_run_nor_the_painting_nor_what_is_not_the_style_s(run, tmp_path, painting, capsys):
+    run_dir, arguments = run
+    before = {path: path.read_bytes() for path in run_dir.glob("*.*")}
+    assert cli.run(publish.main, [*arguments, "--output", str(run_dir), "--overwrite"]) == 2
+    assert "--output would overwrite the input" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run_dir.glob("*.*")} == before
+    (tmp_path / "style").mkdir()
+    (tmp_path / "style" / "preview.jpg").symlink_to(painting)
+    assert cli.run(publish.main, [*arguments, "--output", str(tmp_path / "style"), "--overwrite"]) == 2
+    assert f"--output would overwrite the input {painting}" in capsys.readouterr().err
+    (tmp_path / "style" / "preview.jpg").unlink()
+    (tmp_path / "style" / "config.yaml").write_text("of another program")
+    assert cli.run(publish.main, [*arguments, "--output", str(tmp_path / "style")]) == 2
+    assert "config.yaml exists already" in capsys.readouterr().err
+
+
+def test_publish_needs_a_photo_or_more_to_measure_on(capsys):
+    with pytest.raises(SystemExit):
+        publish.main(["--run-dir", "run", "--output", "style", "--photos", "0"])
+    assert "argument --photos: got 0, need a whole number from 1 to 100000" in capsys.readouterr().err
 
 
 # Quickstart
