@@ -1,5 +1,6 @@
 """See how a painting will come out before training: a sheet over strengths (rows) and style sizes (columns), in minutes."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def main(argv=None) -> int:
     if bool(args.pick) != bool(args.write):
         p.error("--pick and --write go together")
 
-    from fastnst.config import load_config, parse_config, validate_config
+    from fastnst.config import load_config, validate_config
     from fastnst.files import atomic_write, check_output
     from fastnst.train import TrainConfig
 
@@ -46,7 +47,7 @@ def main(argv=None) -> int:
         except (ValueError, IndexError):
             p.error(f"--pick: got {args.pick}, need ROW,COLUMN from 1,1 to {len(args.strengths)},{len(args.style_sizes)}")
         check_output(args.write, [args.style, *args.content, path, args.output], args.overwrite, "--write")
-        return _write(path, args, strength, long_side, parse_config, TrainConfig)
+        return _write(path, args, strength, long_side, TrainConfig)
 
     from tqdm import tqdm
 
@@ -99,17 +100,17 @@ def main(argv=None) -> int:
     return 0
 
 
-def _write(path, args, strength, long_side, parse_config, model) -> int:
+def _write(path, args, strength, long_side, model) -> int:
     import yaml
 
+    from fastnst.config import parse_config, parse_data
     from fastnst.files import atomic_write
 
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    data.setdefault("style", {}).update(image=str(args.style), long_side=long_side)
+    picked = [f"style.image={json.dumps(str(args.style))}", f"style.long_side={long_side}", f"loss.strength={strength}"]
+    data = parse_data(model, path.read_text(encoding="utf-8"), picked, source=str(path))
     data["style"].pop("short_side", None)
-    data.setdefault("loss", {})["strength"] = strength
     text = f"# {args.style.name}: row {args.pick.replace(',', ', column ')} of {args.output.name}, on top of {path.name}.\n{yaml.safe_dump(data, sort_keys=False)}"
-    parse_config(model, text, ["data.content=.", *args.set], source=str(args.write))
+    parse_config(model, text, ["data.content=.", *args.set], source=str(path))
     with atomic_write(args.write) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"{args.write}\nTrain it: fastnst train --config {args.write} --content PHOTOS/" + "".join(f" --set {change}" for change in args.set))

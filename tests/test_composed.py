@@ -112,6 +112,26 @@ def test_a_picked_cell_becomes_a_training_config(tmp_path, painting):
     assert load_config(TrainConfig, written, ["data.content=photos"]) == config
 
 
+def test_a_picked_cell_keeps_what_its_config_says_in_the_project_s_own_yaml(tmp_path, painting):
+    own, written = tmp_path / "own.yaml", tmp_path / "mine.yaml"
+    own.write_text("data: {cache: off}\ntrain: {learning_rate: {initial: 1e-3}}\nstyle: {short_side: 64}\nloss:\n")
+    precious = painting.rename(tmp_path / "painting: no. #1.png")
+    arguments = ["--style", str(precious), "--output", str(tmp_path / "sheet.png"), "--config", str(own), "--pick", "1,1", "--write", str(written)]
+    assert cli.run(preview.main, arguments) == 0
+    config = load_config(TrainConfig, written, ["data.content=photos"])
+    assert (config.data.cache, config.train.learning_rate.initial) == ("off", 1e-3)
+    assert (config.loss.strength, config.style.long_side, config.style.short_side, config.style.image) == (2, 192, None, precious)
+
+
+@pytest.mark.parametrize("text, told", [("", None), ("style: wave.jpg", None), ("[1, 2]", "got list"), ("a: : b", "not valid YAML"), ("optimize: {steps: 3}", "unknown key optimize")])
+def test_a_config_that_a_cell_cannot_be_added_to_is_named(tmp_path, painting, capsys, text, told):
+    (tmp_path / "own.yaml").write_text(text)
+    arguments = ["--style", str(painting), "--output", "sheet.png", "--config", str(tmp_path / "own.yaml"), "--pick", "1,1", "--write", str(tmp_path / "mine.yaml")]
+    assert cli.run(preview.main, arguments) == (2 if told else 0)
+    assert (tmp_path / "mine.yaml").exists() == (told is None)
+    assert told is None or f"error: {tmp_path / 'own.yaml'}: {told}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("pick", ["3,1", "0,1", "1", "a,b"])
 def test_a_pick_outside_the_sheet_is_refused(tmp_path, painting, pick, capsys):
     arguments = ["--style", str(painting), "--output", "sheet.png", "--strengths", "3", "7", "--style-sizes", "100"]
