@@ -110,7 +110,9 @@ def save_training_state(
 
 
 def load_training_state(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What ``save_training_state`` wrote. Raises ``ValueError`` naming the file when it is damaged."""
+    """What ``save_training_state`` wrote. Raises ``FileNotFoundError``, or ``ValueError`` naming the file when it is damaged."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no training state at {path}; a training leaves it beside the model, and is neither resumed nor published without")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         kinds = {"step": int, "network": dict, "optimizer": dict, "unreadable": dict}
@@ -119,7 +121,7 @@ def load_training_state(path: str | Path, device: torch.device | str = "cpu") ->
             raise ValueError(f"no usable {', '.join(wrong)}")
     except Exception as error:  # torch raises many kinds for damaged files
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: damaged or not a training state ({reason}); choose another --run-dir to begin anew") from error
+        raise ValueError(f"{path}: damaged or not a training state ({reason}); choose another --run-dir") from error
     return state
 
 

@@ -88,9 +88,10 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     """The type of a flag that takes a whole number from ``least`` to ``most``."""
 
     def parse(text: str) -> int:
-        if not text.lstrip("-").isdigit() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"got {text}, need a whole number from {least} to {most}")
-        return int(text)
+        with contextlib.suppress(ValueError):
+            if least <= int(text) <= most:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"got {text}, need a whole number from {least} to {most}")
 
     return parse
 

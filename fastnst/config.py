@@ -83,6 +83,11 @@ def load_config(model: type[ConfigT], path: str | Path, overrides: Iterable[str]
 
 def parse_config(model: type[ConfigT], text: str, overrides: Iterable[str] = (), source: str = "config") -> ConfigT:
     """Validate YAML ``text`` as ``model``; ``source`` names it in complaints."""
+    return validate_config(model, parse_data(model, text, overrides, source), source)
+
+
+def parse_data(model: type[Config], text: str, overrides: Iterable[str] = (), source: str = "config") -> dict:
+    """YAML ``text`` of a ``model`` with ``overrides`` applied, as plain data; its values are not validated."""
     data = _parse_yaml(text, source)
     if data is None:
         data = {}
@@ -90,7 +95,7 @@ def parse_config(model: type[ConfigT], text: str, overrides: Iterable[str] = (),
         raise ConfigError(f"{source}: got {type(data).__name__}, need `key: value` lines")
     for override in overrides:
         _apply_override(model, data, override)
-    return validate_config(model, data, source)
+    return data
 
 
 def validate_config(model: type[ConfigT], data: dict, source: str = "config") -> ConfigT:

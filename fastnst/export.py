@@ -9,7 +9,7 @@ import torch
 
 from fastnst.checkpoint import load_model
 from fastnst.engine import Pixels
-from fastnst.files import atomic_write
+from fastnst.files import atomic_write, check_output
 from fastnst.model import read_model
 from fastnst.onnx_graph import save_onnx
 from fastnst.stages import fold
@@ -32,15 +32,14 @@ class Parity:
 def export(model: str | Path, output: str | Path, pixels: Pixels = "uint8", overwrite: bool = False) -> list[Parity]:
     """Write ``output`` (ONNX, any batch, height and width) and compare it with torch's eager float32 at ``PARITY_SIZES``.
 
-    ``pixels`` as in ``network_graph``. Raises ``FileExistsError``, or ``ArithmeticError`` (nothing is written) when the two differ by more than a level.
+    ``pixels`` as in ``network_graph``. Raises as ``check_output``, and ``ArithmeticError`` (nothing is written) when the two differ by more than a level.
     """
     import onnxruntime
 
     output = Path(output)
     if output.suffix.lower() != ".onnx":
         raise ValueError(f"--output {output}: need a name that ends in .onnx")
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"--output {output} exists already; use --overwrite to replace it")
+    check_output(output, [model], overwrite)
     network, _ = load_model(model)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -1,9 +1,9 @@
-"""Writing files whole or not at all, and one writer at a time: a reader, or a crash, never sees half a file."""
+"""Writing files whole or not at all, never over what is read, and one writer at a time: a reader, or a crash, never sees half a file."""
 
 import glob
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -11,6 +11,22 @@ try:
     import fcntl
 except ImportError:  # not on Windows: there two trainings in one folder are not noticed
     fcntl = None
+
+
+def check_output(path: str | Path, inputs: Iterable[str | Path] = (), overwrite: bool = False, flag: str = "--output") -> None:
+    """Whether ``path``, which ``flag`` asks for, may be written; to be asked before slow work begins.
+
+    Raises ``ValueError`` where it is one of ``inputs``, which nothing overwrites, ``IsADirectoryError`` where it is a folder,
+    and ``FileExistsError`` where it exists, unless ``overwrite``.
+    """
+    path = Path(path)
+    for source in inputs:
+        if path.resolve() == Path(source).resolve():
+            raise ValueError(f"{flag} would overwrite the input {source}; choose another {flag}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{flag}: {path} is a folder, need the name of a file")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{flag}: {path} exists already; use --overwrite to replace it")
 
 
 @contextmanager
@@ -25,7 +41,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:80]}-", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=path.suffix, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -39,15 +55,21 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None:
-            raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
+            reason = str(error.strerror).removeprefix(f"cannot write {temporary}: ")  # of a writer that writes atomically itself
+            raise type(error)(error.errno, f"cannot write {path}: {reason}") from error
         raise
 
 
 def remove_leftovers(path: str | Path) -> None:
     """Remove what ``atomic_write`` to ``path`` left beside it when its process was killed; only for who holds the folder alone."""
     path = Path(path)
-    for leftover in path.parent.glob(f".{glob.escape(path.stem[:80])}-{'[a-z0-9_]' * 8}{path.suffix}"):  # as mkstemp names them
+    for leftover in path.parent.glob(f"{glob.escape(_prefix(path))}{'[a-z0-9_]' * 8}{path.suffix}"):  # as mkstemp names them
         leftover.unlink(missing_ok=True)
+
+
+def _prefix(path: Path) -> str:
+    """What temporary names for ``path`` begin with: as much of its own as fits, as a name has 255 bytes at most, not characters."""
+    return f".{os.fsencode(path.stem)[:60].decode(errors='ignore')}-"
 
 
 @contextmanager

@@ -19,7 +19,7 @@ def main(argv=None) -> int:
     p.add_argument("--photo", type=Path, metavar="PHOTO", help="what to stylize (default: a photo that scikit-image carries)")
     p.add_argument("--sizes", nargs="+", metavar="N|WxH", help="default: 256 512 1024, on a GPU also 1920x1080 3840x2160")
     p.add_argument("--engines", nargs="+", metavar="ENGINE:PRECISION", help="default: all that are installed")
-    p.add_argument("--rounds", type=int, default=5, metavar="N", help="alternating passes of each way (default: 5)")
+    p.add_argument("--rounds", type=cli.whole(1, 10_000), default=5, metavar="N", help="alternating passes of each way (default: 5)")
     p.add_argument("--fresh", nargs="*", default=["512", "2048"], metavar="N|WxH", help="sizes to measure in processes of their own (default: 512 2048; none: --fresh)")
     p.add_argument("--output", type=Path, metavar="NAME", help="write NAME.md and NAME.json, too")
     args = p.parse_args(argv)
@@ -28,7 +28,9 @@ def main(argv=None) -> int:
 
     from fastnst.benchmark_inference import default_engines, measure, measure_fresh_processes, to_json, to_markdown
     from fastnst.files import atomic_write
+    from fastnst.runtime import resolve_device
 
+    resolve_device(args.device)  # raises where it is not there
     model = args.model or cli.find_style(args.style)
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     sizes = [size_of(p, text) for text in args.sizes or ["256", "512", "1024", *(["1920x1080", "3840x2160"] if on_gpu else [])]]

@@ -24,26 +24,27 @@ def main(argv=None) -> int:
     p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override any key of the config; may be repeated")
     p.add_argument("--content", type=Path, metavar="FOLDER", help="folder of photos (default: 64 made up ones of 640x480)")
     p.add_argument("--loss-weights", default="random", metavar="FILE|random", help="weights of the loss network (default: random; the speed is the same)")
-    p.add_argument("--size", type=int, default=256, help="side of the photos, px")
-    p.add_argument("--batch", type=int, default=4, help="photos a step")
-    p.add_argument("--repeats", type=int, default=5, help="turns of each side")
-    p.add_argument("--steps", type=int, default=1, help="steps a turn")
+    p.add_argument("--size", type=cli.whole(16, 8192), default=256, metavar="PX", help="side of the photos (default: 256)")
+    p.add_argument("--batch", type=cli.whole(1, 10_000), default=4, metavar="N", help="photos a step (default: 4)")
+    p.add_argument("--repeats", type=cli.whole(1, 10_000), default=5, metavar="N", help="turns of each side (default: 5)")
+    p.add_argument("--steps", type=cli.whole(1, 10_000), default=1, metavar="N", help="steps a turn (default: 1)")
     p.add_argument("--levers", action="store_true", help="measure each lever alone, too")
     p.add_argument("--also", action="append", default=[], metavar="CONFIG", help="measure ours with that config's network, and with its loss, too; may be repeated")
     p.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
     args = p.parse_args(argv)
-    for flag in ("size", "batch", "repeats", "steps"):
-        if getattr(args, flag) < (16 if flag == "size" else 1):
-            p.error(f"--{flag}: got {getattr(args, flag)}, need {16 if flag == 'size' else 1} or more")
 
     from fastnst.benchmark_training import Task, draw_photos, measure
     from fastnst.config import load_config
-    from fastnst.files import atomic_write
+    from fastnst.files import atomic_write, check_output
+    from fastnst.loss_network import load_loss_network
     from fastnst.runtime import resolve_device
     from fastnst.train import TrainConfig
 
+    if args.json:
+        check_output(args.json, [cli.find_config(args.config), args.loss_weights], overwrite=True, flag="--json")
     given = ["style.image=.", "data.content=."]
     config = load_config(TrainConfig, cli.find_config(args.config), [*given, *args.set, f"loss.weights={args.loss_weights}"])
+    load_loss_network(config.loss, config.loss.layers)  # raises for weights that are not there; the processes that measure would each end in a traceback
     configs = {Path(name).stem: load_config(TrainConfig, cli.find_config(name), [*given, "loss.weights=random"]) for name in args.also}
     with tempfile.TemporaryDirectory() as folder:
         content = args.content or draw_photos(Path(folder) / "photos", 64)

@@ -38,7 +38,7 @@ def main(argv=None) -> int:
     from fastnst import report
     from fastnst.config import validate_config
     from fastnst.evaluate import EvaluateConfig, evaluate, iterations
-    from fastnst.files import atomic_write
+    from fastnst.files import atomic_write, check_output
     from fastnst.loss_network import LossNetworkConfig
     from fastnst.optimize import DescentConfig, OptimizeConfig, optimize_image
     from fastnst.picture import ImageSize
@@ -58,6 +58,8 @@ def main(argv=None) -> int:
     for given, model in zip(args.model, models):
         if not model.is_file():
             raise FileNotFoundError(f"--model: no file {given}, and no style of that name comes along; there are: {', '.join(shipped)}")
+    for name in ("report.md", "report.json", "curves.png", *(f"sheet_{size}.jpg" for size in args.sizes)):
+        check_output(args.output / name, [*models, *([args.style] if args.style else [])], overwrite=True)
     device = resolve_device(args.device)
     keep_freed_memory()
     bar = None

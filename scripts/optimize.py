@@ -28,7 +28,7 @@ def main(argv=None) -> int:
 
     from fastnst.blend import Blend
     from fastnst.config import load_config, to_yaml
-    from fastnst.files import atomic_write
+    from fastnst.files import atomic_write, check_output
     from fastnst.image import load_image, resize, save_image
     from fastnst.loss_network import load_loss_network
     from fastnst.optimize import OptimizeConfig, optimize_image
@@ -38,11 +38,11 @@ def main(argv=None) -> int:
     config = load_config(OptimizeConfig, cli.find_config(args.config), args.set)
     check_writable(args.output)
     run_dir = args.output.with_suffix(".run")
-    if any(args.output.resolve() == Path(source).resolve() for source in (args.content, args.style)):
-        raise ValueError(f"--output {args.output} is an input; choose another")
     for result in (args.output, run_dir / "history.json"):
-        if result.exists() and not args.overwrite:
-            raise FileExistsError(f"--output: {result} exists already; use --overwrite to replace it")
+        check_output(result, (args.content, args.style), args.overwrite)
+    stale = [*run_dir.glob("events.out.tfevents.*"), *run_dir.glob("step_*.png")]
+    for left in stale:
+        check_output(left, (args.content, args.style), overwrite=True)
     device = resolve_device(args.device)
     keep_freed_memory()
     content, style = (load_image(source).to(device) for source in (args.content, args.style))
@@ -53,8 +53,8 @@ def main(argv=None) -> int:
         with atomic_write(run_dir / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
-    for stale in [*run_dir.glob("events.out.tfevents.*"), *run_dir.glob("step_*.png")]:
-        stale.unlink()
+    for left in stale:
+        left.unlink()
     save_text("config.yaml", to_yaml(config))
     with StopRequest() as stop, SummaryWriter(str(run_dir)) as board:
 

@@ -1,5 +1,6 @@
 """See how a painting will come out before training: a sheet over strengths (rows) and style sizes (columns), in minutes."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ examples:
   fastnst preview --style painting.jpg --output sheet.jpg --pick 2,1 --write configs/mine.yaml
   fastnst train --config configs/mine.yaml --content photos/
 
-Each cell is a picture optimized under the very loss that training would use. --pick counts from 1 and only writes."""
+Each cell is a picture optimized under the loss that training would use, but for its terms for networks alone. --pick counts from 1 and only writes."""
 
 
 def main(argv=None) -> int:
@@ -21,10 +22,10 @@ def main(argv=None) -> int:
     p.add_argument("--output", required=True, type=Path, metavar="FILE", help="the sheet to write")
     p.add_argument("--config", default="own", metavar="FILE", help="the training config to start from (default: own)")
     p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override any key of that config")
-    p.add_argument("--strengths", nargs="+", type=float, default=[2, 5, 8], metavar="S", help="rows (default: 2 5 8)")
-    p.add_argument("--style-sizes", nargs="+", type=int, default=[192, 384, 768], metavar="PX", help="columns: long side of the painting (default: 192 384 768)")
-    p.add_argument("--side", type=int, default=160, help="short side of the photos, in pixels; the painting is scaled along (default: 160)")
-    p.add_argument("--steps", type=int, default=60, help="L-BFGS iterations a cell (default: 60)")
+    p.add_argument("--strengths", nargs="+", type=cli.number(0, 10), default=[2, 5, 8], metavar="0-10", help="rows (default: 2 5 8)")
+    p.add_argument("--style-sizes", nargs="+", type=cli.whole(1, 65_535), default=[192, 384, 768], metavar="PX", help="columns: long side of the painting (default: 192 384 768)")
+    p.add_argument("--side", type=cli.whole(16, 8192), default=160, metavar="PX", help="short side of the photos; the painting is scaled along (default: 160)")
+    p.add_argument("--steps", type=cli.whole(1, 10**6), default=60, metavar="N", help="L-BFGS iterations a cell (default: 60)")
     p.add_argument("--pick", metavar="ROW,COLUMN", help="the cell to write as a training config, counted from 1; with --write")
     p.add_argument("--write", type=Path, metavar="FILE", help="where to write it")
     p.add_argument("--overwrite", action="store_true", help="replace files that exist")
@@ -32,7 +33,8 @@ def main(argv=None) -> int:
     if bool(args.pick) != bool(args.write):
         p.error("--pick and --write go together")
 
-    from fastnst.config import load_config, parse_config
+    from fastnst.config import load_config, validate_config
+    from fastnst.files import atomic_write, check_output
     from fastnst.train import TrainConfig
 
     path = cli.find_config(args.config)
@@ -44,13 +46,11 @@ def main(argv=None) -> int:
                 raise IndexError
         except (ValueError, IndexError):
             p.error(f"--pick: got {args.pick}, need ROW,COLUMN from 1,1 to {len(args.strengths)},{len(args.style_sizes)}")
-        if args.write.exists() and not args.overwrite:
-            raise FileExistsError(f"--write: {args.write} exists already; use --overwrite to replace it")
-        return _write(path, args, strength, long_side, parse_config, TrainConfig)
+        check_output(args.write, [args.style, *args.content, path, args.output], args.overwrite, "--write")
+        return _write(path, args, strength, long_side, TrainConfig)
 
     from tqdm import tqdm
 
-    from fastnst.files import atomic_write
     from fastnst.image import load_image, to_pil
     from fastnst.loss_network import load_loss_network
     from fastnst.optimize import DescentConfig, OptimizeConfig, optimize_image
@@ -59,24 +59,28 @@ def main(argv=None) -> int:
     from fastnst.sheet import contact_sheet
 
     check_writable(args.output)
-    if args.output.exists() and not args.overwrite:
-        raise FileExistsError(f"--output: {args.output} exists already; use --overwrite to replace it")
+    check_output(args.output, [args.style, *args.content], args.overwrite)
     config = load_config(TrainConfig, path, [f"style.image={args.style}", "data.content=.", *args.set])
     device = resolve_device(args.device)
     keep_freed_memory()
     contents = [load_image(photo).to(device) for photo in args.content] or [load_image(cli.example_photo("chelsea")).to(device)]
     style = load_image(args.style).to(device)
     loss_network = load_loss_network(config.loss, config.loss.layers).to(device)
-    scale = args.side / config.data.crop_size
+    content_size, style_sizes = ImageSize(short_side=args.side), []
+    _check_size(loss_network, contents[0], content_size, f"--side {args.side}")
+    for long_side in args.style_sizes:
+        flags = f"--style-sizes {long_side} at --side {args.side}"
+        style_sizes.append(validate_config(ImageSize, {"long_side": round(long_side * args.side / config.data.crop_size)}, source=flags))
+        _check_size(loss_network, style, style_sizes[-1], flags)
     rows = []
     steps = len(args.strengths) * len(args.style_sizes) * len(contents) * args.steps
     with tqdm(total=steps, unit="step") as bar:
         for strength in args.strengths:
             row = []
-            for long_side in args.style_sizes:
+            for style_size in style_sizes:
                 cell = OptimizeConfig(
-                    content=ImageSize(short_side=args.side),
-                    style=ImageSize(long_side=max(1, round(long_side * scale))),
+                    content=content_size,
+                    style=style_size,
                     loss=config.loss.model_copy(update={"strength": strength, "grid_weight": 0.0, "spectrum_weight": 0.0, "stability_weight": 0.0}),  # terms for networks alone
                     optimize=DescentConfig(steps=args.steps, log_every=args.steps, clamp=True),
                 )
@@ -96,21 +100,29 @@ def main(argv=None) -> int:
     return 0
 
 
-def _write(path, args, strength, long_side, parse_config, model) -> int:
+def _write(path, args, strength, long_side, model) -> int:
     import yaml
 
+    from fastnst.config import parse_config, parse_data
     from fastnst.files import atomic_write
 
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    data.setdefault("style", {}).update(image=str(args.style), long_side=long_side)
+    picked = [f"style.image={json.dumps(str(args.style))}", f"style.long_side={long_side}", f"loss.strength={strength}"]
+    data = parse_data(model, path.read_text(encoding="utf-8"), picked, source=str(path))
     data["style"].pop("short_side", None)
-    data.setdefault("loss", {})["strength"] = strength
     text = f"# {args.style.name}: row {args.pick.replace(',', ', column ')} of {args.output.name}, on top of {path.name}.\n{yaml.safe_dump(data, sort_keys=False)}"
-    parse_config(model, text, ["data.content=.", *args.set], source=str(args.write))
+    parse_config(model, text, ["data.content=.", *args.set], source=str(path))
     with atomic_write(args.write) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"{args.write}\nTrain it: fastnst train --config {args.write} --content PHOTOS/" + "".join(f" --set {change}" for change in args.set))
     return 0
+
+
+def _check_size(loss_network, picture, size, flags) -> None:
+    """Raise ``ValueError`` naming the ``flags`` where ``picture`` is too small for the loss network at that size: ahead of the first cell."""
+    try:
+        loss_network(picture.new_zeros(1, 3, *size.of(*picture.shape[-2:])))
+    except ValueError as error:
+        raise ValueError(f"{flags}: {error}") from error
 
 
 def _side_by_side(pictures):

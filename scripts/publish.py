@@ -3,6 +3,7 @@
 import json
 import platform
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from fastnst import cli
@@ -11,7 +12,8 @@ EPILOG = """\
 examples:
   fastnst publish --run-dir runs/wave --output checkpoints/wave --validation photos_not_trained_on/
 
-The model is stored in half precision, after checking that pictures do not change by it."""
+The model is stored in half precision, after checking that no pixel of three photos changes by more than 1 of 255.
+Where anything fails, nothing is written."""
 
 
 def main(argv=None) -> int:
@@ -19,7 +21,7 @@ def main(argv=None) -> int:
     p.add_argument("--run-dir", required=True, type=Path, metavar="FOLDER", help="a finished run of `fastnst train`")
     p.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the style's folder; its name is the style's")
     p.add_argument("--validation", type=Path, metavar="FOLDER", help="photos to measure on (default: those that the run held out)")
-    p.add_argument("--photos", type=int, default=16, help="how many of them (default: 16)")
+    p.add_argument("--photos", type=cli.whole(1, 100_000), default=16, metavar="N", help="how many of them (default: 16)")
     p.add_argument("--thumbnail", action="store_true", help="keep the painting's thumbnail in the model")
     p.add_argument("--overwrite", action="store_true", help="replace a style that exists")
     args = p.parse_args(argv)
@@ -31,7 +33,7 @@ def main(argv=None) -> int:
     from fastnst.checkpoint import STATE_NAME, load_model, load_training_state, save_model
     from fastnst.config import load_config
     from fastnst.data import list_photos, load_validation
-    from fastnst.files import atomic_write
+    from fastnst.files import atomic_write, check_output
     from fastnst.image import load_image, to_pil, to_tensor
     from fastnst.loss_network import load_loss_network
     from fastnst.losses import LossConfig, PerceptualLoss
@@ -42,11 +44,12 @@ def main(argv=None) -> int:
     from fastnst.sheet import contact_sheet
     from fastnst.task import TrainConfig, validate
 
-    if (args.output / MODEL_NAME).exists() and not args.overwrite:
-        raise FileExistsError(f"--output: {args.output / MODEL_NAME} exists already; use --overwrite to replace it")
+    config = load_config(TrainConfig, args.run_dir / CONFIG_NAME)
+    names = (MODEL_NAME, "config.yaml", "metrics.json", "preview.jpg")
+    for name in names:
+        check_output(args.output / name, [*(args.run_dir / own for own in (MODEL_NAME, CONFIG_NAME, STATE_NAME)), config.style.image], args.overwrite)
     device = resolve_device(args.device)
     keep_freed_memory()
-    config = load_config(TrainConfig, args.run_dir / CONFIG_NAME)
     state = load_training_state(args.run_dir / STATE_NAME)
     network, info = load_model(args.run_dir / MODEL_NAME)
     loss_config = LossConfig(**state["loss"]) if state.get("loss") else config.loss
@@ -56,34 +59,36 @@ def main(argv=None) -> int:
     found = list_photos(data)
     held_out, _ = load_validation(found.validation, data)
 
-    save_model(args.output / MODEL_NAME, network, info.step, info.recipe, info.thumbnail if args.thumbnail else None, half=True)
-    shipped, _ = load_model(args.output / MODEL_NAME)
     photos = [open_rgb(cli.example_photo(name))[0] for name in ("astronaut", "chelsea", "coffee")]
-    stylized = []
-    largest = 0.0
-    with torch.inference_mode():
-        for photo in photos:
-            photo.thumbnail((512, 512), Image.Resampling.LANCZOS)
-            before, after = (net.to(device)(to_tensor(photo).to(device)).clamp(0, 1) for net in (network, shipped))
-            largest = max(largest, float((before - after).abs().max()))
-            stylized.append(to_pil(after))
-    measured, _ = validate(shipped.to(device), loss, held_out, config.train.batch_size)
-    metrics = {
-        "steps": info.step,
-        "photos_seen": info.step * config.train.batch_size,
-        "held_out_photos": len(held_out) if found.held_out else 0,
-        "objective": {name.removeprefix("validation/"): round(value, 6) for name, value in measured.items() if not name.startswith("validation_look")},
-        "look": {name.removeprefix("validation_look/"): round(value, 4) for name, value in measured.items() if name.startswith("validation_look")},
-        "raw_weights": {"content": loss_config.content_weight, "style": {k: loss_config.style_weight * w for k, w in loss_config.style_layers.items()}, "tv": loss_config.tv_weight},
-        "half_precision_largest_difference": round(largest, 6),
-        "machine": f"{torch.cuda.get_device_name() if device.type == 'cuda' else platform.machine() + ' CPU'}",
-    }
-    sheet = contact_sheet([photos, stylized], height=320)
-    with atomic_write(args.output / "preview.jpg") as temporary:
-        sheet.save(temporary, quality=88)
-    for name, text in (("config.yaml", yaml.safe_dump(info.recipe, sort_keys=False)), ("metrics.json", json.dumps(metrics, indent=1) + "\n")):
-        with atomic_write(args.output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    with ExitStack() as files:  # all are written and checked before the first takes its place; the model does so last
+        written = {name: files.enter_context(atomic_write(args.output / name)) for name in names}
+        save_model(written[MODEL_NAME], network, info.step, info.recipe, info.thumbnail if args.thumbnail else None, half=True)
+        shipped, _ = load_model(written[MODEL_NAME])
+        stylized, differences = [], []
+        with torch.inference_mode():
+            for photo in photos:
+                photo.thumbnail((512, 512), Image.Resampling.LANCZOS)
+                before, after = (net.to(device)(to_tensor(photo).to(device)).clamp(0, 1) for net in (network, shipped))
+                differences.append((before - after).abs().max())
+                stylized.append(to_pil(after))
+        largest = float(torch.stack(differences).max())
+        if not largest <= 1 / 255:
+            told = f"half precision would change a pixel by {largest * 255:.3g} of 255, more than 1: not written"
+            raise ArithmeticError(f"{args.output}: {told}; ship {args.run_dir / MODEL_NAME} instead, which is in full precision")
+        measured, _ = validate(shipped.to(device), loss, held_out, config.train.batch_size)
+        metrics = {
+            "steps": info.step,
+            "photos_seen": info.step * config.train.batch_size,
+            "held_out_photos": len(held_out) if found.held_out else 0,
+            "objective": {name.removeprefix("validation/"): round(value, 6) for name, value in measured.items() if not name.startswith("validation_look")},
+            "look": {name.removeprefix("validation_look/"): round(value, 4) for name, value in measured.items() if name.startswith("validation_look")},
+            "raw_weights": {"content": loss_config.content_weight, "style": {k: loss_config.style_weight * w for k, w in loss_config.style_layers.items()}, "tv": loss_config.tv_weight},
+            "half_precision_largest_difference": round(largest, 6),
+            "machine": f"{torch.cuda.get_device_name() if device.type == 'cuda' else platform.machine() + ' CPU'}",
+        }
+        contact_sheet([photos, stylized], height=320).save(written["preview.jpg"], quality=88)
+        written["config.yaml"].write_text(yaml.safe_dump(info.recipe, sort_keys=False), encoding="utf-8")
+        written["metrics.json"].write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     print(f"{args.output}: {(args.output / MODEL_NAME).stat().st_size / 1e6:.2f} MB, half precision changes a pixel by at most {largest * 255:.2f} of 255")
     return 0
 

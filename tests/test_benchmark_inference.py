@@ -92,3 +92,13 @@ def test_the_command_writes_both_tables(model, tmp_path, capsys):
     assert len(json.loads((tmp_path / "speed.json").read_text())["passes"]) == 6  # 2 sizes, 3 ways
     with pytest.raises(SystemExit):
         run(main, [*flags, "--sizes", "big"])
+
+
+def test_what_cannot_be_measured_is_told_at_once(model, tmp_path, capsys):
+    main = importlib.import_module("fastnst.scripts.benchmark").main
+    flags = ["--inference", "--model", str(model), "--photo", str(tmp_path / "photo.png"), "--sizes", "24", "--engines", "torch:float32", "--fresh"]
+    assert run(main, [*flags, "--device", "toaster"]) == 2
+    assert "device 'toaster' is not known" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(main, [*flags, "--device", "cpu", "--rounds", "0"])
+    assert "argument --rounds: got 0, need a whole number from 1" in capsys.readouterr().err

@@ -131,6 +131,15 @@ def test_another_network_and_loss_are_measured_beside_it(photos, tmp_path, capfd
     assert out.count("not the same") == 2
 
 
+def test_the_figures_never_replace_what_is_read(photos, tmp_path, capsys):
+    own = tmp_path / "own.yaml"
+    own.write_text("network: {width: 4}")
+    for flags in (["--config", str(own)], ["--loss-weights", str(own)]):
+        assert cli.run(main, ["--training", "--content", str(photos), *flags, "--json", str(own), *TINY]) == 2
+        assert "--json would overwrite the input" in capsys.readouterr().err
+    assert own.read_text() == "network: {width: 4}"
+
+
 def test_a_part_must_be_named(capsys):
     with pytest.raises(SystemExit) as ended:
         main([])
@@ -140,3 +149,12 @@ def test_a_part_must_be_named(capsys):
 
 def test_too_few_photos_for_a_batch_are_named(photos):
     assert cli.run(main, ["--training", "--content", str(photos), *TINY, "--batch", "50"]) == 2
+
+
+def test_what_cannot_be_measured_is_one_line_at_once(photos, tmp_path, capfd):
+    assert cli.run(main, ["--training", "--content", str(photos), *TINY, "--loss-weights", str(tmp_path / "nowhere.pth")]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: loss.weights: no file at {tmp_path / 'nowhere.pth'}")
+    with pytest.raises(SystemExit):
+        cli.run(main, ["--training", "--size", "8"])
+    assert "argument --size: got 8, need a whole number from 16 to 8192" in capfd.readouterr().err

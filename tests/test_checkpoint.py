@@ -211,6 +211,11 @@ def test_truncated_state_is_named(tmp_path, part):
         load_training_state(path)
 
 
+def test_a_state_that_is_not_there_is_not_called_damaged(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no training state at .*training_state\.pt"):
+        load_training_state(tmp_path / "training_state.pt")
+
+
 @pytest.mark.parametrize("data", [b"\x80\x02}q\x00", b"hello", b"PK\x03\x04" + b"\0" * 50])
 def test_damaged_state_is_named(tmp_path, data):
     path = tmp_path / "training_state.pt"

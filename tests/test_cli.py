@@ -1,5 +1,6 @@
 """The commands as a user runs them, and errors that a user can act on."""
 
+import argparse
 import importlib
 import subprocess
 import sys
@@ -134,6 +135,18 @@ def test_a_mistake_is_exit_code_2_and_names_what_to_mend(train_main, photos, pai
     assert printed.err.startswith("error: ")
     assert all(text in printed.err for text in named)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind, text, expected", [(cli.whole(-5, 7), "-5", -5), (cli.whole(1, 7), "7", 7), (cli.number(0, 1), "0.25", 0.25), (cli.number(0, 1), "1", 1)])
+def test_a_number_in_its_range_is_taken(kind, text, expected):
+    assert kind(text) == expected
+
+
+@pytest.mark.parametrize("kind", [cli.whole(1, 7), cli.number(1, 7)], ids=["whole", "number"])
+@pytest.mark.parametrize("text", ["0", "8", "-1", "--5", "\u00b2", "", "many", "nan", "9" * 5000])
+def test_any_other_is_told_with_its_range(kind, text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^got {text}, need a (whole )?number from 1 to 7$"):
+        kind(text)
 
 
 @pytest.mark.parametrize("missing", ["--config", "--model"])

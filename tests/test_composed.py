@@ -1,9 +1,12 @@
 """The scripts that put verbs together: preview, publish, quickstart, and the project's own style image."""
 
+import contextlib
 import json
+import sys
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import TOY_LOSS
 from fastnst.scripts import draw_style, preview, publish, quickstart, stylize
@@ -11,7 +14,7 @@ from fastnst.scripts import train as train_script
 from PIL import Image
 
 from fastnst import cli
-from fastnst.checkpoint import load_model
+from fastnst.checkpoint import load_model, save_model
 from fastnst.config import load_config, validate_config
 from fastnst.train import TrainConfig, train
 
@@ -62,6 +65,42 @@ def test_a_preview_has_a_cell_for_each_strength_and_size(tmp_path, painting, pho
     assert whole.height > Image.open(sheet).height
 
 
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--strengths", "5", "99"], "argument --strengths: got 99, need a number from 0 to 10"),
+        (["--strengths", "-3"], "argument --strengths: got -3, need a number from 0 to 10"),
+        (["--style-sizes", "64", "-5"], "argument --style-sizes: got -5, need a whole number from 1 to 65535"),
+        (["--side", "0"], "argument --side: got 0, need a whole number from 16 to 8192"),
+        (["--steps", "0"], "argument --steps: got 0, need a whole number from 1 to"),
+        (["--style-sizes", "512", "5"], "error: --style-sizes 5 at --side 24: long_side: got 0, need greater than or equal to 1"),  # 5 x 24 / 256
+        (["--style-sizes", "512", "64"], "error: --style-sizes 64 at --side 24: an image of 6x4 pixels is too small for relu4_1"),  # 64 x 24 / 256, and 6 x 96 / 128
+        (["--side", "16", "--set", 'loss.content_layers={"relu5_1": 1}'], "error: --side 16: an image of 20x16 pixels is too small for relu5_1"),
+    ],
+)
+def test_what_a_preview_cannot_do_is_told_by_its_flag_before_the_first_cell(tmp_path, painting, monkeypatch, capsys, flags, told):
+    monkeypatch.setattr("fastnst.optimize.optimize_image", lambda *_: pytest.fail("too late"))
+    Image.new("RGB", (40, 32), "teal").save(tmp_path / "photo.png")
+    arguments = ["--style", str(painting), "--content", str(tmp_path / "photo.png"), "--output", str(tmp_path / "sheet.png"), "--side", "24"]
+    with contextlib.suppress(SystemExit):
+        assert cli.run(preview.main, [*arguments, *flags]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "sheet.png").exists()
+
+
+@pytest.mark.parametrize("flags", [["--output", "painting.png"], ["--output", "photo.png"], *(["--pick", "1,1", "--write", name] for name in ("painting.png", "photo.png", "mine.yaml", "sheet.png"))])
+def test_a_preview_never_overwrites_what_it_reads(tmp_path, painting, monkeypatch, capsys, flags):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "teal").save("photo.png")
+    Image.new("RGB", (40, 30), "white").save("sheet.png")
+    (tmp_path / "mine.yaml").write_text("style: {long_side: 64}  # precious\n")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    arguments = ["--style", "painting.png", "--content", "photo.png", "--config", "mine.yaml", "--output", "sheet.png", "--side", "24", "--steps", "1", "--strengths", "2", "--style-sizes", "64"]
+    assert cli.run(preview.main, [*arguments, *TOY, "--overwrite", *flags]) == 2
+    assert f"error: {flags[-2]} would overwrite the input {flags[-1]}; choose another" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_picked_cell_becomes_a_training_config(tmp_path, painting):
     written = tmp_path / "mine.yaml"
     arguments = ["--style", str(painting), "--output", str(tmp_path / "sheet.png"), "--strengths", "3", "7", "--style-sizes", "100", "200", "300"]
@@ -71,6 +110,26 @@ def test_a_picked_cell_becomes_a_training_config(tmp_path, painting):
     assert config.loss.network == "vgg19_slim"
     assert cli.run(preview.main, [*arguments, "--pick", "1,1", "--write", str(written)]) == 2  # exists
     assert load_config(TrainConfig, written, ["data.content=photos"]) == config
+
+
+def test_a_picked_cell_keeps_what_its_config_says_in_the_project_s_own_yaml(tmp_path, painting):
+    own, written = tmp_path / "own.yaml", tmp_path / "mine.yaml"
+    own.write_text("data: {cache: off}\ntrain: {learning_rate: {initial: 1e-3}}\nstyle: {short_side: 64}\nloss:\n")
+    precious = painting.rename(tmp_path / "painting: no. #1.png")
+    arguments = ["--style", str(precious), "--output", str(tmp_path / "sheet.png"), "--config", str(own), "--pick", "1,1", "--write", str(written)]
+    assert cli.run(preview.main, arguments) == 0
+    config = load_config(TrainConfig, written, ["data.content=photos"])
+    assert (config.data.cache, config.train.learning_rate.initial) == ("off", 1e-3)
+    assert (config.loss.strength, config.style.long_side, config.style.short_side, config.style.image) == (2, 192, None, precious)
+
+
+@pytest.mark.parametrize("text, told", [("", None), ("style: wave.jpg", None), ("[1, 2]", "got list"), ("a: : b", "not valid YAML"), ("optimize: {steps: 3}", "unknown key optimize")])
+def test_a_config_that_a_cell_cannot_be_added_to_is_named(tmp_path, painting, capsys, text, told):
+    (tmp_path / "own.yaml").write_text(text)
+    arguments = ["--style", str(painting), "--output", "sheet.png", "--config", str(tmp_path / "own.yaml"), "--pick", "1,1", "--write", str(tmp_path / "mine.yaml")]
+    assert cli.run(preview.main, arguments) == (2 if told else 0)
+    assert (tmp_path / "mine.yaml").exists() == (told is None)
+    assert told is None or f"error: {tmp_path / 'own.yaml'}: {told}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("pick", ["3,1", "0,1", "1", "a,b"])
@@ -99,6 +158,75 @@ def test_a_published_style_carries_its_figures_and_no_path_of_this_machine(tmp_p
     for text in ((style / "config.yaml").read_text(), (style / "model.safetensors").read_bytes().decode("latin-1")):
         assert str(tmp_path) not in text
     assert cli.run(publish.main, arguments) == 2  # exists
+
+
+@pytest.fixture
+def run(tmp_path, train_data):
+    """A finished run, and the command that publishes it."""
+    train(validate_config(TrainConfig, train_data), tmp_path / "run")
+    return tmp_path / "run", ["--run-dir", str(tmp_path / "run"), "--device", "cpu"]
+
+
+def too_large_for_half(run_dir, monkeypatch):
+    network, info = load_model(run_dir / "model.safetensors")
+    with torch.no_grad():
+        network.layers[0].weight.mul_(1e6)  # instance norm divides it away; half precision ends at 65,504
+    save_model(run_dir / "model.safetensors", network, info.step, info.recipe)
+
+
+def without_scikit_image(run_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+
+
+def without_memory(run_dir, monkeypatch):
+    monkeypatch.setattr("fastnst.task.validate", lambda *_: (_ for _ in ()).throw(OSError("out of memory")))
+
+
+def without_state(run_dir, monkeypatch):
+    (run_dir / "training_state.pt").unlink()
+
+
+@pytest.mark.parametrize(
+    "spoil, told",
+    [
+        (too_large_for_half, "half precision would change a pixel by nan of 255"),
+        (without_scikit_image, "scikit-image"),
+        (without_memory, "out of memory"),
+        (without_state, "no training state at"),
+    ],
+)
+def test_what_cannot_be_published_leaves_nothing_and_keeps_the_style_before(run, tmp_path, monkeypatch, capsys, spoil, told):
+    run_dir, arguments = run
+    assert cli.run(publish.main, [*arguments, "--output", str(tmp_path / "old")]) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    spoil(run_dir, monkeypatch)
+    for style in ("new", "old"):
+        assert cli.run(publish.main, [*arguments, "--output", str(tmp_path / style), "--overwrite"]) == 2
+        assert told in capsys.readouterr().err
+    assert not list((tmp_path / "new").glob("*"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+
+
+def test_publishing_never_overwrites_the_run_nor_the_painting_nor_what_is_not_the_style_s(run, tmp_path, painting, capsys):
+    run_dir, arguments = run
+    before = {path: path.read_bytes() for path in run_dir.glob("*.*")}
+    assert cli.run(publish.main, [*arguments, "--output", str(run_dir), "--overwrite"]) == 2
+    assert "--output would overwrite the input" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run_dir.glob("*.*")} == before
+    (tmp_path / "style").mkdir()
+    (tmp_path / "style" / "preview.jpg").symlink_to(painting)
+    assert cli.run(publish.main, [*arguments, "--output", str(tmp_path / "style"), "--overwrite"]) == 2
+    assert f"--output would overwrite the input {painting}" in capsys.readouterr().err
+    (tmp_path / "style" / "preview.jpg").unlink()
+    (tmp_path / "style" / "config.yaml").write_text("of another program")
+    assert cli.run(publish.main, [*arguments, "--output", str(tmp_path / "style")]) == 2
+    assert "config.yaml exists already" in capsys.readouterr().err
+
+
+def test_publish_needs_a_photo_or_more_to_measure_on(capsys):
+    with pytest.raises(SystemExit):
+        publish.main(["--run-dir", "run", "--output", "style", "--photos", "0"])
+    assert "argument --photos: got 0, need a whole number from 1 to 100000" in capsys.readouterr().err
 
 
 # Quickstart

@@ -108,6 +108,14 @@ def test_a_second_report_makes_no_run_again_and_needs_leave_to_replace_the_first
     assert after == before
 
 
+@pytest.mark.parametrize("name", ["curves.png", "sheet_32.jpg"])
+def test_a_painting_is_never_replaced_by_a_page_of_the_report(command, painting, tmp_path, capsys, name):
+    (tmp_path / "report").mkdir()
+    precious = painting.rename(tmp_path / "report" / name)
+    assert command("--style", str(precious)) == 2
+    assert f"--output would overwrite the input {precious}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [

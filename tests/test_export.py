@@ -1,6 +1,7 @@
 """An exported file is the model: it says what it is, runs in ONNX Runtime at any size, and stylize takes it."""
 
 import importlib
+import resource
 
 import numpy as np
 import onnxruntime
@@ -84,6 +85,9 @@ def test_the_command_says_what_it_measured(model, tmp_path, capsys):
     assert run(main, arguments) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert run(main, [*arguments, "--overwrite"]) == 0
+    named = (tmp_path / "model.safetensors").rename(tmp_path / "trained.onnx")  # by its user
+    assert run(main, ["--model", str(named), "--output", str(named), "--overwrite"]) == 2
+    assert "--output would overwrite the input" in capsys.readouterr().err
     assert run(main, ["--model", str(model[0]), "--output", str(tmp_path / "model.pb")]) == 2
     assert "ends in .onnx" in capsys.readouterr().err
 
@@ -116,3 +120,15 @@ def test_a_failed_export_keeps_the_old_file(model, tmp_path, monkeypatch):
         export(model[0], tmp_path / "model.onnx", overwrite=True)
     assert (tmp_path / "model.onnx").read_bytes() == b"precious"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_disk_that_takes_no_more_is_told_once_by_the_file_s_own_name(model, tmp_path, capsys):
+    main = importlib.import_module("fastnst.scripts.export").main
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most[1]))
+    try:
+        assert run(main, ["--model", str(model[0]), "--output", str(tmp_path / "model.onnx")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert capsys.readouterr().err == f"error: [Errno 27] cannot write {tmp_path / 'model.onnx'}: File too large\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

@@ -1,11 +1,36 @@
 """A file is written whole or not at all."""
 
 import os
+import re
 import stat
 
 import pytest
 
-from fastnst.files import atomic_write, exclusive, without_leftovers
+from fastnst.files import atomic_write, check_output, exclusive, remove_leftovers, without_leftovers
+
+
+@pytest.mark.parametrize("name, overwrite", [("new/out.png", False), ("old.png", True), ("link.png", True)])
+def test_what_is_new_or_may_be_replaced_may_be_written(tmp_path, name, overwrite):
+    (tmp_path / "old.png").write_text("old")
+    (tmp_path / "link.png").symlink_to(tmp_path / "old.png")
+    check_output(tmp_path / name, [tmp_path / "in.png"], overwrite)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["in.png", "more/../in.png", "link.png"])
+def test_an_input_may_not_be_overwritten_even_where_others_may(tmp_path, name, overwrite):
+    (tmp_path / "in.png").write_text("precious")
+    (tmp_path / "link.png").symlink_to(tmp_path / "in.png")
+    with pytest.raises(ValueError, match=r"--write would overwrite the input .*in\.png; choose another --write"):
+        check_output(tmp_path / name, [tmp_path / "other.png", str(tmp_path / "in.png")], overwrite, flag="--write")
+
+
+def test_what_exists_needs_leave_and_a_folder_is_no_file(tmp_path):
+    (tmp_path / "old.png").write_text("old")
+    with pytest.raises(FileExistsError, match=r"--output: .*old\.png exists already; use --overwrite"):
+        check_output(tmp_path / "old.png")
+    with pytest.raises(IsADirectoryError, match="--output: .* is a folder"):
+        check_output(tmp_path, overwrite=True)
 
 
 def test_result_replaces_the_old_file(tmp_path):
@@ -79,11 +104,24 @@ def test_full_disk_names_the_target_and_keeps_errno(tmp_path):
     assert raised.value.errno == 28
 
 
-def test_long_names_fit(tmp_path):
-    path = tmp_path / ("n" * 240 + ".png")
+@pytest.mark.parametrize("stem", ["n" * 240, "\U0001f30a" * 62, "n" + "\U0001f30a" * 62], ids=["letters", "waves", "a letter and waves"])  # a wave is 4 bytes, a name 255 at most
+def test_long_names_fit(tmp_path, stem):
+    path = tmp_path / f"{stem}.x"
     with atomic_write(path) as temporary:
         temporary.write_text("x")
+        assert re.fullmatch(r"\.(n|\U0001f30a)+-\w{8}\.x", temporary.name)  # no half of a wave
     assert path.read_text() == "x"
+    (tmp_path / temporary.name).write_text("of a process that was killed")
+    remove_leftovers(path)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_writer_that_writes_whole_itself_names_the_target_alone(tmp_path):
+    with pytest.raises(OSError) as raised, atomic_write(tmp_path / "a.txt") as temporary:
+        with atomic_write(temporary):
+            raise OSError(28, "No space left on device")
+    assert str(raised.value) == f"[Errno 28] cannot write {tmp_path / 'a.txt'}: No space left on device"
+    assert os.listdir(tmp_path) == []
 
 
 def test_leftovers_are_removed_unless_another_may_be_writing_them(tmp_path):

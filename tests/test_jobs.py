@@ -24,10 +24,12 @@ def test_one_file_to_a_folder_keeps_its_name(photos, tmp_path, output):
     assert job.target == tmp_path / output / "photo_00.jpg"
 
 
-def test_one_file_to_an_existing_folder_with_a_dot(photos, tmp_path):
-    (tmp_path / "v1.0").mkdir()
-    (job,) = plan_jobs([str(photos / "photo_00.jpg")], str(tmp_path / "v1.0"))
-    assert job.target == tmp_path / "v1.0" / "photo_00.jpg"
+@pytest.mark.parametrize("folder", ["v1.0", "stylized.png"])
+def test_an_existing_folder_with_a_dot_takes_one_file_or_several(photos, tmp_path, folder):
+    (tmp_path / folder).mkdir()
+    (job,) = plan_jobs([str(photos / "photo_00.jpg")], str(tmp_path / folder))
+    assert job.target == tmp_path / folder / "photo_00.jpg"
+    assert len(plan_jobs([str(photos)], str(tmp_path / folder))) == 12
 
 
 def test_a_folder_is_searched_recursively_and_keeps_its_tree(photos, tmp_path):

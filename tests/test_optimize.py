@@ -254,9 +254,17 @@ def test_an_output_or_history_that_exists_is_kept_without_the_flag(command, tmp_
     assert "--overwrite" in capsys.readouterr().err
 
 
+def test_an_intermediate_picture_that_is_read_is_not_removed(command, tmp_path, capsys):
+    assert command() == 0
+    taken = tmp_path / "out.run" / "step_000002.png"
+    assert command("--overwrite", "--content", str(taken)) == 2
+    assert f"--output would overwrite the input {taken}" in capsys.readouterr().err and taken.exists()
+
+
 def test_what_a_failed_run_left_does_not_stand_in_the_way(command, tmp_path):
     (tmp_path / "out.run").mkdir()
     (tmp_path / "out.run" / "config.yaml").write_text("optimize: {}")
+    (tmp_path / "out.run" / "step_000001.png").write_bytes(b"")
     assert command() == 0
 
 
