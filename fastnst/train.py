@@ -116,7 +116,7 @@ def train(
     if state is not None:
         restore(run_dir / STATE_NAME, state, network, optimizer)
     loss.config = ranks.from_main(LossConfig(**state["loss"]) if state and state.get("loss") else loss.config)
-    watchdog = Watchdog(**(state or {}).get("watchdog") or {})
+    watchdog = Watchdog.of((state or {}).get("watchdog") or {})
     step = state["step"] if state else 0
     unreadable = (state["unreadable"] if state else {}) | task.unreadable
     task = _set_off(task, step, report, should_stop)
@@ -146,11 +146,11 @@ def train(
             trouble = training.log() if due.log else None
             if trouble is None and due.save:
                 trouble = training.last_look()
+            if trouble is None and due.validate:
+                trouble = training.validate()
             if trouble is not None:
                 training.go_back(trouble)
                 continue
-            if due.validate:
-                training.validate()
             if due.save:
                 training.save()
             if due.stop:

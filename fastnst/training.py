@@ -63,7 +63,7 @@ class NoBoard:
 
 
 class Training:
-    """A run of ``task`` from ``step`` on, into ``run_dir``: ``due``, ``log`` and ``last_look``, then ``go_back`` or ``validate``, ``save`` and ``learn``.
+    """A run of ``task`` from ``step`` on, into ``run_dir``: ``due``, ``log``, ``last_look`` and ``validate``, then ``go_back``, or ``save`` and ``learn``.
 
     ``begun`` is the ``snapshot`` of the untrained network; ``fresh`` is false where the run was resumed; ``unreadable`` are complaints by photo.
     It is saved ``later``, a context to be entered ahead of this one, while it goes on.
@@ -148,7 +148,7 @@ class Training:
                 self.unreadable[message] = f"step {at}"
                 skipped.append(f"skipped {message}")
         self._untold = rate, self.losses | timing, skipped
-        trouble = self.watchdog.watch(step, rows, self._flat, loop.learning_rate.warmup_steps)
+        trouble = self.watchdog.watch(step, rows, self._flat)
         self._wary = self.watchdog.suspicious(rows[-1], self._flat)  # too early to call it trouble, but nothing to save
         self._window.clear()
         self._complaints.clear()
@@ -202,18 +202,24 @@ class Training:
             self.board.flush()
         self._wary, self._fresh = False, False
 
-    def validate(self) -> None:
-        """Judge the network on the photos held out; on the main rank."""
+    def validate(self) -> Trouble | None:
+        """Judge the network on the photos held out, on the main rank; what the watchdog says of that, on all."""
         self._tell()
-        if not self.task.ranks.main:
-            return
-        self.validation, pairs = self._judged()
-        for name, value in self.validation.items():
-            self.board.add_scalar(name, value, self.step)
-        self.board.file_writer.add_summary(_picture("validation/content_and_stylized", pairs), self.step)
-        self._report(TrainProgress(self.step, self.task.config.train.steps, validation=self.validation))
-        self._is_best = not self._wary and self.step > 0 and self.watchdog.is_best(self.step, self.validation["validation/total"])
+        trouble = None
+        if self.task.ranks.main:
+            self.validation, pairs = self._judged()
+            for name, value in self.validation.items():
+                self.board.add_scalar(name, value, self.step)
+            self.board.file_writer.add_summary(_picture("validation/content_and_stylized", pairs), self.step)
+            self._report(TrainProgress(self.step, self.task.config.train.steps, validation=self.validation))
+            total = self.validation["validation/total"]
+            if self.step == 0:
+                self.watchdog.first_total = total
+            self._is_best = not self._wary and self.step > 0 and self.watchdog.is_best(self.step, total)
+            trouble = self.watchdog.stuck(self.step, self.task.config.train.learning_rate.warmup_steps)
+        trouble = self.task.ranks.from_main(trouble)
         self._window_began = time.monotonic()
+        return trouble
 
     def _judged(self) -> tuple[dict[str, float], Tensor]:
         task = self.task

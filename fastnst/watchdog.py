@@ -1,13 +1,13 @@
 """What the numbers of a training say of its health. Knows only numbers: who acts on them is the training's to decide."""
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 WINDOW = 20  # steps that are averaged before a run is judged: single batches differ by a factor of two
-PATIENCE = 500  # steps after which a loss must have fallen; sound runs have more than halved it by then (wave: 29.7 to 2.4 times 1e5)
+PATIENCE = 500  # steps after which the loss must have fallen; sound runs have more than halved it by then (wave: 29.7 to 2.4 times 1e5)
 EXPLODED = 5.0  # times the lowest mean so far
-STUCK = 0.99  # of the first mean
+STUCK = 0.99  # of the untrained network's total on validation
 SLOWER = 0.3  # of the rate after a rollback: three of them reach from 1e-3 to 3e-5
 
 _FINER = "lower train.learning_rate.initial, give train.learning_rate.warmup_steps or train.clip_gradient"
@@ -26,7 +26,7 @@ class Trouble:
 class Watchdog:
     """The numbers of a run that its judgment needs; part of the training state, so that a resumed run is judged as an uninterrupted one.
 
-    ``rate`` multiplies the learning rate. The best step is that of the lowest total on validation. ``recent`` holds loss,
+    ``rate`` multiplies the learning rate. The best step is that of the lowest total on validation, the first total that of the untrained network. ``recent`` holds loss,
     contrast and brightness of the last ``WINDOW`` steps.
     """
 
@@ -35,12 +35,12 @@ class Watchdog:
     best_step: int = 0
     best_total: float = math.inf
     first_loss: float = math.inf
-    first_mean: float = math.inf
+    first_total: float = math.inf
     lowest_mean: float = math.inf
     most_contrast: float = 0.0
     recent: list[list[float]] = field(default_factory=list)
 
-    def watch(self, step: int, rows: list[dict[str, float]], flat: float = 0.01, warmup: int = 0) -> Trouble | None:
+    def watch(self, step: int, rows: list[dict[str, float]], flat: float = 0.01) -> Trouble | None:
         """Take in the numbers of the steps up to ``step`` and judge them.
 
         ``rows``: for each step ``loss/total`` and its parts, ``train/gradient_norm``, and of the stylized pictures, in [0, 1],
@@ -63,12 +63,8 @@ class Watchdog:
                     begun = math.isfinite(self.lowest_mean)
                     was = f"was {self._lowest:.4g} (means of {WINDOW} steps)" if begun else f"the mean of {WINDOW} steps, was {self._lowest:.4g} untrained"
                     return Trouble(f"the loss has exploded at step {at}: {loss:.4g}, {was}", _FINER, from_start=not begun)
-                self.first_mean = loss if math.isinf(self.first_mean) else self.first_mean
                 self.lowest_mean = min(self.lowest_mean, loss)
                 self.most_contrast = max(self.most_contrast, contrast)
-                if at >= PATIENCE + warmup and self.lowest_mean > STUCK * self.first_mean:
-                    advice = "lower train.learning_rate.initial, or raise it where it is below 1e-4; look whether loss weights are 0"
-                    return Trouble(f"the loss is stuck: at step {at} it has not fallen below {self.first_mean:.4g}, where it began", advice, from_start=True)
         return None
 
     def suspicious(self, last: dict[str, float], flat: float = 0.01) -> bool:
@@ -87,14 +83,26 @@ class Watchdog:
         self.best_step, self.best_total = step, total
         return True
 
+    def stuck(self, step: int, warmup: int = 0) -> Trouble | None:
+        """Whether nothing has been learned by ``step``, by the totals of the same photos each time: those of batches are up to a factor of two apart."""
+        if step < PATIENCE + warmup or not STUCK * self.first_total <= self.best_total < math.inf:
+            return None
+        advice = "lower train.learning_rate.initial, or raise it where it is below 1e-4; look whether loss weights are 0"
+        return Trouble(f"the loss is stuck: by step {step} its best on validation is {self.best_total:.4g}, and was {self.first_total:.4g} untrained", advice, from_start=True)
+
     def rolled_back(self, state: dict[str, Any]) -> "Watchdog":
         """This one after going back to an earlier ``state`` of it, with a lower rate; what was counted and found best stands."""
-        kept = {"rate": self.rate * SLOWER, "rollbacks": self.rollbacks + 1, "best_step": self.best_step, "best_total": self.best_total}
-        return Watchdog(**{**state, **kept})
+        kept = {"rate": self.rate * SLOWER, "rollbacks": self.rollbacks + 1} | {name: getattr(self, name) for name in ("best_step", "best_total", "first_total")}
+        return Watchdog.of(state | kept)
 
     def state(self) -> dict[str, Any]:
-        """Plain numbers, from which ``Watchdog(**state)`` is the same again."""
+        """Plain numbers, from which ``of`` makes the same again."""
         return asdict(replace(self, recent=[list(row) for row in self.recent]))
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Watchdog":
+        """By a ``state``, also of an older fastnst, which had others."""
+        return cls(**{each.name: state[each.name] for each in fields(cls) if each.name in state})
 
 
 def _mean(rows: list[list[float]]) -> list[float]:

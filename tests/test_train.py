@@ -486,6 +486,15 @@ def test_a_rollback_to_the_start_leaves_nothing_of_the_run_to_go_back_to(train_d
     assert ["Back to step 0" in message for message in messages if "Back to" in message] == [True, True]
 
 
+@pytest.mark.parametrize("settings", [{"train__learning_rate": {"initial": 1e-12}}, {"loss__content_weight": 0.0, "loss__style_weight": 0.0}], ids=["a rate of nearly 0", "no weights"])
+def test_a_run_that_learns_nothing_is_stuck(train_data, tmp_path, monkeypatch, settings):
+    monkeypatch.setattr(fastnst.watchdog, "PATIENCE", 6)
+    messages = []
+    with pytest.raises(TrainingDiverged, match="the loss is stuck: by step 6 its best on validation is .*, and was .* untrained. 1 rollbacks"):
+        fit(train_data, tmp_path / "run", report=lambda progress: messages.append(progress.message), train__steps=8, train__validate_every=3, train__rollbacks=1, **settings)
+    assert ["Back to step 0, the rate now 0.3 of" in message for message in messages if "Back to" in message] == [True]
+
+
 def test_the_model_may_be_the_last(train_data, tmp_path, monkeypatch):
     monkeypatch.setattr(fastnst.training, "validate", lambda *_: ({"validation/total": next(totals)}, torch.zeros(3, 8, 8)))
     totals = iter([9.0, 5.0, 4.0, 7.0])

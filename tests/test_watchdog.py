@@ -74,16 +74,20 @@ def test_an_output_that_begins_flat_is_no_trouble():
     assert not watchdog.suspicious(rows([1.0], contrast=0.002)[0])
 
 
-@pytest.mark.parametrize("falls_to, stuck", [(0.995, True), (0.98, False)])
-def test_stuck_is_not_having_fallen_by_a_hundredth(falls_to, stuck):
-    trouble = Watchdog().watch(PATIENCE, rows([1.0] * WINDOW + [falls_to] * (PATIENCE - WINDOW)))
+@pytest.mark.parametrize("first, then, stuck", [(2.0, 1.99, True), (2.0, 1.97, False), (0.0, 0.0, True), (math.inf, 2.0, False), (math.nan, 2.0, False)])
+def test_stuck_is_not_having_fallen_by_a_hundredth_on_validation(first, then, stuck):
+    watchdog = Watchdog(first_total=first)
+    watchdog.is_best(100, then)
+    watchdog.is_best(PATIENCE, 3.0)
+    trouble = watchdog.stuck(PATIENCE)
     assert (trouble is not None) == stuck
     if stuck:
-        assert "stuck" in trouble.what and trouble.from_start
+        assert trouble.what == f"the loss is stuck: by step 500 its best on validation is {then:g}, and was {first:g} untrained" and trouble.from_start
 
 
-def test_the_warmup_does_not_count_as_stuck():
-    assert Watchdog().watch(PATIENCE, rows([1.0] * PATIENCE), warmup=100) is None
+def test_early_steps_and_those_of_the_warmup_do_not_count_as_stuck():
+    watchdog = Watchdog(first_total=1.0, best_total=1.0)
+    assert watchdog.stuck(PATIENCE - 1) is None and watchdog.stuck(PATIENCE, warmup=100) is None and watchdog.stuck(PATIENCE + 100, warmup=100) is not None
 
 
 def test_the_lowest_total_is_the_best_and_nan_never():
@@ -97,7 +101,7 @@ def test_judging_in_pieces_and_resumed_is_judging_at_once():
     whole, pieces = after(losses), Watchdog()
     for start in range(0, 90, 7):
         assert pieces.watch(min(start + 7, 90), rows(losses[start : start + 7])) is None
-        pieces = Watchdog(**json.loads(json.dumps(pieces.state())))
+        pieces = Watchdog.of({"first_mean": 3.0} | json.loads(json.dumps(pieces.state())))  # of an older fastnst some
     assert pieces == whole
 
 
