@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -113,6 +114,11 @@ def add_config_flags(p: argparse.ArgumentParser, several: bool = False) -> None:
     more = "; several: one after the other" if several else ""
     p.add_argument("--config", required=True, nargs="+" if several else None, metavar="FILE", help=f"YAML config: a path, or the name of a shipped one{more}")
     p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override any key of the config; may be repeated")
+
+
+def path_override(key: str, path: str | Path) -> str:
+    """``KEY=PATH`` as --set takes it, quoted, as a name may hold what means something in YAML: ``no. 1: #2.jpg``."""
+    return f"{key}={json.dumps(str(path), ensure_ascii=False)}"
 
 
 def shipped_folder(name: str) -> Path:

@@ -108,7 +108,7 @@ def _config(recipe, args, painting):
 
     def load(text):
         name, *changes = re.split(r"\+(?=[\w.]+=)", text)
-        given = [f"style.image={painting}", f"data.content={args.content}", f"data.validation={args.held_out}"]
+        given = [cli.path_override(*pair) for pair in (("style.image", painting), ("data.content", args.content), ("data.validation", args.held_out))]
         try:
             return load_config(TrainConfig, cli.find_config(name), [*given, *args.set, *changes]), changes
         except (ConfigError, FileNotFoundError) as error:

@@ -1,6 +1,5 @@
 """See how a painting will come out before training: a sheet over strengths (rows) and style sizes (columns), in minutes."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def main(argv=None) -> int:
 
     check_writable(args.output)
     check_output(args.output, [args.style, *args.content], args.overwrite)
-    config = load_config(TrainConfig, path, [f"style.image={args.style}", "data.content=.", *args.set])
+    config = load_config(TrainConfig, path, [cli.path_override("style.image", args.style), "data.content=.", *args.set])
     device = resolve_device(args.device)
     keep_freed_memory()
     contents = [load_image(photo).to(device) for photo in args.content] or [load_image(cli.example_photo("chelsea")).to(device)]
@@ -106,7 +105,7 @@ def _write(path, args, strength, long_side, model) -> int:
     from fastnst.config import parse_config, parse_data
     from fastnst.files import atomic_write
 
-    picked = [f"style.image={json.dumps(str(args.style))}", f"style.long_side={long_side}", f"loss.strength={strength}"]
+    picked = [cli.path_override("style.image", args.style), f"style.long_side={long_side}", f"loss.strength={strength}"]
     data = parse_data(model, path.read_text(encoding="utf-8"), picked, source=str(path))
     data["style"].pop("short_side", None)
     text = f"# {args.style.name}: row {args.pick.replace(',', ', column ')} of {args.output.name}, on top of {path.name}.\n{yaml.safe_dump(data, sort_keys=False)}"

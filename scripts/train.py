@@ -66,7 +66,7 @@ def _one(args, name, run_dir, ranks, device, stop) -> int:
     from fastnst.config import ConfigError, load_config, to_yaml
     from fastnst.train import TrainConfig, check_data, plan, train
 
-    paths = [f"{key}={value}" for key, value in (("data.content", args.content), ("style.image", args.style)) if value]
+    paths = [cli.path_override(key, value) for key, value in (("data.content", args.content), ("style.image", args.style)) if value]
     try:
         config = load_config(TrainConfig, cli.find_config(name), [*paths, *args.set])
     except ConfigError as error:  # both have a flag of their own

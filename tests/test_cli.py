@@ -110,6 +110,13 @@ def test_a_mistake_shows_no_traceback(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_inputs_may_have_names_that_mean_something_in_yaml(train_main, photos, painting, tmp_path, capsys):
+    style, content = painting.rename(tmp_path / 'no. 1: "\U0001f30a" #2.png'), photos.rename(tmp_path / "holiday #3")
+    assert cli.run(train_main, [*QUICK, "--content", str(content), "--style", str(style), "--dry-run"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out.split("\n\n")[0])
+    assert (config["style"]["image"], config["data"]["content"]) == (str(style), str(content))
+
+
 # Errors
 
 

@@ -101,6 +101,12 @@ def test_a_preview_never_overwrites_what_it_reads(tmp_path, painting, monkeypatc
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_painting_may_have_a_name_that_means_something_in_yaml(tmp_path, painting, photos):
+    named = painting.rename(tmp_path / "no. 1: the wave #2.png")
+    arguments = ["--style", str(named), "--content", str(photos / "photo_00.jpg"), "--output", str(tmp_path / "sheet.png"), "--side", "24", "--steps", "1"]
+    assert cli.run(preview.main, [*arguments, *TOY, "--strengths", "2", "--style-sizes", "64"]) == 0
+
+
 def test_a_picked_cell_becomes_a_training_config(tmp_path, painting):
     written = tmp_path / "mine.yaml"
     arguments = ["--style", str(painting), "--output", str(tmp_path / "sheet.png"), "--strengths", "3", "7", "--style-sizes", "100", "200", "300"]

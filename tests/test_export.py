@@ -1,7 +1,6 @@
 """An exported file is the model: it says what it is, runs in ONNX Runtime at any size, and stylize takes it."""
 
 import importlib
-import resource
 
 import numpy as np
 import onnxruntime
@@ -123,6 +122,7 @@ def test_a_failed_export_keeps_the_old_file(model, tmp_path, monkeypatch):
 
 
 def test_a_disk_that_takes_no_more_is_told_once_by_the_file_s_own_name(model, tmp_path, capsys):
+    resource = pytest.importorskip("resource")  # not on Windows
     main = importlib.import_module("fastnst.scripts.export").main
     most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most[1]))
