@@ -254,7 +254,7 @@ def _shows_rounding(levels: np.ndarray) -> bool:
     grain, photos blurred by 5 px and more, bends by less than 1.4 levels over 4 px (RMS; these photos by 5.7 and more), and so do stripes and squares of a pixel, too, of which
     strides leave one color.
     """
-    some = levels[::8].astype(np.float32)
+    some = levels[::16].astype(np.float32)
     if some.shape[1] < 5:
         return True
     alike = (some[:, 2:] == some[:, :-2]).all(axis=2).mean()
