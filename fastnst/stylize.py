@@ -81,6 +81,7 @@ class Stylizer:
 
     def pictures(self, pixels: np.ndarray, report: Callable[[float], None] = lambda done: None, in_place: bool = False) -> np.ndarray:
         """``(N, H, W, 3)`` uint8 -> the same; ``in_place`` lets strips overwrite ``pixels``. Raises ``MemoryError`` where even strips are too large."""
+
         def stylize(engine: Engine, some: np.ndarray) -> np.ndarray:
             whole = self._whole(engine, some.shape[:3], lambda: engine.run(some))
             return np.stack([self._strips(engine, one, report, in_place and not self.blend) for one in some]) if whole is None else whole
@@ -180,8 +181,9 @@ class Stylizer:
                 least, most = (float(end) for end in given.aminmax())
                 if not (least > -0.5 and most < 1.5):  # a little beyond is what resizing leaves; NaN is neither
                     raise ValueError(f"got a tensor of values from {least:g} to {most:g}, need [0, 1]")
-                plain = self._of_one_color(levels(given))
-                exact = self._for_float32(levels(given), plain)
+                seen = levels(given)
+                plain = self._of_one_color(seen)
+                exact = self._for_float32(seen, plain)
             whole = self._together(stylize, given, exact, {index: pixels(stylized) for index, stylized in plain.items()}, torch.empty_like)
         whole = whole.to(images.device)
         if self.blend:
