@@ -143,18 +143,20 @@ def largest_that_fits(attempt: Callable[[int], object], too_large: int) -> int:
 
 
 class StopRequest:
-    """Context in which Ctrl-C and SIGTERM ask for a stop instead of killing; a second Ctrl-C kills.
+    """Context in which Ctrl-C and SIGTERM ask for a stop instead of killing; a second one, or one ahead of the first ``request()``, which none would heed, kills.
 
-    ``request()`` is true once a signal came; ``exit_code`` is then 128 + its number, as shells count. ``repeats``: signals come
-    more than once, as from torchrun, which passes on to its processes what they have got from the terminal already.
+    ``request()`` is true once a signal came; ``exit_code`` is then 128 + its number, as shells count, and what a ``KeyboardInterrupt`` that
+    kills holds. ``repeats``: signals come more than once, as from torchrun, which passes on to its processes what they have got from the
+    terminal already, and none kills, as the others would wait for this one.
     """
 
     def __init__(self, repeats: bool = False) -> None:
         self.signal: int | None = None
-        self._repeats = repeats
+        self._repeats, self._asked = repeats, False
         self._previous: dict[int, object] = {}
 
     def __call__(self) -> bool:
+        self._asked = True
         return self.signal is not None
 
     @property
@@ -172,9 +174,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        if self.signal is not None and not self._repeats:
-            raise KeyboardInterrupt
+        killing = not self._repeats and (self.signal is not None or not self._asked)
         self.signal = number
+        if killing:
+            raise KeyboardInterrupt(self.exit_code)
 
 
 def leave_signals_to_parent(_worker: int = 0) -> None:

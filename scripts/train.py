@@ -40,16 +40,22 @@ def main(argv=None) -> int:
     keep_freed_memory()
     codes = {}
     try:
-        with join_ranks(args.device) as (ranks, place), StopRequest(repeats=ranks.size > 1) as stop:
+        with join_ranks(args.device) as (ranks, place):
             device = resolve_device(place)
             for name, config in zip(names, args.config):
                 run_dir = (args.run_dir or Path("checkpoints")) / name if several or not args.run_dir else args.run_dir
+                stop = StopRequest(repeats=ranks.size > 1)
                 try:
-                    codes[name] = _one(args, config, run_dir, ranks, device, stop)
+                    with stop:
+                        codes[name] = _one(args, config, run_dir, ranks, device, stop)
                 except (ValueError, OSError, ArithmeticError, TrainingDiverged) as error:  # the same on every rank
                     codes[name] = 1 if isinstance(error, TrainingDiverged) else 2
                     if ranks.main:
                         cli.complain(f"{name}: " if several else "", error)
+                except KeyboardInterrupt:  # ahead of all that could be saved, or asked for twice
+                    codes[name] = stop.exit_code or 130
+                    print("stopped", file=sys.stderr)
+                    break
                 if stop():
                     break
             if several and ranks.main:

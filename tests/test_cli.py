@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -172,6 +173,7 @@ def test_a_flag_that_is_needed_is_named(missing, capsys):
         (FileNotFoundError("no file"), 2, "error: no file\n"),
         (FloatingPointError("not finite"), 2, "error: not finite\n"),
         (KeyboardInterrupt(), 130, "stopped\n"),
+        (KeyboardInterrupt(143), 143, "stopped\n"),
     ],
 )
 def test_what_a_user_can_mend_becomes_an_exit_code(error, code, text, capsys, monkeypatch):
@@ -222,6 +224,16 @@ def test_several_configs_are_trained_one_after_the_other_past_one_that_fails(tra
     assert printed.out.endswith("a: done\nb: failed\nc: done\n")
     assert "error: b: " in printed.err and "loss.style_weight: got 'many'" in printed.err
     assert [(tmp_path / "runs" / name / "model.safetensors").exists() for name in "abc"] == [True, False, True]
+
+
+def test_a_signal_ahead_of_the_first_step_ends_all_of_several(train_main, photos, painting, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.yaml").write_text((REPOSITORY / "configs" / "smoke.yaml").read_text())
+    monkeypatch.setattr("fastnst.train.survey", lambda *_: signal.raise_signal(signal.SIGTERM))
+    arguments = ["--config", str(tmp_path / "a.yaml"), *QUICK[1:], "--content", str(photos), "--style", str(painting), "--run-dir", str(tmp_path / "runs")]
+    assert cli.run(train_main, arguments) == 143
+    printed = capsys.readouterr()
+    assert printed.out == "a: stopped\nsmoke: not begun\n" and printed.err.endswith("stopped\n")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_configs_of_one_name_are_refused(train_main, tmp_path, capsys):

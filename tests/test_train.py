@@ -315,6 +315,23 @@ def test_a_signal_to_the_process_group_costs_nothing_but_time(train_data, tmp_pa
     assert_same_run(tmp_path / "whole", run_dir)
 
 
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_ends_a_look_at_the_data(painting, tmp_path, number, exit_code):
+    (tmp_path / "many").mkdir()
+    synthetic_photo(1, 800, 600).save(tmp_path / "photo.jpg")
+    for index in range(6000):  # half a minute of decoding
+        (tmp_path / "many" / f"{index}.jpg").symlink_to(tmp_path / "photo.jpg")
+    command = [sys.executable, "-m", "fastnst", "train", "--config", "smoke", "--content", tmp_path / "many", "--style", painting, "--check-data", "--device", "cpu"]
+    with open(tmp_path / "output.txt", "w") as output, subprocess.Popen(list(map(str, command)), stdout=output, stderr=output) as process:
+        deadline = time.monotonic() + 60
+        while "photo" not in (tmp_path / "output.txt").read_text() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        code = process.wait(60)
+    text = (tmp_path / "output.txt").read_text()
+    assert code == exit_code and text.endswith("stopped\n") and "Traceback" not in text, text
+
+
 def test_the_same_seed_gives_the_same_network_and_another_seed_another(train_data, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         fit(train_data, tmp_path / name, train__steps=2, train__seed=seed)
