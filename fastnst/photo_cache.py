@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastnst.files import atomic_write, exclusive
-from fastnst.runtime import leave_signals_to_parent
+from fastnst.runtime import fed_by_processes, leave_signals_to_parent
 
 CACHE_NAME = "photos.cache"
 _TRAILER = struct.Struct("<Q16s")  # bytes of the index that stands before it, then what kind of file this is
@@ -130,7 +130,7 @@ def build_cache(
 
     ``limit_gb`` bounds all caches beside it together (none: a quarter of what is free on the disk): those least recently
     used are removed, and what does not fit then is not kept. Nothing is seen at ``path`` before the file is whole. Raises
-    ``OSError`` naming the file where it cannot be written.
+    ``OSError`` naming the file where it cannot be written, ``ChildProcessError`` where one of the ``workers`` was killed.
     """
     waiting = False
     while not should_stop():
@@ -164,7 +164,7 @@ def _build(path: Path, photos: list[Path], prepare: Prepare, limit_gb: float | N
     began = said = time.monotonic()
     written = 0
     try:
-        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        with fed_by_processes(), atomic_write(path) as temporary, open(temporary, "wb") as file:
             for place, (pixels, complaint) in enumerate(loader):
                 if should_stop():
                     raise _Stopped

@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -184,6 +184,18 @@ def leave_signals_to_parent(_worker: int = 0) -> None:
     """For loading processes: Ctrl-C and a terminated process group reach them too, and the parent needs them to save and end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def fed_by_processes() -> Iterator[None]:
+    """A block in which torch's loading processes work: of one that is killed torch tells by a ``RuntimeError`` anywhere in it, we by a ``ChildProcessError``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        advice = "the same command goes on from what was saved; lower data.workers"
+        raise ChildProcessError(f"a process that decodes photos was killed, perhaps as memory ran out; {advice}") from error
 
 
 @functools.cache

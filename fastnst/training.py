@@ -118,7 +118,7 @@ class Training:
         try:
             self._tell()
         finally:
-            self._loading.close()
+            self._loading.__exit__(*error)
 
     def say(self, message: str) -> None:
         self._report(TrainProgress(self.step, self.task.config.train.steps, message=message))

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import traceback
 from pathlib import Path
 
 from fastnst import cli
@@ -52,6 +53,11 @@ def main(argv=None) -> int:
                     codes[name] = 1 if isinstance(error, TrainingDiverged) else 2
                     if ranks.main:
                         cli.complain(f"{name}: " if several else "", error)
+                except Exception:
+                    if not several or ranks.size > 1:
+                        raise
+                    codes[name] = 2
+                    traceback.print_exc()
                 except KeyboardInterrupt:  # ahead of all that could be saved, or asked for twice
                     codes[name] = stop.exit_code or 130
                     print("stopped", file=sys.stderr)

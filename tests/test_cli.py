@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import signal
 import subprocess
 import sys
@@ -9,12 +10,13 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import REPOSITORY
 from PIL import Image
 
 import fastnst
-from fastnst import cli
+from fastnst import cli, data, task
 from fastnst.config import load_config
 from fastnst.train import TrainConfig
 
@@ -234,6 +236,43 @@ def test_a_signal_ahead_of_the_first_step_ends_all_of_several(train_main, photos
     printed = capsys.readouterr()
     assert printed.out == "a: stopped\nsmoke: not begun\n" and printed.err.endswith("stopped\n")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def two_configs(photos, painting, tmp_path) -> list[str]:
+    """The arguments of a training of ``a``, with decoding processes, and then ``b``, without."""
+    text = (REPOSITORY / "configs" / "smoke.yaml").read_text()
+    (tmp_path / "a.yaml").write_text(text.replace("workers: 0", "workers: 1"))
+    (tmp_path / "b.yaml").write_text(text)
+    return ["--config", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), *QUICK[2:], "--content", str(photos), "--style", str(painting), "--run-dir", str(tmp_path / "runs")]
+
+
+@pytest.mark.parametrize("cache", ["off", "kept"])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_decoding_process_that_is_killed_is_told_in_a_line_and_the_next_style_trained(train_main, two_configs, tmp_path, monkeypatch, capsys, cache):
+    decode = data.prepare
+
+    def run_out_of_memory(path, config):
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(path, config)
+
+    monkeypatch.setattr(data, "prepare", run_out_of_memory)
+    assert cli.run(train_main, [*two_configs, "--set", f"data.cache={cache if cache == 'off' else tmp_path / cache}"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.endswith("a: failed\nb: done\n")
+    errors = [line for line in printed.err.splitlines() if line.startswith("error:")]
+    assert errors == ["error: a: a process that decodes photos was killed, perhaps as memory ran out; the same command goes on from what was saved; lower data.workers"]
+    assert "Traceback" not in printed.err
+
+
+def test_our_own_mistake_in_one_of_several_is_shown_and_the_next_trained(train_main, two_configs, monkeypatch, capsys):
+    prepare = task.prepare
+    monkeypatch.setattr("fastnst.train.prepare", lambda config, *rest: prepare(config, *rest) if config.data.workers == 0 else [][0])
+    assert cli.run(train_main, two_configs) == 1
+    printed = capsys.readouterr()
+    assert printed.out.endswith("a: failed\nb: done\n")
+    assert "Traceback" in printed.err and "IndexError" in printed.err
 
 
 def test_configs_of_one_name_are_refused(train_main, tmp_path, capsys):
