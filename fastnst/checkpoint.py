@@ -96,15 +96,20 @@ def _replaced(state: Any, by: Iterator[Tensor]) -> Any:
 
 
 def save_training_state(
-    path: str | Path, learned: dict[str, Any], unreadable: dict[str, str], loss: dict[str, Any] | None = None, photos: tuple[int, str] | None = None
+    path: str | Path,
+    learned: dict[str, Any],
+    unreadable: dict[str, str],
+    loss: dict[str, Any] | None = None,
+    photos: tuple[int, str] | None = None,
+    style: str | None = None,
 ) -> None:
     """Write all that a run needs to go on exactly: what it has ``learned`` (``snapshot``), the unreadable photos met, the loss as calibrated,
-    and how many photos it learns from, with what tells these from others.
+    how many photos it learns from, with what tells these from others, and what tells its ``style`` image from another.
 
     There is no random state to keep: photo order and crops are functions of the seed and the step.
     """
     buffer = io.BytesIO()
-    torch.save(learned | {"unreadable": unreadable, "loss": loss, "photos": photos}, buffer)  # into a file it would raise no OSError where the disk is full
+    torch.save(learned | {"unreadable": unreadable, "loss": loss, "photos": photos, "style": style}, buffer)  # into a file it would raise no OSError where the disk is full
     with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 

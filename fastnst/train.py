@@ -27,7 +27,7 @@ from fastnst.ranks import Ranks
 from fastnst.run import CONFIG_NAME, check_space, find_run, hold
 from fastnst.runtime import resolve_precision
 from fastnst.survey import survey
-from fastnst.task import CUT_EVERY, Task, TrainConfig, check_same_photos, gradient_of, learn, prepare
+from fastnst.task import CUT_EVERY, Task, TrainConfig, check_same_photos, check_same_style, digest, gradient_of, learn, prepare
 from fastnst.training import Training, TrainingDiverged, TrainProgress
 from fastnst.watchdog import Watchdog
 
@@ -59,13 +59,15 @@ class TrainResult:
 
 def plan(config: TrainConfig, run_dir: Path, device: torch.device) -> str:
     """What ``train`` would do, in words, with the inputs looked at but nothing written or downloaded."""
-    step = load_training_state(run_dir / STATE_NAME)["step"] if find_run(config, run_dir, _may_change(config)) else 0
+    state = load_training_state(run_dir / STATE_NAME) if find_run(config, run_dir, _may_change(config)) else None
     style = load_image(config.style.image, config.style)
+    if state is not None:
+        check_same_style(config.style.image, digest(config.style.image), state)
     if config.loss.resolved_weights not in DOWNLOADS:
         load_loss_network(config.loss, config.loss.layers)
     with torch.device("meta"):
         network = TransformNetwork(config.network)
-    return _summary(config, run_dir, device, step, list_photos(config.data), style, network)
+    return _summary(config, run_dir, device, state["step"] if state else 0, list_photos(config.data), style, network)
 
 
 def check_data(config: TrainConfig, run_dir: Path, device: torch.device, report: Callable[[int, int], None] = lambda done, total: None) -> str:
@@ -107,6 +109,7 @@ def train(
         network, loss, optimizer = task.network, task.loss, make_optimizer(loop.optimizer, task.network)
         begun = snapshot(network, optimizer, 0, Watchdog().state())
         if state is not None:
+            check_same_style(config.style.image, task.style_digest, state)
             restore(run_dir / STATE_NAME, state, network, optimizer)
         elif ranks.main:
             check_space(run_dir, _bytes_to_save(task))

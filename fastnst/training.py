@@ -271,7 +271,7 @@ class Training:
 
     def _write_state(self, learned: dict[str, Any], unreadable: dict[str, str]) -> None:
         check_there(self.run_dir)
-        save_training_state(self.run_dir / STATE_NAME, learned, unreadable, self.task.loss.config.model_dump(), self.photos)
+        save_training_state(self.run_dir / STATE_NAME, learned, unreadable, self.task.loss.config.model_dump(), self.photos, self.task.style_digest)
 
     def _write_model(self, learned: dict[str, Any]) -> None:
         recipe = portable(self.task.config)

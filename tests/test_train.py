@@ -258,6 +258,28 @@ def test_any_other_change_of_a_run_is_refused(train_data, tmp_path, key, old, ne
     assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
 
 
+@pytest.mark.parametrize("look", ["train", "dry run"])
+def test_another_painting_of_the_same_name_is_refused(train_data, tmp_path, painting, look):
+    run_dir = tmp_path / "run"
+    fit(train_data, run_dir, stop_at=2)
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    config, first = validate_config(TrainConfig, train_data), painting.read_bytes()
+    synthetic_photo(3, 128, 96).save(painting)
+    with pytest.raises(ValueError, match=r"style\.image: .*painting\.png is another picture than when the run began; choose another --run-dir"):
+        train(config, run_dir) if look == "train" else fastnst.train.plan(config, run_dir, torch.device("cpu"))
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+    painting.write_bytes(first)
+    assert fit(train_data, run_dir).finished
+
+
+def test_a_state_of_an_older_version_that_does_not_tell_the_painting_resumes(train_data, tmp_path):
+    fit(train_data, tmp_path / "run", stop_at=2)
+    state = torch.load(tmp_path / "run" / "training_state.pt", weights_only=True)
+    del state["style"]
+    torch.save(state, tmp_path / "run" / "training_state.pt")
+    assert fit(train_data, tmp_path / "run").finished
+
+
 def test_a_model_without_training_state_is_never_overwritten(train_data, tmp_path):
     fit(train_data, tmp_path / "run", train__steps=2)
     (tmp_path / "run" / "training_state.pt").unlink()
