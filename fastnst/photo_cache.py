@@ -108,13 +108,13 @@ def read_cache(path: Path, count: int) -> PhotoCache | None:
             file.seek(end - length)
             index = json.loads(file.read(length))
         os.utime(path)  # used now: the least recently used gives way first
-    except (OSError, ValueError, struct.error):
+        sizes, unreadable = [tuple(size) if size else None for size in index["sizes"]], index["unreadable"]
+        offsets = [0, *np.cumsum([3 * size[0] * size[1] if size else 0 for size in sizes]).tolist()]
+    except (OSError, ValueError, LookupError, TypeError, struct.error):
         return None
-    sizes = [tuple(size) if size else None for size in index["sizes"]]
-    offsets = [0, *np.cumsum([3 * size[0] * size[1] if size else 0 for size in sizes]).tolist()]
     if len(sizes) != count or offsets[-1] != end - length:
         return None
-    return PhotoCache(path, offsets, sizes, index["unreadable"])
+    return PhotoCache(path, offsets, sizes, unreadable)
 
 
 def build_cache(
