@@ -2,8 +2,8 @@
 
 import hashlib
 import random
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -105,10 +105,11 @@ def prepare(config: TrainConfig, device: torch.device, ranks: Ranks) -> Task:
             "network.norm: batch norm needs the whole batch at once: set train.accumulate=1 and, on the CPU, start one process; or set network.norm=instance"
         )
     photos = list_photos(config.data)
-    style = load_image(config.style.image, config.style).to(device)
+    with as_large_as_fits(config.style, device):
+        style = load_image(config.style.image, config.style).to(device)
+        loss_network = load_loss_network(config.loss, config.loss.layers).to(device, memory_format=layout)
+        loss = PerceptualLoss(loss_network, config.loss, style)
     style_digest = digest(config.style.image)
-    loss_network = load_loss_network(config.loss, config.loss.layers).to(device, memory_format=layout)
-    loss = PerceptualLoss(loss_network, config.loss, style)
     validation, unreadable = torch.empty(0), []
     if ranks.main:
         validation, unreadable = load_validation(photos.validation, config.data)
@@ -121,6 +122,20 @@ def prepare(config: TrainConfig, device: torch.device, ranks: Ranks) -> Task:
     network.to(device, memory_format=layout)
     gradient = gradient_of(Objective(network, loss, resolve_precision(loop.precision, device)), loop, ranks)
     return Task(config, device, ranks, photos, style, style_digest, loss, network, gradient, validation, {message: "validation" for message in unreadable})
+
+
+@contextmanager
+def as_large_as_fits(style: StyleConfig, device: torch.device) -> Iterator[None]:
+    """Around work on the painting: memory that runs out is a ``ValueError`` naming the key that makes it so large."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        key = "short_side" if style.short_side else "long_side"
+        raise ValueError(
+            f"style.{key}: got {getattr(style, key)}, at which {style.image} does not fit in the memory of {device.type}; set it lower, 512 is the default"
+        ) from error
 
 
 def gradient_of(objective: Objective, loop: LoopConfig, ranks: Ranks, say: Callable[[str], None] = lambda message: None) -> Gradient:

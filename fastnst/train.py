@@ -27,7 +27,7 @@ from fastnst.ranks import Ranks
 from fastnst.run import CONFIG_NAME, check_space, find_run, hold
 from fastnst.runtime import resolve_precision
 from fastnst.survey import survey
-from fastnst.task import CUT_EVERY, Task, TrainConfig, check_same_photos, check_same_style, digest, gradient_of, learn, prepare
+from fastnst.task import CUT_EVERY, Task, TrainConfig, as_large_as_fits, check_same_photos, check_same_style, digest, gradient_of, learn, prepare
 from fastnst.training import Training, TrainingDiverged, TrainProgress
 from fastnst.watchdog import Watchdog
 
@@ -60,7 +60,8 @@ class TrainResult:
 def plan(config: TrainConfig, run_dir: Path, device: torch.device) -> str:
     """What ``train`` would do, in words, with the inputs looked at but nothing written or downloaded."""
     state = load_training_state(run_dir / STATE_NAME) if find_run(config, run_dir, _may_change(config)) else None
-    style = load_image(config.style.image, config.style)
+    with as_large_as_fits(config.style, device):
+        style = load_image(config.style.image, config.style)
     if state is not None:
         check_same_style(config.style.image, digest(config.style.image), state)
     if config.loss.resolved_weights not in DOWNLOADS:

@@ -212,6 +212,20 @@ def test_a_diverging_training_ends_with_one_line_and_exit_code_1(train_main, pho
     assert len(errors) == 1 and "not finite" in errors[0] and "train.learning_rate" in errors[0]
 
 
+@pytest.mark.parametrize("where, more", [("PerceptualLoss", []), ("load_image", []), ("load_image", ["--dry-run"])], ids=["its features", "its pixels", "a dry run"])
+@pytest.mark.parametrize("key, size", [("long_side", 65535), ("short_side", 8000)])
+def test_a_painting_too_large_for_the_memory_names_its_size(train_main, photos, painting, monkeypatch, capsys, where, more, key, size):
+    def exhausted(*_):
+        raise RuntimeError('[enforce fail at alloc_cpu.cpp:126] data. DefaultCPUAllocator: not enough memory: you tried to allocate 824633720832 bytes.')
+
+    for module in ("fastnst.task", "fastnst.train"):
+        monkeypatch.setattr(f"{module}.{where}", exhausted, raising=False)
+    other = "short_side" if key == "long_side" else "long_side"
+    given = [*QUICK, "--content", str(photos), "--style", str(painting), "--set", f"style.{key}={size}", "--set", f"style.{other}=null", *more]
+    assert cli.run(train_main, given) == 2
+    assert capsys.readouterr().err == f"error: style.{key}: got {size}, at which {painting} does not fit in the memory of cpu; set it lower, 512 is the default\n"
+
+
 # Several configs
 
 
