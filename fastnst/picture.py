@@ -6,6 +6,7 @@ palette, gray and CMYK read right.
 
 import io
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ from fastnst.files import atomic_write
 
 READABLE = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 WRITABLE = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+MOST_PIXELS = 2**29  # of a picture: 1.6 GB in 8 bits; strips take so many
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow warns of more, which is no concern of the user's, and refuses twice as many
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _WITH_ALPHA = (".png", ".webp", ".tif", ".tiff")
 
 
@@ -61,6 +65,8 @@ def open_rgb(path: str | Path, at_least: int | None = None) -> tuple[Image.Image
         raise FileNotFoundError(f"no image file at {path}") from None
     except UnidentifiedImageError:
         raise OSError(f"{path}: {_why_unreadable(path)}") from None
+    except Image.DecompressionBombError:
+        raise OSError(f"{path}: more than {MOST_PIXELS // 10**6} megapixels; make it smaller") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... for damaged files
         raise OSError(f"{path}: damaged or unsupported image ({error})") from error
     try:

@@ -2,6 +2,9 @@
 
 import os
 import struct
+import subprocess
+import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -213,6 +216,26 @@ def test_no_picture_at_all_is_named(tmp_path, data, reason):
     path.write_bytes(data)
     with pytest.raises(OSError, match=f"notes\\.jpg: .*{reason}"):
         open_rgb(path)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """What says the size of a picture, and no pixels."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks)
+
+
+def test_a_picture_of_too_many_pixels_is_told_so(tmp_path):
+    (tmp_path / "a.png").write_bytes(png_header(30_000, 20_000))
+    with pytest.raises(OSError, match=r"a\.png: more than 536 megapixels; make it smaller$"):
+        open_rgb(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("height", [9_500, 23_000])  # 95 and 230 megapixels: Pillow warns of the one and refuses the other
+def test_large_pictures_are_opened_without_a_warning(tmp_path, height):
+    (tmp_path / "a.png").write_bytes(png_header(10_000, height))
+    looking = f"import fastnst.picture; from PIL import Image; print(Image.open({str(tmp_path / 'a.png')!r}).size)"
+    done = subprocess.run([sys.executable, "-c", looking], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"(10000, {height})\n", "")
 
 
 def test_missing_file_is_named(tmp_path):
