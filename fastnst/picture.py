@@ -148,7 +148,10 @@ def check_writable(path: Path) -> None:
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """Every file below ``folder`` with an image suffix, sorted by name; hidden files and folders are passed over."""
+    """Every file below ``folder`` with an image suffix, sorted by name; hidden files and folders are passed over, and pipes, which nobody may be writing to.
+
+    A broken link is one of them: who reads it is told.
+    """
     found, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(root) in seen:  # a link back to a folder above
@@ -156,7 +159,8 @@ def find_images(folder: str | Path) -> list[Path]:
             continue
         seen.add(os.path.realpath(root))
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(root, name) for name in names if not name.startswith(".") and name.lower().endswith(READABLE)]
+        pictures = [Path(root, name) for name in names if not name.startswith(".") and name.lower().endswith(READABLE)]
+        found += [path for path in pictures if os.path.isfile(path) or not os.path.exists(path)]
     return sorted(found)
 
 

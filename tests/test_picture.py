@@ -353,6 +353,15 @@ def test_find_images_survives_a_link_to_a_folder_above(tmp_path):
     assert len(find_images(tmp_path)) == 1
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes in folders")
+def test_find_images_passes_over_pipes_but_not_broken_links(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for name, target in (("b.jpg", "a.jpg"), ("broken.jpg", "gone.jpg"), ("to_pipe.jpg", "pipe.jpg")):
+        (tmp_path / name).symlink_to(target)
+    assert [path.name for path in find_images(tmp_path)] == ["a.jpg", "b.jpg", "broken.jpg"]
+
+
 def test_count_kinds(tmp_path):
     assert count_kinds(tmp_path) == "no files"
     for name in ("a.txt", "b.TXT", "c.json", "README"):
