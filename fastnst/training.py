@@ -296,4 +296,4 @@ def _holds_model_of(run_dir: Path, step: int) -> bool:
 def _given_up(trouble: Trouble, watchdog: Watchdog, good_step: int, allowed: int) -> str:
     tried = f" {watchdog.rollbacks} rollbacks with lower rates, the last {watchdog.rate:.2g} of the schedule's, did not help." if watchdog.rollbacks else ""
     intact = f"What was saved before, at step {good_step}, is intact." if good_step else "No good step was saved."
-    return f"{trouble.what}.{tried} {intact} What to change: {trouble.advice}; or allow more than train.rollbacks={allowed}"
+    return f"{trouble.what}.{tried} {intact} What to change, with another --run-dir: {trouble.advice}; or allow more than train.rollbacks={allowed}"

@@ -209,7 +209,8 @@ def test_a_diverging_training_ends_with_one_line_and_exit_code_1(train_main, pho
     arguments = [*QUICK, "--content", str(photos), "--style", str(painting), "--run-dir", str(tmp_path / "run")]
     assert cli.run(train_main, [*arguments, "--set", "train.learning_rate.initial=1e30"]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "not finite" in errors[0] and "train.learning_rate" in errors[0]
+    assert len(errors) == 1 and "not finite" in errors[0] and "What to change, with another --run-dir: lower train.learning_rate" in errors[0]
+    assert cli.run(train_main, [*arguments[:-1], str(tmp_path / "another"), "--set", "train.learning_rate.initial=1e-3"]) == 0
 
 
 @pytest.mark.parametrize("where, more", [("PerceptualLoss", []), ("load_image", []), ("load_image", ["--dry-run"])], ids=["its features", "its pixels", "a dry run"])
