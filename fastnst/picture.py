@@ -52,6 +52,8 @@ def open_rgb(path: str | Path, at_least: int | None = None) -> tuple[Image.Image
     Raises ``FileNotFoundError``, or ``OSError`` naming the file and what is wrong with it.
     """
     path = Path(path)
+    if path.is_dir() and not os.access(path, os.R_OK):
+        raise PermissionError(f"{path}: no permission to look into the folder")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, need an image file")
     try:
@@ -65,6 +67,8 @@ def open_rgb(path: str | Path, at_least: int | None = None) -> tuple[Image.Image
         raise FileNotFoundError(f"no image file at {path}") from None
     except UnidentifiedImageError:
         raise OSError(f"{path}: {_why_unreadable(path)}") from None
+    except PermissionError:
+        raise PermissionError(f"{path}: no permission to read it") from None
     except Image.DecompressionBombError:
         raise OSError(f"{path}: more than {MOST_PIXELS // 10**6} megapixels; make it smaller") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... for damaged files
@@ -150,10 +154,17 @@ def check_writable(path: Path) -> None:
 def find_images(folder: str | Path) -> list[Path]:
     """Every file below ``folder`` with an image suffix, sorted by name; hidden files and folders are passed over, and pipes, which nobody may be writing to.
 
-    A broken link is one of them: who reads it is told.
+    A broken link is one of them, and a folder below that may not be looked into: who reads it is told. Raises ``PermissionError`` where ``folder`` is one.
     """
     found, seen = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+
+    def keep(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            if Path(error.filename) == Path(folder):
+                raise PermissionError(f"{folder}: no permission to look into the folder")
+            found.append(Path(error.filename))
+
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=keep):
         if os.path.realpath(root) in seen:  # a link back to a folder above
             folders.clear()
             continue

@@ -362,6 +362,37 @@ def test_find_images_passes_over_pipes_but_not_broken_links(tmp_path):
     assert [path.name for path in find_images(tmp_path)] == ["a.jpg", "b.jpg", "broken.jpg"]
 
 
+@pytest.fixture
+def forbidden(tmp_path, monkeypatch):
+    """``sub``, a folder beside ``a.jpg``, and ``b.jpg``, a file, without permission: to root, too."""
+    for name in ("a.jpg", "b.jpg", "sub/c.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        synthetic_photo(1).save(tmp_path / name)
+
+    def unless_forbidden(act):
+        def attempt(path, *args, **kwargs):
+            if str(path).endswith(("sub", "b.jpg")):
+                raise PermissionError(13, "Permission denied", str(path))
+            return act(path, *args, **kwargs)
+
+        return attempt
+
+    monkeypatch.setattr(os, "scandir", unless_forbidden(os.scandir))
+    monkeypatch.setattr(os, "access", lambda path, _: not str(path).endswith("sub"))
+    monkeypatch.setattr("fastnst.picture.open", unless_forbidden(open), raising=False)
+    return tmp_path
+
+
+def test_what_may_not_be_read_is_found_and_named(forbidden):
+    found = find_images(forbidden)
+    assert [path.name for path in found] == ["a.jpg", "b.jpg", "sub"]
+    with pytest.raises(PermissionError, match=r"b\.jpg: no permission to read it"):
+        open_rgb(found[1])
+    for act in (open_rgb, find_images):
+        with pytest.raises(PermissionError, match="sub: no permission to look into the folder"):
+            act(found[2])
+
+
 def test_count_kinds(tmp_path):
     assert count_kinds(tmp_path) == "no files"
     for name in ("a.txt", "b.TXT", "c.json", "README"):
