@@ -37,6 +37,13 @@ class Config(BaseModel):
             raise ValueError(f"got {value!r}, need no true or false")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_null_character(cls, value: Any) -> Any:
+        if isinstance(value, str) and "\0" in value:  # no name of a file may hold one, and Python would not say which key does
+            raise ValueError(f"got {value!r}, need no null character")
+        return value
+
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 

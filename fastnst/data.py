@@ -46,7 +46,7 @@ class DataConfig(Config):
     validation_photos: int = Field(16, ge=1, le=100_000)
     crop_size: int = Field(256, ge=16, le=8192)
     crop: Literal["random", "center", "squash"] = "random"
-    min_scale: float = Field(0.5, gt=0, le=1)
+    min_scale: float = Field(0.5, ge=0.001, le=1)
     flip: bool = True
     shuffle: bool = True
     workers: int | None = Field(None, ge=0, le=1024, description="decoding processes; none: one fewer than the cores, 1 to 8, but a thread where all crops are kept whole (cache, crop other than random)")

@@ -106,6 +106,7 @@ def test_every_complaint_is_told_at_once():
     [
         ("inner: {width: 0}", r"inner\.width: got 0, need greater than or equal to 1"),
         ("inner: {width: wide}", r"inner\.width: got 'wide'"),
+        ('path: "a\\0b"', r"path: got 'a\\x00b', need no null character"),
         ("inner: {kind: c}", r"inner\.kind: got 'c', need 'a' or 'b'"),
         ("inner: 3", r"inner: got 3, need `key: value` lines"),
         ("name: [1]", r"name: got \[1\]"),
