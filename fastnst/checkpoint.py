@@ -4,6 +4,7 @@ Both are written atomically and read without executing code.
 """
 
 import io
+import pickle
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,8 +126,8 @@ def load_training_state(path: str | Path, device: torch.device | str = "cpu") ->
         if wrong:
             raise ValueError(f"no usable {', '.join(wrong)}")
     except Exception as error:  # torch raises many kinds for damaged files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: damaged or not a training state ({reason}); choose another --run-dir") from error
+        why = "" if isinstance(error, pickle.UnpicklingError) else f" ({(str(error) or type(error).__name__).splitlines()[0]})"  # torch then advises to load it as code
+        raise ValueError(f"{path}: damaged or not a training state{why}; choose another --run-dir") from error
     return state
 
 
