@@ -218,8 +218,12 @@ def _summary(
     held = f"{len(photos.validation)} held out for validation" if photos.held_out else "too few to hold any out: validation uses training photos"
     where = f"{device.type}, {ranks.size} ranks," if ranks.size > 1 else device.type
     precision = str(resolve_precision(config.train.precision, device)).removeprefix("torch.")
+    if step >= config.train.steps:
+        begin = f"{run_dir} is finished already, at step {step:,} where {config.train.steps:,} are asked for,"
+    else:
+        begin = f"{'resume' if step else 'train'} {run_dir} at step {step:,} of {config.train.steps:,}"
     return (
-        f"{'resume' if step else 'train'} {run_dir} at step {step:,} of {config.train.steps:,} on {where} in {precision}\n"
+        f"{begin} on {where} in {precision}\n"
         f"photos: {len(photos.train):,} to train on, each seen {config.train.steps * config.train.batch_size / len(photos.train):.3g} times; {held}\n"
         f"style: {config.style.image} at {style.shape[3]}x{style.shape[2]}; loss network: {config.loss.network}, weights {config.loss.resolved_weights}\n"
         f"network: {sum(parameter.numel() for parameter in network.parameters()):,} parameters\n"

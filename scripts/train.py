@@ -124,8 +124,13 @@ def _summary(config, run_dir, result) -> str:
     if not result.finished:
         where = f"saved in {run_dir}; the same command goes on from there" if result.step else "before the first: nothing to save"
         return "\n".join([*unreadable, f"stopped at step {result.step:,} of {config.train.steps:,}, {where}"])
-    speed = f"{result.photos_per_second:.1f} photos/s, {result.waiting:.0%} of the time waiting for photos"
-    lines = [f"done: {result.step:,} steps, {result.seconds:.0f} s in this run, {speed}"]
+    if result.photos_per_second:
+        speed = f"{result.photos_per_second:.1f} photos/s, {result.waiting:.0%} of the time waiting for photos"
+        lines = [f"done: {result.step:,} steps, {result.seconds:.0f} s in this run, {speed}"]
+    else:
+        cosine = config.train.learning_rate.decay == "cosine"  # every rate depends on how many steps there are
+        more = "a longer one, as its rate is a cosine, needs another --run-dir" if cosine else "--set train.steps=N with more of them prolongs it"
+        lines = [f"finished already, at step {result.step:,}; {more}"]
     for what, terms in (("loss", result.losses), ("validation", result.validation)):
         shown = [f"{name.removeprefix(f'{what}/')} {value:.4g}" for name, value in terms.items() if name.startswith(f"{what}/")]
         lines += [f"{what}: {'  '.join(shown)}"] if shown else []

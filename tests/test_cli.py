@@ -304,6 +304,20 @@ def test_the_end_of_a_training_is_summed_up(train_main, photos, painting, tmp_pa
     assert f"model: {tmp_path / 'run' / 'model.safetensors'}, of step 4, the best on validation" in printed and "fastnst stylize --model" in printed
 
 
+@pytest.mark.parametrize(
+    "decay, asked, advice",
+    [("constant", 4, "--set train.steps=N with more of them prolongs it"), ("constant", 2, "--set train.steps=N with more"), ("cosine", 4, "a longer one, as its rate is a cosine, needs another --run-dir")],
+)
+def test_a_finished_run_is_said_to_be(train_main, photos, painting, tmp_path, capsys, decay, asked, advice):
+    arguments = [*QUICK, "--content", str(photos), "--style", str(painting), "--run-dir", str(tmp_path / "run"), "--set", f"train.learning_rate.decay={decay}"]
+    assert cli.run(train_main, arguments) == 0
+    capsys.readouterr()
+    assert cli.run(train_main, [*arguments, "--set", f"train.steps={asked}"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"finished already, at step 4; {advice}") and "\nmodel: " in printed.out and "photos/s" not in printed.out
+    assert f"run is finished already, at step 4 where {asked} are asked for, on cpu" in printed.err and "resume" not in printed.err
+
+
 def test_check_data_tells_and_writes_nothing(train_main, photos, painting, tmp_path, capsys):
     arguments = [*QUICK, "--content", str(photos), "--style", str(painting), "--run-dir", str(tmp_path / "run"), "--check-data"]
     assert cli.run(train_main, arguments) == 0
@@ -333,8 +347,8 @@ def test_a_dry_run_tells_where_a_run_would_resume(train_main, photos, painting, 
     assert cli.run(train_main, arguments) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     capsys.readouterr()
-    assert cli.run(train_main, [*arguments, "--dry-run"]) == 0
-    assert "resume" in (printed := capsys.readouterr().out) and "at step 4 of 4" in printed
+    assert cli.run(train_main, [*arguments, "--set", "train.steps=6", "--dry-run"]) == 0
+    assert "resume" in (printed := capsys.readouterr().out) and "at step 4 of 6" in printed
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
