@@ -129,7 +129,7 @@ def test_inputs_may_have_names_that_mean_something_in_yaml(train_main, photos, p
         (["--config", "wvae"], ["wvae", "wave", "johnson"]),
         (["--config", "nowhere/wave.yaml"], ["nowhere/wave.yaml"]),
         (["--config", "smoke", "--set", "train.step=3"], ["train.step", "train.steps"]),
-        (["--config", "smoke", "--set", "train.steps=many"], ["train.steps", "many"]),
+        (["--config", "smoke", "--set", "train.steps=many"], ["error: --set train.steps: got 'many'"]),
         (["--config", "smoke", "--set", "train.steps"], ["key=value"]),
         (["--config", "smoke", "--set", "loss.content_layers.relu9_9=1"], ["relu9_9"]),
         (["--config", "smoke", "--device", "toaster"], ["toaster"]),

@@ -218,6 +218,13 @@ def test_bad_set_names_the_key(override, complaint):
         parse_config(Outer, "", [override])
 
 
+def test_a_wrong_value_is_blamed_on_what_gave_it():
+    with pytest.raises(ConfigError) as raised:
+        parse_config(Outer, "flip: 17\ninner: {rate: many}", ["inner.width=wide", "inner.layers.relu1_2=b", "name=x"], source="my.yaml")
+    blamed = [line.split(": got")[0] for line in str(raised.value).splitlines()]
+    assert blamed == ["my.yaml: flip", "--set inner.width", "my.yaml: inner.rate", "--set inner.layers.relu1_2"]
+
+
 def test_yaml_round_trip():
     text = "name: 'no'\nflip: false\npath: some where/é\ninner: {width: 3, rate: 1e-7, kind: b, layers: {features.3: 0.5}}"
     config = parse_config(Outer, text)
