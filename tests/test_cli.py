@@ -259,7 +259,8 @@ def two_configs(photos, painting, tmp_path) -> list[str]:
     text = (REPOSITORY / "configs" / "smoke.yaml").read_text()
     (tmp_path / "a.yaml").write_text(text.replace("workers: 0", "workers: 1"))
     (tmp_path / "b.yaml").write_text(text)
-    return ["--config", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), *QUICK[2:], "--content", str(photos), "--style", str(painting), "--run-dir", str(tmp_path / "runs")]
+    inputs = ["--content", str(photos), "--style", str(painting), "--run-dir", str(tmp_path / "runs")]
+    return ["--config", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), *QUICK[2:], *inputs]
 
 
 @pytest.mark.parametrize("cache", ["off", "kept"])
@@ -306,7 +307,11 @@ def test_the_end_of_a_training_is_summed_up(train_main, photos, painting, tmp_pa
 
 @pytest.mark.parametrize(
     "decay, asked, advice",
-    [("constant", 4, "--set train.steps=N with more of them prolongs it"), ("constant", 2, "--set train.steps=N with more"), ("cosine", 4, "a longer one, as its rate is a cosine, needs another --run-dir")],
+    [
+        ("constant", 4, "--set train.steps=N with more of them prolongs it"),
+        ("constant", 2, "--set train.steps=N with more of them prolongs it"),
+        ("cosine", 4, "a longer one, as its rate is a cosine, needs another --run-dir"),
+    ],
 )
 def test_a_finished_run_is_said_to_be(train_main, photos, painting, tmp_path, capsys, decay, asked, advice):
     arguments = [*QUICK, "--content", str(photos), "--style", str(painting), "--run-dir", str(tmp_path / "run"), "--set", f"train.learning_rate.decay={decay}"]
