@@ -4,6 +4,7 @@ Both are written atomically and read without executing code.
 """
 
 import io
+import pickle
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,15 +97,20 @@ def _replaced(state: Any, by: Iterator[Tensor]) -> Any:
 
 
 def save_training_state(
-    path: str | Path, learned: dict[str, Any], unreadable: dict[str, str], loss: dict[str, Any] | None = None, photos: tuple[int, str] | None = None
+    path: str | Path,
+    learned: dict[str, Any],
+    unreadable: dict[str, str],
+    loss: dict[str, Any] | None = None,
+    photos: tuple[int, str] | None = None,
+    style: str | None = None,
 ) -> None:
     """Write all that a run needs to go on exactly: what it has ``learned`` (``snapshot``), the unreadable photos met, the loss as calibrated,
-    and how many photos it learns from, with what tells these from others.
+    how many photos it learns from, with what tells these from others, and what tells its ``style`` image from another.
 
     There is no random state to keep: photo order and crops are functions of the seed and the step.
     """
     buffer = io.BytesIO()
-    torch.save(learned | {"unreadable": unreadable, "loss": loss, "photos": photos}, buffer)  # into a file it would raise no OSError where the disk is full
+    torch.save(learned | {"unreadable": unreadable, "loss": loss, "photos": photos, "style": style}, buffer)  # into a file it would raise no OSError where the disk is full
     with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
@@ -120,8 +126,8 @@ def load_training_state(path: str | Path, device: torch.device | str = "cpu") ->
         if wrong:
             raise ValueError(f"no usable {', '.join(wrong)}")
     except Exception as error:  # torch raises many kinds for damaged files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: damaged or not a training state ({reason}); choose another --run-dir") from error
+        why = "" if isinstance(error, pickle.UnpicklingError) else f" ({(str(error) or type(error).__name__).splitlines()[0]})"  # torch then advises to load it as code
+        raise ValueError(f"{path}: damaged or not a training state{why}; choose another --run-dir") from error
     return state
 
 

@@ -59,9 +59,9 @@ def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | No
     """
     try:
         return command(argv)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped", file=sys.stderr)
-        return 130
+        return stop.args[0] if stop.args else 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -37,6 +37,13 @@ class Config(BaseModel):
             raise ValueError(f"got {value!r}, need no true or false")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_null_character(cls, value: Any) -> Any:
+        if isinstance(value, str) and "\0" in value:  # no name of a file may hold one, and Python would not say which key does
+            raise ValueError(f"got {value!r}, need no null character")
+        return value
+
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -82,8 +89,9 @@ def load_config(model: type[ConfigT], path: str | Path, overrides: Iterable[str]
 
 
 def parse_config(model: type[ConfigT], text: str, overrides: Iterable[str] = (), source: str = "config") -> ConfigT:
-    """Validate YAML ``text`` as ``model``; ``source`` names it in complaints."""
-    return validate_config(model, parse_data(model, text, overrides, source), source)
+    """Validate YAML ``text`` as ``model``; ``source`` names it in complaints, but for keys that ``overrides`` set."""
+    overrides = list(overrides)
+    return validate_config(model, parse_data(model, text, overrides, source), source, [override.partition("=")[0].strip() for override in overrides])
 
 
 def parse_data(model: type[Config], text: str, overrides: Iterable[str] = (), source: str = "config") -> dict:
@@ -98,13 +106,14 @@ def parse_data(model: type[Config], text: str, overrides: Iterable[str] = (), so
     return data
 
 
-def validate_config(model: type[ConfigT], data: dict, source: str = "config") -> ConfigT:
-    """Validate a plain dict as ``model``; raises ``ConfigError`` with one line for each complaint."""
+def validate_config(model: type[ConfigT], data: dict, source: str = "config", overridden: Iterable[str] = ()) -> ConfigT:
+    """Validate a plain dict as ``model``; raises ``ConfigError`` with one line for each complaint, about --set where a key is ``overridden``, else about ``source``."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
         complaints = _complaints(model, error.errors())
-        raise ConfigError("\n".join(f"{source}: {complaint}" for complaint in complaints)) from None
+        by_set = tuple(f"{key}{end}" for key in overridden for end in ":.")
+        raise ConfigError("\n".join(f"--set {complaint}" if complaint.startswith(by_set) else f"{source}: {complaint}" for complaint in complaints)) from None
 
 
 def to_yaml(config: Config) -> str:

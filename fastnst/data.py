@@ -26,7 +26,7 @@ from fastnst.background import read_ahead
 from fastnst.config import Config
 from fastnst.photo_cache import PhotoCache, build_cache, cache_path, default_root, read_cache
 from fastnst.picture import READABLE, count_kinds, find_images, open_rgb
-from fastnst.runtime import leave_signals_to_parent
+from fastnst.runtime import fed_by_processes, leave_signals_to_parent
 
 _WORTH_SHRINKING = 0.75  # scaling by less spares few bytes, and costs time and sharpness
 
@@ -46,7 +46,7 @@ class DataConfig(Config):
     validation_photos: int = Field(16, ge=1, le=100_000)
     crop_size: int = Field(256, ge=16, le=8192)
     crop: Literal["random", "center", "squash"] = "random"
-    min_scale: float = Field(0.5, gt=0, le=1)
+    min_scale: float = Field(0.5, ge=0.001, le=1)
     flip: bool = True
     shuffle: bool = True
     workers: int | None = Field(None, ge=0, le=1024, description="decoding processes; none: one fewer than the cores, 1 to 8, but a thread where all crops are kept whole (cache, crop other than random)")
@@ -162,6 +162,8 @@ def keep_photos(
         workers = min(16, torch.get_num_threads()) if config.workers is None else config.workers
         try:
             cache = build_cache(path, photos, partial(prepare, config=config), config.cache_gb, workers, say, should_stop)
+        except ChildProcessError:  # without a cache there are such processes, too
+            raise
         except OSError as error:
             if not auto:
                 raise OSError(f"data.cache: {error}; give another folder, or off") from error
@@ -205,7 +207,8 @@ def training_batches(
     """``steps`` batches ``(uint8 (N, 3, S, S), complaints)`` from position ``start`` on, loaded ahead by workers, processes or a thread; on ``device``, where it is a GPU's.
 
     Of ``ranks`` processes each gets its part of every batch, of equal size or one photo more.
-    Leaving the context ends the workers, whatever happened inside. Raises ``OSError`` where no photo can be read.
+    Leaving the context ends the workers, whatever happened inside. Raises ``OSError`` where no photo can be read, ``ChildProcessError``
+    out of the context where a worker was killed.
     """
     workers = default_workers() if stream.config.workers is None else stream.config.workers
     by_thread = stream.config.workers is None and stream.config.crop != "random" and stream.cache is not None and stream.cache.kept == len(stream.photos)
@@ -229,7 +232,8 @@ def training_batches(
 
     made = read_ahead(batches(), "reading photos", ahead=4) if by_thread else batches()
     try:
-        yield _copied_ahead(made, device) if device.type == "cuda" else made
+        with fed_by_processes():
+            yield _copied_ahead(made, device) if device.type == "cuda" else made
     finally:
         made.close()
         if hasattr(loader, "_shutdown_workers"):  # else an exception that holds the loader leaves them waiting forever

@@ -297,7 +297,8 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], Triple | None, Triple | 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged or unsafe files
-        raise ValueError(f"{path}: not a state dict of tensors, or damaged ({first_line(error)}); whole pickled modules are not loaded") from error
+        why = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"  # torch then advises to load it as code
+        raise ValueError(f"loss.weights: {path} is not a state dict of tensors, or damaged{why}; need a .pth or .safetensors file, whole pickled modules are not loaded") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

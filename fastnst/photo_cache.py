@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastnst.files import atomic_write, exclusive
-from fastnst.runtime import leave_signals_to_parent
+from fastnst.runtime import fed_by_processes, leave_signals_to_parent
 
 CACHE_NAME = "photos.cache"
 _TRAILER = struct.Struct("<Q16s")  # bytes of the index that stands before it, then what kind of file this is
@@ -108,13 +108,13 @@ def read_cache(path: Path, count: int) -> PhotoCache | None:
             file.seek(end - length)
             index = json.loads(file.read(length))
         os.utime(path)  # used now: the least recently used gives way first
-    except (OSError, ValueError, struct.error):
+        sizes, unreadable = [tuple(size) if size else None for size in index["sizes"]], index["unreadable"]
+        offsets = [0, *np.cumsum([3 * size[0] * size[1] if size else 0 for size in sizes]).tolist()]
+    except (OSError, ValueError, LookupError, TypeError, struct.error):
         return None
-    sizes = [tuple(size) if size else None for size in index["sizes"]]
-    offsets = [0, *np.cumsum([3 * size[0] * size[1] if size else 0 for size in sizes]).tolist()]
     if len(sizes) != count or offsets[-1] != end - length:
         return None
-    return PhotoCache(path, offsets, sizes, index["unreadable"])
+    return PhotoCache(path, offsets, sizes, unreadable)
 
 
 def build_cache(
@@ -130,7 +130,7 @@ def build_cache(
 
     ``limit_gb`` bounds all caches beside it together (none: a quarter of what is free on the disk): those least recently
     used are removed, and what does not fit then is not kept. Nothing is seen at ``path`` before the file is whole. Raises
-    ``OSError`` naming the file where it cannot be written.
+    ``OSError`` naming the file where it cannot be written, ``ChildProcessError`` where one of the ``workers`` was killed.
     """
     waiting = False
     while not should_stop():
@@ -164,7 +164,7 @@ def _build(path: Path, photos: list[Path], prepare: Prepare, limit_gb: float | N
     began = said = time.monotonic()
     written = 0
     try:
-        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        with fed_by_processes(), atomic_write(path) as temporary, open(temporary, "wb") as file:
             for place, (pixels, complaint) in enumerate(loader):
                 if should_stop():
                     raise _Stopped

@@ -6,6 +6,7 @@ palette, gray and CMYK read right.
 
 import io
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ from fastnst.files import atomic_write
 
 READABLE = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 WRITABLE = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+MOST_PIXELS = 2**29  # of a picture: 1.6 GB in 8 bits; strips take so many
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow warns of more, which is no concern of the user's, and refuses twice as many
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _WITH_ALPHA = (".png", ".webp", ".tif", ".tiff")
 
 
@@ -48,6 +52,8 @@ def open_rgb(path: str | Path, at_least: int | None = None) -> tuple[Image.Image
     Raises ``FileNotFoundError``, or ``OSError`` naming the file and what is wrong with it.
     """
     path = Path(path)
+    if path.is_dir() and not os.access(path, os.R_OK):
+        raise PermissionError(f"{path}: no permission to look into the folder")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, need an image file")
     try:
@@ -61,6 +67,10 @@ def open_rgb(path: str | Path, at_least: int | None = None) -> tuple[Image.Image
         raise FileNotFoundError(f"no image file at {path}") from None
     except UnidentifiedImageError:
         raise OSError(f"{path}: {_why_unreadable(path)}") from None
+    except PermissionError:
+        raise PermissionError(f"{path}: no permission to read it") from None
+    except Image.DecompressionBombError:
+        raise OSError(f"{path}: more than {MOST_PIXELS // 10**6} megapixels; make it smaller") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... for damaged files
         raise OSError(f"{path}: damaged or unsupported image ({error})") from error
     try:
@@ -142,15 +152,26 @@ def check_writable(path: Path) -> None:
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """Every file below ``folder`` with an image suffix, sorted by name; hidden files and folders are passed over."""
+    """Every file below ``folder`` with an image suffix, sorted by name; hidden files and folders are passed over, and pipes, which nobody may be writing to.
+
+    A broken link is one of them, and a folder below that may not be looked into: who reads it is told. Raises ``PermissionError`` where ``folder`` is one.
+    """
     found, seen = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+
+    def keep(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            if Path(error.filename) == Path(folder):
+                raise PermissionError(f"{folder}: no permission to look into the folder")
+            found.append(Path(error.filename))
+
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=keep):
         if os.path.realpath(root) in seen:  # a link back to a folder above
             folders.clear()
             continue
         seen.add(os.path.realpath(root))
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(root, name) for name in names if not name.startswith(".") and name.lower().endswith(READABLE)]
+        pictures = [Path(root, name) for name in names if not name.startswith(".") and name.lower().endswith(READABLE)]
+        found += [path for path in pictures if os.path.isfile(path) or not os.path.exists(path)]
     return sorted(found)
 
 

@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -143,18 +143,20 @@ def largest_that_fits(attempt: Callable[[int], object], too_large: int) -> int:
 
 
 class StopRequest:
-    """Context in which Ctrl-C and SIGTERM ask for a stop instead of killing; a second Ctrl-C kills.
+    """Context in which Ctrl-C and SIGTERM ask for a stop instead of killing; a second one, or one ahead of the first ``request()``, which none would heed, kills.
 
-    ``request()`` is true once a signal came; ``exit_code`` is then 128 + its number, as shells count. ``repeats``: signals come
-    more than once, as from torchrun, which passes on to its processes what they have got from the terminal already.
+    ``request()`` is true once a signal came; ``exit_code`` is then 128 + its number, as shells count, and what a ``KeyboardInterrupt`` that
+    kills holds. ``repeats``: signals come more than once, as from torchrun, which passes on to its processes what they have got from the
+    terminal already, and none kills, as the others would wait for this one.
     """
 
     def __init__(self, repeats: bool = False) -> None:
         self.signal: int | None = None
-        self._repeats = repeats
+        self._repeats, self._asked = repeats, False
         self._previous: dict[int, object] = {}
 
     def __call__(self) -> bool:
+        self._asked = True
         return self.signal is not None
 
     @property
@@ -172,15 +174,28 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        if self.signal is not None and not self._repeats:
-            raise KeyboardInterrupt
+        killing = not self._repeats and (self.signal is not None or not self._asked)
         self.signal = number
+        if killing:
+            raise KeyboardInterrupt(self.exit_code)
 
 
 def leave_signals_to_parent(_worker: int = 0) -> None:
     """For loading processes: Ctrl-C and a terminated process group reach them too, and the parent needs them to save and end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def fed_by_processes() -> Iterator[None]:
+    """A block in which torch's loading processes work: of one that is killed torch tells by a ``RuntimeError`` anywhere in it, we by a ``ChildProcessError``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        advice = "the same command goes on from what was saved; lower data.workers"
+        raise ChildProcessError(f"a process that decodes photos was killed, perhaps as memory ran out; {advice}") from error
 
 
 @functools.cache

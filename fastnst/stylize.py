@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -18,7 +17,7 @@ from fastnst.blend import Blend
 from fastnst.engine import Engine, load_engine, load_network
 from fastnst.jobs import Job
 from fastnst.model import ModelInfo
-from fastnst.picture import ImageSize, open_rgb, save_picture, to_rgb
+from fastnst.picture import MOST_PIXELS, ImageSize, open_rgb, save_picture, to_rgb
 from fastnst.runtime import is_out_of_memory
 from fastnst.stages import minds_ground
 from fastnst.tiles import plan_rows, stylize_tiled
@@ -267,8 +266,8 @@ def _shows_rounding(levels: np.ndarray) -> bool:
 def _decode(source: Path, size: ImageSize) -> tuple[np.ndarray, Image.Image | None]:
     picture, alpha = open_rgb(source)
     height, width = size.of(picture.height, picture.width)
-    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise ValueError(f"{source}: scaled to {width}x{height}, more than {Image.MAX_IMAGE_PIXELS:,} pixels; use a smaller --short-side")
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{source}: scaled to {width}x{height}, more than {MOST_PIXELS // 10**6} megapixels; use a smaller --short-side")
     if (width, height) != picture.size:
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
         alpha = alpha and alpha.resize((width, height), Image.Resampling.BICUBIC)

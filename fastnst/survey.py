@@ -49,7 +49,8 @@ def survey(photos: list[Path], config: DataConfig, thorough: bool = False, repor
     """
     chosen = photos if thorough else photos[:: max(1, -(-len(photos) // _SAMPLE))]
     unreadable, small, gray = [], [], []
-    with ThreadPoolExecutor(default_workers()) as pool:  # decoders let go of the interpreter
+    pool = ThreadPoolExecutor(default_workers())  # decoders let go of the interpreter
+    try:
         for done, (path, seen) in enumerate(zip(chosen, _in_order(pool, _decode if thorough else _read_header, chosen)), 1):
             if isinstance(seen, OSError):
                 unreadable.append(str(seen))
@@ -60,6 +61,8 @@ def survey(photos: list[Path], config: DataConfig, thorough: bool = False, repor
                 if colorless:
                     gray.append(str(path))
             report(done)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C waits for no more than is being decoded
     if len(unreadable) == len(chosen):
         raise OSError(f"data.content: none of the {len(chosen):,} photos looked at below {config.content} can be read; the first: {unreadable[0]}")
     return Survey(len(photos), len(chosen), thorough, config.crop_size, unreadable, small, gray)

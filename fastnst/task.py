@@ -2,11 +2,11 @@
 
 import hashlib
 import random
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -82,6 +82,7 @@ class Task:
     ranks: Ranks
     photos: Photos
     style: Tensor
+    style_digest: str
     loss: PerceptualLoss
     network: TransformNetwork
     gradient: Gradient
@@ -104,9 +105,11 @@ def prepare(config: TrainConfig, device: torch.device, ranks: Ranks) -> Task:
             "network.norm: batch norm needs the whole batch at once: set train.accumulate=1 and, on the CPU, start one process; or set network.norm=instance"
         )
     photos = list_photos(config.data)
-    style = load_image(config.style.image, config.style).to(device)
-    loss_network = load_loss_network(config.loss, config.loss.layers).to(device, memory_format=layout)
-    loss = PerceptualLoss(loss_network, config.loss, style)
+    with as_large_as_fits(config.style, device):
+        style = load_image(config.style.image, config.style).to(device)
+        loss_network = load_loss_network(config.loss, config.loss.layers).to(device, memory_format=layout)
+        loss = PerceptualLoss(loss_network, config.loss, style)
+    style_digest = digest(config.style.image)
     validation, unreadable = torch.empty(0), []
     if ranks.main:
         validation, unreadable = load_validation(photos.validation, config.data)
@@ -118,7 +121,21 @@ def prepare(config: TrainConfig, device: torch.device, ranks: Ranks) -> Task:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # does nothing to instance norm
     network.to(device, memory_format=layout)
     gradient = gradient_of(Objective(network, loss, resolve_precision(loop.precision, device)), loop, ranks)
-    return Task(config, device, ranks, photos, style, loss, network, gradient, validation, {message: "validation" for message in unreadable})
+    return Task(config, device, ranks, photos, style, style_digest, loss, network, gradient, validation, {message: "validation" for message in unreadable})
+
+
+@contextmanager
+def as_large_as_fits(style: StyleConfig, device: torch.device) -> Iterator[None]:
+    """Around work on the painting: memory that runs out is a ``ValueError`` naming the key that makes it so large."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        key = "short_side" if style.short_side else "long_side"
+        raise ValueError(
+            f"style.{key}: got {getattr(style, key)}, at which {style.image} does not fit in the memory of {device.type}; set it lower, 512 is the default"
+        ) from error
 
 
 def gradient_of(objective: Objective, loop: LoopConfig, ranks: Ranks, say: Callable[[str], None] = lambda message: None) -> Gradient:
@@ -206,6 +223,17 @@ def fingerprint(photos: list[Path]) -> tuple[int, str]:
     """How many photos these are, and what tells them from others by name."""
     names = "\n".join(f"{path.parent.name}/{path.name}" for path in photos)
     return len(photos), hashlib.sha256(names.encode()).hexdigest()
+
+
+def digest(path: Path) -> str:
+    """What tells this file from another of its name: the bytes, as the pixels of one picture differ by a level between decoders and between machines."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check_same_style(image: Path, now: str, state: dict[str, Any]) -> None:
+    """Raise ``ValueError`` where ``image``, whose digest is ``now``, is another picture than that of a training state; older states do not tell."""
+    if state.get("style") not in (None, now):
+        raise ValueError(f"style.image: {image} is another picture than when the run began; choose another --run-dir, or put the old picture back")
 
 
 def check_same_photos(task: Task) -> None:

@@ -27,7 +27,7 @@ from fastnst.ranks import Ranks
 from fastnst.run import CONFIG_NAME, check_space, find_run, hold
 from fastnst.runtime import resolve_precision
 from fastnst.survey import survey
-from fastnst.task import CUT_EVERY, Task, TrainConfig, check_same_photos, gradient_of, learn, prepare
+from fastnst.task import CUT_EVERY, Task, TrainConfig, as_large_as_fits, check_same_photos, check_same_style, digest, gradient_of, learn, prepare
 from fastnst.training import Training, TrainingDiverged, TrainProgress
 from fastnst.watchdog import Watchdog
 
@@ -59,13 +59,16 @@ class TrainResult:
 
 def plan(config: TrainConfig, run_dir: Path, device: torch.device) -> str:
     """What ``train`` would do, in words, with the inputs looked at but nothing written or downloaded."""
-    step = load_training_state(run_dir / STATE_NAME)["step"] if find_run(config, run_dir, _may_change(config)) else 0
-    style = load_image(config.style.image, config.style)
+    state = load_training_state(run_dir / STATE_NAME) if find_run(config, run_dir, _may_change(config)) else None
+    with as_large_as_fits(config.style, device):
+        style = load_image(config.style.image, config.style)
+    if state is not None:
+        check_same_style(config.style.image, digest(config.style.image), state)
     if config.loss.resolved_weights not in DOWNLOADS:
         load_loss_network(config.loss, config.loss.layers)
     with torch.device("meta"):
         network = TransformNetwork(config.network)
-    return _summary(config, run_dir, device, step, list_photos(config.data), style, network)
+    return _summary(config, run_dir, device, state["step"] if state else 0, list_photos(config.data), style, network)
 
 
 def check_data(config: TrainConfig, run_dir: Path, device: torch.device, report: Callable[[int, int], None] = lambda done, total: None) -> str:
@@ -107,6 +110,7 @@ def train(
         network, loss, optimizer = task.network, task.loss, make_optimizer(loop.optimizer, task.network)
         begun = snapshot(network, optimizer, 0, Watchdog().state())
         if state is not None:
+            check_same_style(config.style.image, task.style_digest, state)
             restore(run_dir / STATE_NAME, state, network, optimizer)
         elif ranks.main:
             check_space(run_dir, _bytes_to_save(task))
@@ -214,8 +218,12 @@ def _summary(
     held = f"{len(photos.validation)} held out for validation" if photos.held_out else "too few to hold any out: validation uses training photos"
     where = f"{device.type}, {ranks.size} ranks," if ranks.size > 1 else device.type
     precision = str(resolve_precision(config.train.precision, device)).removeprefix("torch.")
+    if step >= config.train.steps:
+        begin = f"{run_dir} is finished already, at step {step:,} where {config.train.steps:,} are asked for,"
+    else:
+        begin = f"{'resume' if step else 'train'} {run_dir} at step {step:,} of {config.train.steps:,}"
     return (
-        f"{'resume' if step else 'train'} {run_dir} at step {step:,} of {config.train.steps:,} on {where} in {precision}\n"
+        f"{begin} on {where} in {precision}\n"
         f"photos: {len(photos.train):,} to train on, each seen {config.train.steps * config.train.batch_size / len(photos.train):.3g} times; {held}\n"
         f"style: {config.style.image} at {style.shape[3]}x{style.shape[2]}; loss network: {config.loss.network}, weights {config.loss.resolved_weights}\n"
         f"network: {sum(parameter.numel() for parameter in network.parameters()):,} parameters\n"

@@ -118,7 +118,7 @@ class Training:
         try:
             self._tell()
         finally:
-            self._loading.close()
+            self._loading.__exit__(*error)
 
     def say(self, message: str) -> None:
         self._report(TrainProgress(self.step, self.task.config.train.steps, message=message))
@@ -271,7 +271,7 @@ class Training:
 
     def _write_state(self, learned: dict[str, Any], unreadable: dict[str, str]) -> None:
         check_there(self.run_dir)
-        save_training_state(self.run_dir / STATE_NAME, learned, unreadable, self.task.loss.config.model_dump(), self.photos)
+        save_training_state(self.run_dir / STATE_NAME, learned, unreadable, self.task.loss.config.model_dump(), self.photos, self.task.style_digest)
 
     def _write_model(self, learned: dict[str, Any]) -> None:
         recipe = portable(self.task.config)
@@ -296,4 +296,4 @@ def _holds_model_of(run_dir: Path, step: int) -> bool:
 def _given_up(trouble: Trouble, watchdog: Watchdog, good_step: int, allowed: int) -> str:
     tried = f" {watchdog.rollbacks} rollbacks with lower rates, the last {watchdog.rate:.2g} of the schedule's, did not help." if watchdog.rollbacks else ""
     intact = f"What was saved before, at step {good_step}, is intact." if good_step else "No good step was saved."
-    return f"{trouble.what}.{tried} {intact} What to change: {trouble.advice}; or allow more than train.rollbacks={allowed}"
+    return f"{trouble.what}.{tried} {intact} What to change, with another --run-dir: {trouble.advice}; or allow more than train.rollbacks={allowed}"

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import traceback
 from pathlib import Path
 
 from fastnst import cli
@@ -40,16 +41,27 @@ def main(argv=None) -> int:
     keep_freed_memory()
     codes = {}
     try:
-        with join_ranks(args.device) as (ranks, place), StopRequest(repeats=ranks.size > 1) as stop:
+        with join_ranks(args.device) as (ranks, place):
             device = resolve_device(place)
             for name, config in zip(names, args.config):
                 run_dir = (args.run_dir or Path("checkpoints")) / name if several or not args.run_dir else args.run_dir
+                stop = StopRequest(repeats=ranks.size > 1)
                 try:
-                    codes[name] = _one(args, config, run_dir, ranks, device, stop)
+                    with stop:
+                        codes[name] = _one(args, config, run_dir, ranks, device, stop)
                 except (ValueError, OSError, ArithmeticError, TrainingDiverged) as error:  # the same on every rank
                     codes[name] = 1 if isinstance(error, TrainingDiverged) else 2
                     if ranks.main:
                         cli.complain(f"{name}: " if several else "", error)
+                except Exception:
+                    if not several or ranks.size > 1:
+                        raise
+                    codes[name] = 2
+                    traceback.print_exc()
+                except KeyboardInterrupt:  # ahead of all that could be saved, or asked for twice
+                    codes[name] = stop.exit_code or 130
+                    print("stopped", file=sys.stderr)
+                    break
                 if stop():
                     break
             if several and ranks.main:
@@ -112,8 +124,13 @@ def _summary(config, run_dir, result) -> str:
     if not result.finished:
         where = f"saved in {run_dir}; the same command goes on from there" if result.step else "before the first: nothing to save"
         return "\n".join([*unreadable, f"stopped at step {result.step:,} of {config.train.steps:,}, {where}"])
-    speed = f"{result.photos_per_second:.1f} photos/s, {result.waiting:.0%} of the time waiting for photos"
-    lines = [f"done: {result.step:,} steps, {result.seconds:.0f} s in this run, {speed}"]
+    if result.photos_per_second:
+        speed = f"{result.photos_per_second:.1f} photos/s, {result.waiting:.0%} of the time waiting for photos"
+        lines = [f"done: {result.step:,} steps, {result.seconds:.0f} s in this run, {speed}"]
+    else:
+        cosine = config.train.learning_rate.decay == "cosine"  # every rate depends on how many steps there are
+        more = "a longer one, as its rate is a cosine, needs another --run-dir" if cosine else "--set train.steps=N with more of them prolongs it"
+        lines = [f"finished already, at step {result.step:,}; {more}"]
     for what, terms in (("loss", result.losses), ("validation", result.validation)):
         shown = [f"{name.removeprefix(f'{what}/')} {value:.4g}" for name, value in terms.items() if name.startswith(f"{what}/")]
         lines += [f"{what}: {'  '.join(shown)}"] if shown else []

@@ -2,18 +2,21 @@
 
 import argparse
 import importlib
+import os
+import signal
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import REPOSITORY
 from PIL import Image
 
 import fastnst
-from fastnst import cli
+from fastnst import cli, data, task
 from fastnst.config import load_config
 from fastnst.train import TrainConfig
 
@@ -126,7 +129,7 @@ def test_inputs_may_have_names_that_mean_something_in_yaml(train_main, photos, p
         (["--config", "wvae"], ["wvae", "wave", "johnson"]),
         (["--config", "nowhere/wave.yaml"], ["nowhere/wave.yaml"]),
         (["--config", "smoke", "--set", "train.step=3"], ["train.step", "train.steps"]),
-        (["--config", "smoke", "--set", "train.steps=many"], ["train.steps", "many"]),
+        (["--config", "smoke", "--set", "train.steps=many"], ["error: --set train.steps: got 'many'"]),
         (["--config", "smoke", "--set", "train.steps"], ["key=value"]),
         (["--config", "smoke", "--set", "loss.content_layers.relu9_9=1"], ["relu9_9"]),
         (["--config", "smoke", "--device", "toaster"], ["toaster"]),
@@ -172,6 +175,7 @@ def test_a_flag_that_is_needed_is_named(missing, capsys):
         (FileNotFoundError("no file"), 2, "error: no file\n"),
         (FloatingPointError("not finite"), 2, "error: not finite\n"),
         (KeyboardInterrupt(), 130, "stopped\n"),
+        (KeyboardInterrupt(143), 143, "stopped\n"),
     ],
 )
 def test_what_a_user_can_mend_becomes_an_exit_code(error, code, text, capsys, monkeypatch):
@@ -205,7 +209,22 @@ def test_a_diverging_training_ends_with_one_line_and_exit_code_1(train_main, pho
     arguments = [*QUICK, "--content", str(photos), "--style", str(painting), "--run-dir", str(tmp_path / "run")]
     assert cli.run(train_main, [*arguments, "--set", "train.learning_rate.initial=1e30"]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "not finite" in errors[0] and "train.learning_rate" in errors[0]
+    assert len(errors) == 1 and "not finite" in errors[0] and "What to change, with another --run-dir: lower train.learning_rate" in errors[0]
+    assert cli.run(train_main, [*arguments[:-1], str(tmp_path / "another"), "--set", "train.learning_rate.initial=1e-3"]) == 0
+
+
+@pytest.mark.parametrize("where, more", [("PerceptualLoss", []), ("load_image", []), ("load_image", ["--dry-run"])], ids=["its features", "its pixels", "a dry run"])
+@pytest.mark.parametrize("key, size", [("long_side", 65535), ("short_side", 8000)])
+def test_a_painting_too_large_for_the_memory_names_its_size(train_main, photos, painting, monkeypatch, capsys, where, more, key, size):
+    def exhausted(*_):
+        raise RuntimeError('[enforce fail at alloc_cpu.cpp:126] data. DefaultCPUAllocator: not enough memory: you tried to allocate 824633720832 bytes.')
+
+    for module in ("fastnst.task", "fastnst.train"):
+        monkeypatch.setattr(f"{module}.{where}", exhausted, raising=False)
+    other = "short_side" if key == "long_side" else "long_side"
+    given = [*QUICK, "--content", str(photos), "--style", str(painting), "--set", f"style.{key}={size}", "--set", f"style.{other}=null", *more]
+    assert cli.run(train_main, given) == 2
+    assert capsys.readouterr().err == f"error: style.{key}: got {size}, at which {painting} does not fit in the memory of cpu; set it lower, 512 is the default\n"
 
 
 # Several configs
@@ -224,6 +243,54 @@ def test_several_configs_are_trained_one_after_the_other_past_one_that_fails(tra
     assert [(tmp_path / "runs" / name / "model.safetensors").exists() for name in "abc"] == [True, False, True]
 
 
+def test_a_signal_ahead_of_the_first_step_ends_all_of_several(train_main, photos, painting, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.yaml").write_text((REPOSITORY / "configs" / "smoke.yaml").read_text())
+    monkeypatch.setattr("fastnst.train.survey", lambda *_: signal.raise_signal(signal.SIGTERM))
+    arguments = ["--config", str(tmp_path / "a.yaml"), *QUICK[1:], "--content", str(photos), "--style", str(painting), "--run-dir", str(tmp_path / "runs")]
+    assert cli.run(train_main, arguments) == 143
+    printed = capsys.readouterr()
+    assert printed.out == "a: stopped\nsmoke: not begun\n" and printed.err.endswith("stopped\n")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def two_configs(photos, painting, tmp_path) -> list[str]:
+    """The arguments of a training of ``a``, with decoding processes, and then ``b``, without."""
+    text = (REPOSITORY / "configs" / "smoke.yaml").read_text()
+    (tmp_path / "a.yaml").write_text(text.replace("workers: 0", "workers: 1"))
+    (tmp_path / "b.yaml").write_text(text)
+    inputs = ["--content", str(photos), "--style", str(painting), "--run-dir", str(tmp_path / "runs")]
+    return ["--config", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), *QUICK[2:], *inputs]
+
+
+@pytest.mark.parametrize("cache", ["off", "kept"])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_decoding_process_that_is_killed_is_told_in_a_line_and_the_next_style_trained(train_main, two_configs, tmp_path, monkeypatch, capsys, cache):
+    decode = data.prepare
+
+    def run_out_of_memory(path, config):
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(path, config)
+
+    monkeypatch.setattr(data, "prepare", run_out_of_memory)
+    assert cli.run(train_main, [*two_configs, "--set", f"data.cache={cache if cache == 'off' else tmp_path / cache}"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.endswith("a: failed\nb: done\n")
+    errors = [line for line in printed.err.splitlines() if line.startswith("error:")]
+    assert errors == ["error: a: a process that decodes photos was killed, perhaps as memory ran out; the same command goes on from what was saved; lower data.workers"]
+    assert "Traceback" not in printed.err
+
+
+def test_our_own_mistake_in_one_of_several_is_shown_and_the_next_trained(train_main, two_configs, monkeypatch, capsys):
+    prepare = task.prepare
+    monkeypatch.setattr("fastnst.train.prepare", lambda config, *rest: prepare(config, *rest) if config.data.workers == 0 else [][0])
+    assert cli.run(train_main, two_configs) == 1
+    printed = capsys.readouterr()
+    assert printed.out.endswith("a: failed\nb: done\n")
+    assert "Traceback" in printed.err and "IndexError" in printed.err
+
+
 def test_configs_of_one_name_are_refused(train_main, tmp_path, capsys):
     assert cli.run(train_main, ["--config", "smoke", str(tmp_path / "smoke.yaml")]) == 2
     assert "error: --config: got smoke, smoke, need different names" in capsys.readouterr().err
@@ -236,6 +303,24 @@ def test_the_end_of_a_training_is_summed_up(train_main, photos, painting, tmp_pa
     assert "done: 4 steps" in printed and "photos/s" in printed and "% of the time waiting for photos" in printed
     assert "loss: total" in printed and "validation: total" in printed
     assert f"model: {tmp_path / 'run' / 'model.safetensors'}, of step 4, the best on validation" in printed and "fastnst stylize --model" in printed
+
+
+@pytest.mark.parametrize(
+    "decay, asked, advice",
+    [
+        ("constant", 4, "--set train.steps=N with more of them prolongs it"),
+        ("constant", 2, "--set train.steps=N with more of them prolongs it"),
+        ("cosine", 4, "a longer one, as its rate is a cosine, needs another --run-dir"),
+    ],
+)
+def test_a_finished_run_is_said_to_be(train_main, photos, painting, tmp_path, capsys, decay, asked, advice):
+    arguments = [*QUICK, "--content", str(photos), "--style", str(painting), "--run-dir", str(tmp_path / "run"), "--set", f"train.learning_rate.decay={decay}"]
+    assert cli.run(train_main, arguments) == 0
+    capsys.readouterr()
+    assert cli.run(train_main, [*arguments, "--set", f"train.steps={asked}"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"finished already, at step 4; {advice}") and "\nmodel: " in printed.out and "photos/s" not in printed.out
+    assert f"run is finished already, at step 4 where {asked} are asked for, on cpu" in printed.err and "resume" not in printed.err
 
 
 def test_check_data_tells_and_writes_nothing(train_main, photos, painting, tmp_path, capsys):
@@ -267,8 +352,8 @@ def test_a_dry_run_tells_where_a_run_would_resume(train_main, photos, painting, 
     assert cli.run(train_main, arguments) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     capsys.readouterr()
-    assert cli.run(train_main, [*arguments, "--dry-run"]) == 0
-    assert "resume" in (printed := capsys.readouterr().out) and "at step 4 of 4" in printed
+    assert cli.run(train_main, [*arguments, "--set", "train.steps=6", "--dry-run"]) == 0
+    assert "resume" in (printed := capsys.readouterr().out) and "at step 4 of 6" in printed
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 

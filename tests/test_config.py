@@ -106,6 +106,7 @@ def test_every_complaint_is_told_at_once():
     [
         ("inner: {width: 0}", r"inner\.width: got 0, need greater than or equal to 1"),
         ("inner: {width: wide}", r"inner\.width: got 'wide'"),
+        ('path: "a\\0b"', r"path: got 'a\\x00b', need no null character"),
         ("inner: {kind: c}", r"inner\.kind: got 'c', need 'a' or 'b'"),
         ("inner: 3", r"inner: got 3, need `key: value` lines"),
         ("name: [1]", r"name: got \[1\]"),
@@ -215,6 +216,13 @@ def test_last_set_wins():
 def test_bad_set_names_the_key(override, complaint):
     with pytest.raises(ConfigError, match=complaint):
         parse_config(Outer, "", [override])
+
+
+def test_a_wrong_value_is_blamed_on_what_gave_it():
+    with pytest.raises(ConfigError) as raised:
+        parse_config(Outer, "flip: 17\ninner: {rate: many}", ["inner.width=wide", "inner.layers.relu1_2=b", "name=x"], source="my.yaml")
+    blamed = [line.split(": got")[0] for line in str(raised.value).splitlines()]
+    assert blamed == ["my.yaml: flip", "--set inner.width", "my.yaml: inner.rate", "--set inner.layers.relu1_2"]
 
 
 def test_yaml_round_trip():

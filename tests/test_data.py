@@ -313,7 +313,7 @@ def test_default_workers_leave_a_core(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "key, value", [("crop_size", 8), ("min_scale", 0), ("min_scale", 1.1), ("workers", -1), ("crop", "corner"), ("validation_photos", 0)]
+    "key, value", [("crop_size", 8), ("min_scale", 0), ("min_scale", 1e-320), ("min_scale", 1.1), ("workers", -1), ("crop", "corner"), ("validation_photos", 0)]
 )
 def test_impossible_data_are_refused(key, value):
     with pytest.raises(ConfigError, match=f"{key}: got"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from conftest import synthetic_photo
 from safetensors.torch import save_file
 from torch import nn
 
@@ -418,9 +419,16 @@ class _Malicious:
         return os.mkdir, (str(self.path),)
 
 
+def test_what_is_no_weight_file_is_named_without_advice_to_load_it_as_code(tmp_path):
+    synthetic_photo(1).save(tmp_path / "wave.jpg")
+    with pytest.raises(ValueError, match=r"loss\.weights: .*wave\.jpg is not a state dict of tensors, or damaged; need a \.pth or \.safetensors file") as error:
+        load_loss_network(LossNetworkConfig(weights=str(tmp_path / "wave.jpg")), ["relu1_1"])
+    assert "weights_only" not in str(error.value)
+
+
 def test_malicious_pickle_is_refused_and_not_executed(tmp_path):
     torch.save({"features.0.weight": _Malicious(tmp_path / "executed")}, tmp_path / "bad.pth")
-    with pytest.raises(ValueError, match=r"bad\.pth: not a state dict of tensors.*whole pickled modules are not loaded"):
+    with pytest.raises(ValueError, match=r"bad\.pth is not a state dict of tensors, or damaged; need a .pth or .safetensors file, whole pickled modules are not loaded"):
         load_loss_network(LossNetworkConfig(weights=str(tmp_path / "bad.pth")), ["relu1_1"])
     assert not (tmp_path / "executed").exists()
 

@@ -93,6 +93,17 @@ def test_a_damaged_cache_is_built_again(files, place, damage):
     assert values(build_cache(place, files[:count], prepare, None, 0)) == [0, 1, 2, 3, 4][:count]
 
 
+def test_no_bit_of_the_index_can_end_a_training(files, place):
+    files[2].write_bytes(b"")
+    build_cache(place, files, prepare, None, 0)
+    whole = place.read_bytes()
+    for at in range(4 * 18, len(whole)):  # behind the pixels
+        for bit in range(8):
+            place.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+            found = read_cache(place, 5)
+            assert found is None or (values(found) == [0, 1, None, 3, 4] and len(found.unreadable) == 1)
+
+
 def test_unreadable_files_are_recorded_and_not_kept(files, place):
     files[2].write_bytes(b"")
     cache = build_cache(place, files, prepare, None, 0)

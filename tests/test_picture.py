@@ -2,6 +2,9 @@
 
 import os
 import struct
+import subprocess
+import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -215,6 +218,26 @@ def test_no_picture_at_all_is_named(tmp_path, data, reason):
         open_rgb(path)
 
 
+def png_header(width: int, height: int) -> bytes:
+    """What says the size of a picture, and no pixels."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks)
+
+
+def test_a_picture_of_too_many_pixels_is_told_so(tmp_path):
+    (tmp_path / "a.png").write_bytes(png_header(30_000, 20_000))
+    with pytest.raises(OSError, match=r"a\.png: more than 536 megapixels; make it smaller$"):
+        open_rgb(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("height", [9_500, 23_000])  # 95 and 230 megapixels: Pillow warns of the one and refuses the other
+def test_large_pictures_are_opened_without_a_warning(tmp_path, height):
+    (tmp_path / "a.png").write_bytes(png_header(10_000, height))
+    looking = f"import fastnst.picture; from PIL import Image; print(Image.open({str(tmp_path / 'a.png')!r}).size)"
+    done = subprocess.run([sys.executable, "-c", looking], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"(10000, {height})\n", "")
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no image file at .*gone.png"):
         open_rgb(tmp_path / "gone.png")
@@ -328,6 +351,46 @@ def test_find_images_survives_a_link_to_a_folder_above(tmp_path):
     (tmp_path / "sub" / "a.png").touch()
     (tmp_path / "sub" / "up").symlink_to(tmp_path)
     assert len(find_images(tmp_path)) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes in folders")
+def test_find_images_passes_over_pipes_but_not_broken_links(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for name, target in (("b.jpg", "a.jpg"), ("broken.jpg", "gone.jpg"), ("to_pipe.jpg", "pipe.jpg")):
+        (tmp_path / name).symlink_to(target)
+    assert [path.name for path in find_images(tmp_path)] == ["a.jpg", "b.jpg", "broken.jpg"]
+
+
+@pytest.fixture
+def forbidden(tmp_path, monkeypatch):
+    """``sub``, a folder beside ``a.jpg``, and ``b.jpg``, a file, without permission: to root, too."""
+    for name in ("a.jpg", "b.jpg", "sub/c.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        synthetic_photo(1).save(tmp_path / name)
+
+    def unless_forbidden(act):
+        def attempt(path, *args, **kwargs):
+            if str(path).endswith(("sub", "b.jpg")):
+                raise PermissionError(13, "Permission denied", str(path))
+            return act(path, *args, **kwargs)
+
+        return attempt
+
+    monkeypatch.setattr(os, "scandir", unless_forbidden(os.scandir))
+    monkeypatch.setattr(os, "access", lambda path, _: not str(path).endswith("sub"))
+    monkeypatch.setattr("fastnst.picture.open", unless_forbidden(open), raising=False)
+    return tmp_path
+
+
+def test_what_may_not_be_read_is_found_and_named(forbidden):
+    found = find_images(forbidden)
+    assert [path.name for path in found] == ["a.jpg", "b.jpg", "sub"]
+    with pytest.raises(PermissionError, match=r"b\.jpg: no permission to read it"):
+        open_rgb(found[1])
+    for act in (open_rgb, find_images):
+        with pytest.raises(PermissionError, match="sub: no permission to look into the folder"):
+            act(found[2])
 
 
 def test_count_kinds(tmp_path):

@@ -101,9 +101,23 @@ def test_signal_asks_for_a_stop(number, code):
 
 
 def test_second_signal_kills():
-    with pytest.raises(KeyboardInterrupt), StopRequest():
+    with pytest.raises(KeyboardInterrupt, match="130"), StopRequest() as stop:
+        assert not stop()
         signal.raise_signal(signal.SIGTERM)
+        assert stop()
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_ahead_of_the_first_request_kills():
+    with pytest.raises(KeyboardInterrupt, match="143"), StopRequest():
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_none_of_several_processes_kills():
+    with StopRequest(repeats=True) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop() and stop.exit_code == 143
 
 
 def test_handlers_are_put_back():

@@ -258,6 +258,28 @@ def test_any_other_change_of_a_run_is_refused(train_data, tmp_path, key, old, ne
     assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
 
 
+@pytest.mark.parametrize("look", ["train", "dry run"])
+def test_another_painting_of_the_same_name_is_refused(train_data, tmp_path, painting, look):
+    run_dir = tmp_path / "run"
+    fit(train_data, run_dir, stop_at=2)
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    config, first = validate_config(TrainConfig, train_data), painting.read_bytes()
+    synthetic_photo(3, 128, 96).save(painting)
+    with pytest.raises(ValueError, match=r"style\.image: .*painting\.png is another picture than when the run began; choose another --run-dir"):
+        train(config, run_dir) if look == "train" else fastnst.train.plan(config, run_dir, torch.device("cpu"))
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+    painting.write_bytes(first)
+    assert fit(train_data, run_dir).finished
+
+
+def test_a_state_of_an_older_version_that_does_not_tell_the_painting_resumes(train_data, tmp_path):
+    fit(train_data, tmp_path / "run", stop_at=2)
+    state = torch.load(tmp_path / "run" / "training_state.pt", weights_only=True)
+    del state["style"]
+    torch.save(state, tmp_path / "run" / "training_state.pt")
+    assert fit(train_data, tmp_path / "run").finished
+
+
 def test_a_model_without_training_state_is_never_overwritten(train_data, tmp_path):
     fit(train_data, tmp_path / "run", train__steps=2)
     (tmp_path / "run" / "training_state.pt").unlink()
@@ -313,6 +335,23 @@ def test_a_signal_to_the_process_group_costs_nothing_but_time(train_data, tmp_pa
     fit(data, run_dir, train__steps=saved + 3)
     fit(data, tmp_path / "whole", train__steps=saved + 3)
     assert_same_run(tmp_path / "whole", run_dir)
+
+
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_ends_a_look_at_the_data(painting, tmp_path, number, exit_code):
+    (tmp_path / "many").mkdir()
+    synthetic_photo(1, 800, 600).save(tmp_path / "photo.jpg")
+    for index in range(6000):  # half a minute of decoding
+        (tmp_path / "many" / f"{index}.jpg").symlink_to(tmp_path / "photo.jpg")
+    command = [sys.executable, "-m", "fastnst", "train", "--config", "smoke", "--content", tmp_path / "many", "--style", painting, "--check-data", "--device", "cpu"]
+    with open(tmp_path / "output.txt", "w") as output, subprocess.Popen(list(map(str, command)), stdout=output, stderr=output) as process:
+        deadline = time.monotonic() + 60
+        while "photo" not in (tmp_path / "output.txt").read_text() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        code = process.wait(60)
+    text = (tmp_path / "output.txt").read_text()
+    assert code == exit_code and text.endswith("stopped\n") and "Traceback" not in text, text
 
 
 def test_the_same_seed_gives_the_same_network_and_another_seed_another(train_data, tmp_path):
