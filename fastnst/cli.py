@@ -57,6 +57,9 @@ def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | No
 
     ``FASTNST_DEBUG=1`` shows the traceback.
     """
+    from fastnst.picture import take_large_pictures
+
+    take_large_pictures()
     try:
         return command(argv)
     except KeyboardInterrupt as stop:

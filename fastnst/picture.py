@@ -19,8 +19,6 @@ from fastnst.files import atomic_write
 READABLE = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 WRITABLE = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MOST_PIXELS = 2**29  # of a picture: 1.6 GB in 8 bits; strips take so many
-Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow warns of more, which is no concern of the user's, and refuses twice as many
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _WITH_ALPHA = (".png", ".webp", ".tif", ".tiff")
 
 
@@ -43,6 +41,12 @@ class ImageSize(Config):
             return height, width
         scale = side / (max if self.long_side else min)(height, width)
         return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def take_large_pictures() -> None:
+    """Let Pillow open pictures of up to ``MOST_PIXELS`` in this process, without a warning: for commands. Whoever serves strangers keeps Pillow's own limit, a third of that."""
+    Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # it warns of more, and refuses twice as many
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def open_rgb(path: str | Path, at_least: int | None = None) -> tuple[Image.Image, Image.Image | None]:
@@ -70,7 +74,7 @@ def open_rgb(path: str | Path, at_least: int | None = None) -> tuple[Image.Image
     except PermissionError:
         raise PermissionError(f"{path}: no permission to read it") from None
     except Image.DecompressionBombError:
-        raise OSError(f"{path}: more than {MOST_PIXELS // 10**6} megapixels; make it smaller") from None
+        raise OSError(f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels; make it smaller") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... for damaged files
         raise OSError(f"{path}: damaged or unsupported image ({error})") from error
     try:

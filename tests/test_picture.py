@@ -224,18 +224,24 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks)
 
 
-def test_a_picture_of_too_many_pixels_is_told_so(tmp_path):
+def test_a_picture_of_too_many_pixels_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2**28)  # as commands set it
     (tmp_path / "a.png").write_bytes(png_header(30_000, 20_000))
     with pytest.raises(OSError, match=r"a\.png: more than 536 megapixels; make it smaller$"):
         open_rgb(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("height", [9_500, 23_000])  # 95 and 230 megapixels: Pillow warns of the one and refuses the other
-def test_large_pictures_are_opened_without_a_warning(tmp_path, height):
+def test_commands_open_large_pictures_without_a_warning(tmp_path, height):
     (tmp_path / "a.png").write_bytes(png_header(10_000, height))
-    looking = f"import fastnst.picture; from PIL import Image; print(Image.open({str(tmp_path / 'a.png')!r}).size)"
+    looking = f"from fastnst.cli import run; from PIL import Image; run(lambda _: print(Image.open({str(tmp_path / 'a.png')!r}).size))"
     done = subprocess.run([sys.executable, "-c", looking], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == (f"(10000, {height})\n", "")
+
+
+def test_who_imports_us_keeps_pillow_s_limit():
+    looking = "from PIL import Image; before = Image.MAX_IMAGE_PIXELS; import fastnst.stylize, fastnst.cli; print(before == Image.MAX_IMAGE_PIXELS)"
+    assert subprocess.run([sys.executable, "-c", looking], capture_output=True, text=True).stdout == "True\n"
 
 
 def test_missing_file_is_named(tmp_path):
