@@ -17,7 +17,7 @@ import numpy as np
 
 from fastnst.background import read_ahead
 from fastnst.picture import ImageSize
-from fastnst.video_input import Frame, VideoInput, is_numbered, numbered_path, open_camera, open_video
+from fastnst.video_input import WHOLE, Frame, VideoInput, is_numbered, numbered_path, open_camera, open_video
 from fastnst.video_output import Encoding, check_writable_video, create_video
 
 Stylize = Callable[[np.ndarray], np.ndarray]  # uint8 RGB (N, H, W, 3) -> the same shape
@@ -118,7 +118,9 @@ def stylize_video(
                     on_progress(Progress(done, video.info.count, time.monotonic() - began, video.broken, there))
         if not done and not there and not stopped:
             raise OSError(f"{source}: no frame of it can be read")
-    return Progress(done, video.info.count, time.monotonic() - began, video.broken, there, video.info.missing)
+    total, read = video.info.count or 0, done + there + video.broken
+    missing = (total - read) / video.info.rate if read < WHOLE * total else video.info.missing
+    return Progress(done, video.info.count, time.monotonic() - began, video.broken, there, missing)
 
 
 def _batches(frames: Iterable[Frame], batch_size: int) -> Iterator[list[Frame]]:

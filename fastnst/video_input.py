@@ -6,6 +6,7 @@ PyAV is imported when a video is opened, never with this module.
 
 import contextlib
 import itertools
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -20,8 +21,9 @@ from fastnst.picture import READABLE, ImageSize, open_rgb
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp", ".flv", ".wmv", ".ogv", ".y4m")
 PICTURES_PER_SECOND = Fraction(25)
+_LARGE = 2**30  # bytes
 _EVEN = Fraction(2, 1000)  # seconds by which steps of even times may differ, as many files round them to milliseconds
-_WHOLE = Fraction(8, 10)  # of the duration that a file tells, which is rounded, and may count how long the last frame is shown, or not
+WHOLE = Fraction(8, 10)  # of the frames that a file tells, or of the duration that a file tells, which is rounded, and may count how long the last frame is shown, or not
 _NUMBERED = re.compile(r"%\d+d|%d(?![^\W\d_])")  # %d before a letter is words: 50%discount.jpg
 _BT709, _BT601 = 1, 5  # matrix coefficients, as ITU-T H.273 numbers them
 # FFmpeg's SWS_BICUBIC, _FULL_CHR_H_INT, _FULL_CHR_H_INP and _ACCURATE_RND. Without them it cuts off instead of rounding, 0.7 of 255
@@ -43,7 +45,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is known before the first frame: how many there are, where that is known; ``rate`` is frames per second, as the file tells it."""
+    """What is known before the first frame: how many there are, where that is known; ``rate`` is frames per second on average, as the file tells it."""
 
     name: str
     count: int | None
@@ -159,15 +161,21 @@ def _open_container(name: str, size: ImageSize, say: Callable[[str], None], form
     stream.thread_type = "AUTO"
     rate = stream.average_rate or stream.guessed_rate or PICTURES_PER_SECOND
     start = Fraction(max(0, container.start_time or 0), 1_000_000)
-    count, variable_rate, end = _look_through(name, stream.index) if whole else (None, True, Fraction(0))
-    told = Fraction(container.duration or 0, 1_000_000) - start
+    count, missing = stream.frames if whole else None, Fraction(0)
+    variable_rate = stream.average_rate is None or abs(stream.average_rate / (stream.base_rate or rate) - 1) > Fraction(1, 1000)
+    if count == 0:  # there is no table of them, as in an MP4 file
+        if os.path.getsize(name) > _LARGE:
+            say(f"{name}: it is looked through first, as it does not tell how many frames it has")
+        count, variable_rate, end = _look_through(name, stream.index)
+        told = Fraction(container.duration or 0, 1_000_000) - start
+        missing = told - (end - start) if end - start < WHOLE * told else missing
     info = VideoInfo(
         name=name,
         count=count,
         rate=rate,
         time_base=stream.time_base,
         variable_rate=variable_rate,
-        missing=told - (end - start) if whole and end - start < _WHOLE * told else Fraction(0),
+        missing=missing,
         start=start,
         audio=name if whole and container.streams.audio else None,
     )
@@ -179,7 +187,7 @@ def _open_container(name: str, size: ImageSize, say: Callable[[str], None], form
 def _look_through(name: str, index: int) -> tuple[int, bool, Fraction]:
     """How many frames stream ``index`` of a file has, whether they come at uneven times, and where the last of all streams ends (seconds).
 
-    From all packets, none of them decoded: 0.7 s for 100 minutes (150,000 frames, 310 MB in memory; our measurement). A header may
+    For files without a table of frames. From all packets, none of them decoded: 0.7 s for 100 minutes (150,000 frames, 310 MB in memory; our measurement). A header may
     tell a plan alone, as the rate in a Matroska file is, and a duration is that of the longest stream: sound may outlast the picture.
     """
     av = import_av()

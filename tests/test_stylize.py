@@ -540,6 +540,22 @@ def test_numbered_output_among_the_input_is_refused(stylize_command, tmp_path, c
     assert {path: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
 
 
+def test_an_mp4_file_that_is_cut_off_is_told(stylize_command, tmp_path, capsys):
+    """Its table of frames tells of 40; it is to come first, else nothing of it can be read."""
+    import av
+
+    write_clip(tmp_path / "clip.mp4", moving_frames(40))
+    with av.open(str(tmp_path / "clip.mp4")) as clip, av.open(str(tmp_path / "cut.mp4"), "w", options={"movflags": "+faststart"}) as first:
+        stream = first.add_stream_from_template(clip.streams.video[0])
+        for packet in clip.demux(clip.streams.video[0]):
+            if packet.size:
+                packet.stream = stream
+                first.mux(packet)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "cut.mp4").read_bytes()[: (tmp_path / "cut.mp4").stat().st_size // 2])
+    assert stylize_command("--input", tmp_path / "cut.mp4", "--output", tmp_path / "out.mkv") == 1
+    assert "cut.mp4 ends early" in capsys.readouterr().err
+
+
 def test_a_clip_that_is_cut_off_is_told(stylize_command, tmp_path, capsys):
     write_clip(tmp_path / "clip.mkv", moving_frames(40))
     whole = (tmp_path / "clip.mkv").read_bytes()
