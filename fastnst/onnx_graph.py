@@ -207,5 +207,5 @@ def load_onnx(path: str | Path) -> StagedNetwork:
     info = parse_metadata(metadata, path)
     try:
         return restore_stages({constant.name: numpy_helper.to_array(constant) for constant in model.graph.initializer}, metadata["stages"], info)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not an ONNX file that this fastnst exported ({error})") from error

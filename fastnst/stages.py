@@ -13,13 +13,12 @@ The rewrites, each the same function of the same weights:
 """
 
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from fastnst.model import ModelInfo
+from fastnst.model import ModelInfo, NetworkConfig
 
 EPSILON = 1e-5  # of torch's norms
 # A share of the variance that a stage would give of unrelated inputs, which is rounding alone from the second norm on: 9e-7 or more where one pixel of 3 megapixels
@@ -27,6 +26,7 @@ EPSILON = 1e-5  # of torch's norms
 # from pixel to pixel in another way). Norms would divide that rounding by the root of their epsilon, one after the other.
 _ROUNDING = 2e-8
 PIXEL_SHIFT = 128.0  # what is subtracted from pixels of 0..255
+Arrays = dict[str, np.ndarray]  # of a stage, by the names of its fields
 ARRAYS = ("weight", "bias", "norm_weight", "norm_bias")
 # How much of small row i - 1 + a there is, of what kernel row k of large row 2i + p sees: [p, a, k]. Bilinear: large row 2j is 1/4 of small row j - 1 and 3/4 of
 # j, row 2j + 1 is 3/4 of j and 1/4 of j + 1. Transposed: small row s reaches large row r through kernel row r - 2s + 1.
@@ -101,108 +101,87 @@ class StagedNetwork:
 def fold(weights: dict[str, np.ndarray], info: ModelInfo) -> StagedNetwork:
     """The stages of ``TransformNetwork`` with these weights, rewritten. Raises ``KeyError`` or ``ValueError`` where they do not fit."""
     config = info.network
-    mode = "constant" if config.padding in ("zeros", "start") else config.padding
-    block = {"padding": 0} if config.padding == "start" else {"padding": 1, "padding_mode": mode}
     start = 1 if config.padding == "start" else 0  # TransformNetwork.layers begins with that padding
 
-    def stage(conv: str, norm: str, **options: Any) -> Stage:
+    def layer(conv: str, norm: str, shuffle: int = 1, transposed: bool = False) -> Arrays:
         kernel, bias = weights[f"layers.{conv}.weight"], weights[f"layers.{conv}.bias"]
         scale, shift = weights[f"layers.{norm}.weight"], weights[f"layers.{norm}.bias"]
-        shuffled = options.get("shuffle", 1) ** 2
         if config.norm == "batch":
             gain = scale / np.sqrt(weights[f"layers.{norm}.running_var"] + EPSILON)
-            shift = shift - weights[f"layers.{norm}.running_mean"] * gain
-            axis = (None, slice(None), None, None) if config.upsampling == "transposed" and options.get("transposed") else (slice(None), None, None, None)
-            kernel, bias = kernel * gain.repeat(shuffled)[axis], bias * gain.repeat(shuffled) + shift.repeat(shuffled)
-            return Stage(kernel, bias, **options)
-        return Stage(kernel, bias if shuffled > 1 else None, scale, shift, **options)
+            shift, gain = (shift - weights[f"layers.{norm}.running_mean"] * gain).repeat(shuffle**2), gain.repeat(shuffle**2)
+            return {"weight": kernel * gain[(None, slice(None), None, None) if transposed else (slice(None), None, None, None)], "bias": bias * gain + shift}
+        return {"weight": kernel, "norm_weight": scale, "norm_bias": shift} | ({"bias": bias} if shuffle > 1 else {})
 
-    widths = [1] if config.stem == "half" else [1, 1]  # how often the stem halves the resolution, and the last layers double it
-    stages = [_take_pixels(stage(f"{start}", f"{start + 1}", padding=4, padding_mode=mode, relu=True, stride=3 - len(widths)))]
+    halvings = range(1 if config.stem == "half" else 2)  # of the resolution by strides, which as many doublings undo
+    found = [_takes_pixels(layer(f"{start}", f"{start + 1}"))]
     at = start + 3
-    for _ in widths:
-        stages.append(stage(f"{at}", f"{at + 1}", padding=1, padding_mode=mode, stride=2, relu=True))
+    for _ in halvings:
+        found.append(layer(f"{at}", f"{at + 1}"))
         at += 3
     for index in range(at, at + config.residual_blocks):
-        stages.append(stage(f"{index}.layers.0", f"{index}.layers.1", relu=True, **block))
-        stages.append(stage(f"{index}.layers.3", f"{index}.layers.4", skip=True, shave=2 if start else 0, **block))
+        found += [layer(f"{index}.layers.0", f"{index}.layers.1"), layer(f"{index}.layers.3", f"{index}.layers.4")]
     at += config.residual_blocks
-    for _ in widths:
+    for _ in halvings:
         if config.upsampling == "nearest":
-            # on the small grid, padding by reflection or replication of 1 px on the large one is replication
-            small = stage(f"{at + 1}", f"{at + 2}", padding=1, padding_mode="constant" if mode == "constant" else "replicate", transposed=True, relu=True)
-            stages.append(replace(small, weight=_summed_kernels(small.weight)))
-            at += 4
+            arrays = layer(f"{at + 1}", f"{at + 2}")
+            found.append(arrays | {"weight": _summed_kernels(arrays["weight"])})
         elif config.upsampling == "bilinear":  # on the small grid each of the four sub-pixels sees 3x3, through kernels of its own
-            small = stage(f"{at + 1}", f"{at + 2}", padding=1, padding_mode="replicate", relu=True)
-            weight, bias = _interpolated_kernels(small.weight), None if small.bias is None else small.bias.repeat(4)
-            stages.append(replace(small, weight=weight, bias=bias, shuffle=2))
-            at += 4
+            arrays = layer(f"{at + 1}", f"{at + 2}")
+            found.append(arrays | {"weight": _interpolated_kernels(arrays["weight"])} | ({"bias": arrays["bias"].repeat(4)} if "bias" in arrays else {}))
         elif config.upsampling == "transposed":  # 3x3, padding 1, output padding 1: a 4x4 one whose last row and column are 0
-            small = stage(f"{at}", f"{at + 1}", padding=1, transposed=True, relu=True)
-            stages.append(replace(small, weight=np.pad(small.weight, ((0, 0), (0, 0), (0, 1), (0, 1)))))
-            at += 3
+            arrays = layer(f"{at}", f"{at + 1}", transposed=True)
+            found.append(arrays | {"weight": np.pad(arrays["weight"], ((0, 0), (0, 0), (0, 1), (0, 1)))})
         else:
-            stages.append(stage(f"{at}", f"{at + 2}", padding=1, padding_mode=mode, shuffle=2, relu=True))
-            at += 4
+            found.append(layer(f"{at}", f"{at + 2}", shuffle=2))
+        at += 3 if config.upsampling == "transposed" else 4
     weight, bias = (weights[f"layers.{at}.{part}"] * config.output_scale for part in ("weight", "bias"))
-    if config.stem == "half":
-        stages.append(Stage(weight, bias, padding=2, padding_mode=mode, shuffle=2))
-    else:
-        stages.append(Stage(_split_stride(weight), bias.repeat(4), padding=4, padding_mode=mode, stride=2, shuffle=2))
-    return StagedNetwork(_checked((_contiguous(one) for one in stages), info), info)
+    found.append({"weight": weight, "bias": bias} if config.stem == "half" else {"weight": _split_stride(weight), "bias": bias.repeat(4)})
+    return StagedNetwork(_put_together(found, info), info)
 
 
-def _checked(stages: Iterable[Stage], info: ModelInfo) -> tuple[Stage, ...]:
-    """The stages, once it is sure that they fit together: engines do not ask again, and one in C would read what lies beside an array. Raises ``ValueError``."""
-    stages, config = tuple(stages), info.network
-    smallest = config.smallest_side + -config.smallest_side % config.multiple
-    for side in (smallest, 64 * smallest):
-        channels, sides = [3], [side + 2 * config.start_padding]  # of what each stage takes, and the last one gives
-        for index, stage in enumerate(stages):
-            for demand, is_met in _demands(stage, channels, sides):
-                if not is_met:
-                    raise ValueError(f"stage {index}: {demand}")
-            if stage.skip and index and stages[index - 1].skip:
-                raise ValueError(f"stage {index}: it adds what has been added to")
-            channels.append(stage.channels)
-            sides.append(stage.size(sides[-1]))
-        if not stages or stages[-1].norm_weight is not None or stages[-1].relu or stages[-1].skip or channels[-1] != 3 or sides[-1] < side:
-            raise ValueError(f"{len(stages)} stages give {channels[-1]} channels of {sides[-1]} px for a picture of {side}, need 3 of as many, with nothing behind the last convolution")
-    return stages
+def _plan(config: NetworkConfig) -> list[tuple[int, int, dict[str, Any]]]:
+    """Of each stage the side of its kernels, the channels that come out of it, and all of it that is no array."""
+    mode = "constant" if config.padding in ("zeros", "start") else config.padding
+    shaves, full, w = config.padding == "start", config.stem == "full", config.width
+    block = {} if shaves else {"padding": 1, "padding_mode": mode}
+    # on the small grid, padding by reflection or replication of 1 px on the large one is replication
+    small = {"padding": 1, "padding_mode": {"nearest": "constant" if mode == "constant" else "replicate", "bilinear": "replicate", "transposed": "constant", "subpixel": mode}[config.upsampling]}
+    up = (4, small | {"transposed": True, "relu": True}) if config.upsampling in ("nearest", "transposed") else (3, small | {"shuffle": 2, "relu": True})
+    return [
+        (9 if full else 10, w if full else 2 * w, {"padding": 4, "padding_mode": mode, "value": -PIXEL_SHIFT, "relu": True, "stride": 1 if full else 2}),
+        *((3, channels, {"padding": 1, "padding_mode": mode, "stride": 2, "relu": True}) for channels in ((2 * w, 4 * w) if full else (4 * w,))),
+        *[(3, 4 * w, block | {"relu": True}), (3, 4 * w, block | {"skip": True, "shave": 2 if shaves else 0})] * config.residual_blocks,
+        *((up[0], channels, up[1]) for channels in ((2 * w, w) if full else (2 * w,))),
+        (10, 3, {"padding": 4, "padding_mode": mode, "stride": 2, "shuffle": 2}) if full else (5, 3, {"padding": 2, "padding_mode": mode, "shuffle": 2}),
+    ]
 
 
-def _demands(stage: Stage, channels: list[int], sides: list[int]) -> Iterator[tuple[str, bool]]:
-    """What is asked of a stage behind others, of which each took, and the last gave, so many ``channels`` and pixels a side, and whether it is met. Each relies on those before."""
-    weight, numbers = stage.weight, (stage.padding, stage.stride, stage.shuffle, stage.shave)
-    for name in ARRAYS:
-        array = getattr(stage, name)
-        yield f"its {name} holds what is no number", array is None or bool(np.isfinite(array).all())
-    yield f"its kernels are {weight.shape}, need four dimensions, the last two alike", weight.ndim == 4 and weight.size > 0 and weight.shape[2] == weight.shape[3]
-    yield f"need whole numbers, got {numbers}", all(type(number) is int for number in numbers)
-    yield f"need a number to pad with, got {stage.value!r}", type(stage.value) in (int, float) and bool(np.isfinite(stage.value))
-    yield "need true or false", all(type(flag) is bool for flag in (stage.transposed, stage.relu, stage.skip))
-    yield f"padding by {stage.padding}, {stage.padding_mode!r}", stage.padding_mode in ("reflect", "replicate", "constant") and 0 <= stage.padding < min(sides[-1], weight.shape[2])
-    yield f"stride {stage.stride}, shuffle {stage.shuffle}", stage.stride in (1, 2) and stage.shuffle in (1, 2)
-    yield "transposed kernels are 4x4, without stride and shuffle", not stage.transposed or (weight.shape[2], stage.stride, stage.shuffle) == (4, 1, 1)
-    inputs, outputs = weight.shape[:2] if stage.transposed else weight.shape[1::-1]
-    yield f"it takes {inputs} channels, and gets {channels[-1]}", inputs == channels[-1]
-    yield f"{outputs} channels cannot be shuffled by {stage.shuffle}", outputs % stage.shuffle**2 == 0
-    yield f"need a bias of {outputs} numbers", stage.bias is None or stage.bias.shape == (outputs,)
-    norm = [None if array is None else array.shape for array in (stage.norm_weight, stage.norm_bias)]
-    yield f"need a norm of {stage.channels} numbers", norm in ([None, None], [(stage.channels,)] * 2)
-    side = stage.size(sides[-1])
-    yield f"nothing is left of {sides[-1]} px", side > 0
-    if stage.skip:
-        added = (*channels[-2:-1], *(before - 2 * stage.shave for before in sides[-2:-1]))
-        yield f"it adds {added} channels and px to {(stage.channels, side)}", stage.shave >= 0 and added == (stage.channels, side)
+def _put_together(found: list[Arrays], info: ModelInfo) -> tuple[Stage, ...]:
+    """The stages of such a network with these arrays, once it is sure that they fit: engines do not ask again, and one in C would read what lies beside an array.
+    Raises ``ValueError``."""
+    plan, stages, inputs = _plan(info.network), [], 3
+    if len(found) != len(plan):
+        raise ValueError(f"got {len(found)} stages, need {len(plan)}")
+    for index, (arrays, (side, outputs, options)) in enumerate(zip(found, plan)):
+        made, last = outputs * options.get("shuffle", 1) ** 2, index == len(plan) - 1
+        kernels = (inputs, outputs, side, side) if options.get("transposed") else (made, inputs, side, side)
+        norm = (outputs,) if info.network.norm == "instance" and not last else None
+        needed = {"weight": kernels, "bias": (made,) if last or "bias" in arrays else None, "norm_weight": norm, "norm_bias": norm}
+        for name in ARRAYS:
+            shape = arrays[name].shape if name in arrays else None
+            if shape != needed[name]:
+                raise ValueError(f"stage {index}: its {name} is {shape}, need {needed[name]}")
+            if shape and not np.isfinite(arrays[name]).all():
+                raise ValueError(f"stage {index}: its {name} holds what is no number")
+        stages.append(Stage(**{name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}, **options))
+        inputs = outputs
+    return tuple(stages)
 
 
-def _take_pixels(first: Stage) -> Stage:
+def _takes_pixels(first: Arrays) -> Arrays:
     """The same for pixels of 0..255 less the shift, instead of [0, 1]."""
-    weight = first.weight / 255
-    bias = None if first.bias is None else first.bias + PIXEL_SHIFT * weight.sum(axis=(1, 2, 3))
-    return replace(first, weight=weight, bias=bias, value=-PIXEL_SHIFT)
+    weight = first["weight"] / 255
+    return first | {"weight": weight} | ({"bias": first["bias"] + PIXEL_SHIFT * weight.sum(axis=(1, 2, 3))} if "bias" in first else {})
 
 
 def _summed_kernels(weight: np.ndarray) -> np.ndarray:
@@ -230,11 +209,6 @@ def _split_stride(weight: np.ndarray) -> np.ndarray:
         for column in range(2):
             split[:, row, column, :, row : row + height, column : column + width] = weight
     return split.reshape(outputs * 4, inputs, height + 1, width + 1)
-
-
-def _contiguous(stage: Stage) -> Stage:
-    arrays = {name: getattr(stage, name) for name in ARRAYS}
-    return replace(stage, **{name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items() if array is not None})
 
 
 def minds_ground(network: StagedNetwork) -> bool:
@@ -291,14 +265,19 @@ def less_flat(network: StagedNetwork) -> list[Stage]:
 def describe(network: StagedNetwork) -> tuple[dict[str, np.ndarray], str]:
     """The arrays of all stages by name, and everything else of them as JSON; ``restore_stages`` reads both."""
     arrays = {f"stage.{index}.{name}": getattr(stage, name) for index, stage in enumerate(network.stages) for name in ARRAYS}
-    rest = [{field.name: getattr(stage, field.name) for field in fields(Stage) if field.name not in ARRAYS} for stage in network.stages]
-    return {name: array for name, array in arrays.items() if array is not None}, json.dumps(rest)
+    return {name: array for name, array in arrays.items() if array is not None}, json.dumps([_not_arrays(stage) for stage in network.stages])
 
 
 def restore_stages(arrays: dict[str, np.ndarray], rest: str, info: ModelInfo) -> StagedNetwork:
-    """What ``describe`` took apart. Raises ``KeyError``, ``TypeError`` or ``ValueError`` where a part is missing or does not fit."""
-    stages = []
-    for index, options in enumerate(json.loads(rest)):
-        found = {name: arrays[f"stage.{index}.{name}"].copy() for name in ARRAYS if f"stage.{index}.{name}" in arrays}
-        stages.append(_contiguous(Stage(**found, **options)))
-    return StagedNetwork(_checked(stages, info), info)
+    """What ``describe`` took apart. Raises ``ValueError`` where it is not what it was."""
+    told = json.loads(rest)
+    found = [{name: arrays[f"stage.{index}.{name}"].copy() for name in ARRAYS if f"stage.{index}.{name}" in arrays} for index in range(len(told))]
+    stages = _put_together(found, info)
+    for index, (one, stage) in enumerate(zip(told, stages)):
+        if one != _not_arrays(stage):
+            raise ValueError(f"stage {index} is {one}, need {_not_arrays(stage)}")
+    return StagedNetwork(stages, info)
+
+
+def _not_arrays(stage: Stage) -> dict[str, Any]:
+    return {field.name: getattr(stage, field.name) for field in fields(Stage) if field.name not in ARRAYS}
