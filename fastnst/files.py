@@ -3,6 +3,7 @@
 import glob
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -68,13 +69,13 @@ def remove_leftovers(path: str | Path) -> None:
 
 
 def _prefix(path: Path) -> str:
-    """What temporary names for ``path`` begin with: as much of its own as fits, as a name has 255 bytes at most, not characters."""
-    return f".{os.fsencode(path.stem)[:60].decode(errors='ignore')}-"
+    """What temporary names for ``path`` begin with: as much of its own as fits, as a name has 255 bytes at most, not characters, and whose they are."""
+    return f".{os.fsencode(path.stem)[:60].decode(errors='ignore')}-fastnst-"
 
 
 @contextmanager
 def without_leftovers(path: str | Path) -> Iterator[None]:
-    """Around ``atomic_write`` to ``path``: first remove what killed processes left of it, unless another is within such a block for the same folder.
+    """Around ``atomic_write`` to ``path``: first remove what killed processes left of it, unless another is within such a block for the same folder, or holds a lock on it for purposes of its own.
 
     The folder, made when missing, is the lock, so no file stays behind. Where it cannot be locked (Windows, some network file
     systems), nothing is removed.
@@ -90,8 +91,17 @@ def without_leftovers(path: str | Path) -> Iterator[None]:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     remove_leftovers(path)
                 finally:
-                    fcntl.flock(lock, fcntl.LOCK_SH)  # until the end none is alone here
+                    _share(lock)  # until the end none is alone here
         yield
+
+
+def _share(lock: int) -> None:
+    """Take a lock beside others, for which it waits no longer than removing takes: it may be held by who knows nothing of us."""
+    for _ in range(20):
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.005)
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def test_long_names_fit(tmp_path, stem):
     path = tmp_path / f"{stem}.x"
     with atomic_write(path) as temporary:
         temporary.write_text("x")
-        assert re.fullmatch(r"\.(n|\U0001f30a)+-\w{8}\.x", temporary.name)  # no half of a wave
+        assert re.fullmatch(r"\.(n|\U0001f30a)+-fastnst-\w{8}\.x", temporary.name)  # no half of a wave
     assert path.read_text() == "x"
     (tmp_path / temporary.name).write_text("of a process that was killed")
     remove_leftovers(path)
@@ -125,18 +125,35 @@ def test_a_writer_that_writes_whole_itself_names_the_target_alone(tmp_path):
 
 
 def test_leftovers_are_removed_unless_another_may_be_writing_them(tmp_path):
-    path, left = tmp_path / "new" / "v.mp4", tmp_path / "new" / ".v-abc_1234.mp4"
+    path, left = tmp_path / "new" / "v.mp4", tmp_path / "new" / ".v-fastnst-abc_1234.mp4"
     with without_leftovers(path):
         assert path.parent.is_dir()
         left.write_text("half")
-        for other in (".w-abc_1234.mp4", ".v-old.mp4"):  # of another target; a file of the user's
+        for other in (".w-fastnst-abc_1234.mp4", ".v-original.mp4"):  # of another target; a file of the user's
             (path.parent / other).write_text("whole")
         with without_leftovers(path):  # as another process: what is left may be being written
             assert left.exists()
         with atomic_write(path) as temporary, without_leftovers(path):
             temporary.write_text("whole")
     with without_leftovers(path):
-        assert sorted(os.listdir(path.parent)) == [".v-old.mp4", ".w-abc_1234.mp4", "v.mp4"]
+        assert sorted(os.listdir(path.parent)) == [".v-original.mp4", ".w-fastnst-abc_1234.mp4", "v.mp4"]
+
+
+def test_a_folder_that_somebody_else_has_locked_is_written_to(tmp_path):
+    """As by `flock FOLDER fastnst stylize ...`; what is left there is left."""
+    fcntl = pytest.importorskip("fcntl", reason="Windows locks no folders")
+    left = tmp_path / ".v-fastnst-abc_1234.mp4"
+    left.write_text("half")
+    lock = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with without_leftovers(tmp_path / "v.mp4"):
+        assert left.exists()
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    with without_leftovers(tmp_path / "v.mp4"):
+        assert not left.exists()
+        with pytest.raises(BlockingIOError):  # until the end
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(lock)
 
 
 def test_a_folder_is_held_by_one_and_let_go_at_the_end(tmp_path):

@@ -608,7 +608,7 @@ def test_a_run_folder_that_is_gone_is_named_and_not_begun_anew(train_data, tmp_p
 
 def test_what_a_killed_writer_left_is_removed(train_data, tmp_path):
     fit(train_data, tmp_path / "run", stop_at=2)
-    for name in (".training_state-abc_1234.pt", ".model-abc_1234.safetensors", ".config-abc_1234.yaml"):
+    for name in (".training_state-fastnst-abc_1234.pt", ".model-fastnst-abc_1234.safetensors", ".config-fastnst-abc_1234.yaml"):
         (tmp_path / "run" / name).write_bytes(b"half")
     fit(train_data, tmp_path / "run")
     assert not list((tmp_path / "run").glob(".*-*"))

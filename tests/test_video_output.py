@@ -138,7 +138,7 @@ def test_an_existing_file_is_kept_unless_told(tmp_path):
 
 
 def test_what_a_killed_run_left_is_removed_by_the_next_but_no_file_that_is_being_written(tmp_path):
-    half = tmp_path / ".out-abcd1234.mp4"
+    half = tmp_path / ".out-fastnst-abcd1234.mp4"
     half.write_bytes(b"half")
     first, *others = frames_of(moving_frames(3))
     with create_video(tmp_path / "out.mp4", INFO, FAST) as write:
