@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
-import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -120,8 +120,10 @@ def add_config_flags(p: argparse.ArgumentParser, several: bool = False) -> None:
 
 
 def path_override(key: str, path: str | Path) -> str:
-    """``KEY=PATH`` as --set takes it, quoted, as a name may hold what means something in YAML: ``no. 1: #2.jpg``."""
-    return f"{key}={json.dumps(str(path), ensure_ascii=False)}"
+    """``KEY=PATH`` as --set takes it, quoted, as a name may hold what means something in YAML: ``no. 1: #2.jpg``, or bytes that are no text."""
+    import yaml
+
+    return f"{key}={yaml.safe_dump(str(path), default_style=chr(34), width=math.inf).strip()}"
 
 
 def shipped_folder(name: str) -> Path:

@@ -41,12 +41,6 @@ class Progress:
     def frames_per_second(self) -> float:
         return self.done / self.seconds if self.seconds > 0 else 0.0
 
-    @property
-    def seconds_left(self) -> float | None:
-        if self.total is None or not self.done:
-            return None
-        return max(0, self.total - self.done - self.broken - self.there) * self.seconds / self.done
-
 
 def stylize_video(
     source: str | Path,

@@ -101,6 +101,8 @@ class Stylizer:
 
     def _together(self, stylize: Callable[[Engine, Any], Any], pictures: Any, exact: list[int], plain: dict[int, Any], empty_like: Callable[[Any], Any]) -> Any:
         """``(N, ...)``: what ``stylize`` makes of the pictures, of the ``exact`` in float32, and in the place of the ``plain`` what these are already."""
+        if len(exact) == len(pictures):
+            return stylize(self._in_float32(), pictures)
         apart = {index: stylize(self._in_float32(), pictures[index : index + 1])[0] for index in exact} | plain  # before strips overwrite anything
         whole = stylize(self.engine, pictures) if len(apart) < len(pictures) else empty_like(pictures)
         if apart and not isinstance(whole, np.ndarray):
@@ -251,14 +253,13 @@ def stylize_files(
 def _shows_rounding(levels: np.ndarray) -> bool:
     """Whether ``(H, W, 3)`` of 0..255 is for float32: norms make so much of the little that is there that bfloat16's rounding shows (25 to 46 dB, to the eye as well).
 
-    Of things on a plain ground, nine tenths of the pixels are as those two further on (of 1,352 photos 0.75 at most). What has no detail anywhere, ramps and skies without
-    grain, photos blurred by 5 px and more, bends by less than 1.4 levels over 4 px (RMS; these photos by 5.7 and more), and so do stripes and squares of a pixel, too, of which
-    strides leave one color.
+    Of things on a plain ground, nine tenths of the pixels are as those two further on (of 1,352 photos 0.75 at most), and of patterns of which strides leave one color
+    as those two, three or four further on. What has no detail anywhere, ramps and skies without grain, photos blurred by 5 px and more, bends by less than 1.4 levels over 4 px (RMS; these photos by 5.7 and more).
     """
     some = levels[::16].astype(np.float32)
     if some.shape[1] < 5:
         return True
-    alike = (some[:, 2:] == some[:, :-2]).all(axis=2).mean()
+    alike = max((some[:, lag:] == some[:, :-lag]).all(axis=2).mean() for lag in (2, 3, 4))
     bend = some[:, 4:] - 2 * some[:, 2:-2] + some[:, :-4]
     return bool(alike > 0.9 or np.square(bend).mean() < 1.4**2)
 

@@ -1,5 +1,6 @@
 """See how a painting will come out before training: a sheet over strengths (rows) and style sizes (columns), in minutes."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def _write(path, args, strength, long_side, model) -> int:
     parse_config(model, text, ["data.content=.", *args.set], source=str(path))
     with atomic_write(args.write) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    print(f"{args.write}\nTrain it: fastnst train --config {args.write} --content PHOTOS/" + "".join(f" --set {change}" for change in args.set))
+    print(f"{args.write}\nTrain it: fastnst train --config {shlex.quote(str(args.write))} --content PHOTOS/" + "".join(f" --set {shlex.quote(change)}" for change in args.set))
     return 0
 
 

@@ -137,7 +137,7 @@ def photos(args, stylizer, ranks, stop) -> int:
         def strip_done(part):
             nonlocal shown
             if stop():
-                raise KeyboardInterrupt  # a large picture takes minutes: nothing of it is written
+                raise KeyboardInterrupt(stop.exit_code)  # a large picture takes minutes: nothing of it is written
             bar.set_postfix_str(f"{part:.0%} of this one", refresh=False)
             if time.monotonic() - shown > bar.mininterval:
                 shown = time.monotonic()

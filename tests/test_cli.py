@@ -120,6 +120,14 @@ def test_inputs_may_have_names_that_mean_something_in_yaml(train_main, photos, p
     assert (config["style"]["image"], config["data"]["content"]) == (str(style), str(content))
 
 
+@pytest.mark.parametrize("name", [b"caf\xe9.jpg", b"a\x7fb.jpg", b"a\xc2\x85b\n.jpg", b"x" * 250, b" lead", b"null", "\U0001f30a '\"\\ .jpg".encode()], ids=str)
+def test_a_path_is_taken_as_it_is_in_the_file_system(name):
+    """Bytes that are no UTF-8, what YAML does not print or takes for the end of a line, what it would fold."""
+    overrides = [cli.path_override(key, os.fsdecode(name)) for key in ("style.image", "data.content")]
+    config = load_config(TrainConfig, cli.find_config("smoke"), overrides)
+    assert config.style.image == config.data.content == Path(os.fsdecode(name))
+
+
 # Errors
 
 

@@ -78,7 +78,8 @@ def test_what_shows_rounding_is_told_from_photos():
     blurred = np.asarray(Image.fromarray(photo).resize((4, 3)).resize((160, 120), Image.Resampling.BICUBIC))
     stripes, squares = np.zeros((2, 64, 80, 3), np.uint8)
     stripes[:, ::2], squares[::2, ::2], squares[1::2, 1::2] = 255, 255, 255
-    smooth = [plain, plain.astype(np.float32), plain[:, :2], plain[:1], RAMP, RAMP.transpose(1, 0, 2), RAMP[:, :40] * np.float32(0.3), blurred, stripes, squares]
+    threes, fours = (np.resize(np.array(levels, np.uint8), 80)[None, :, None].repeat(64, axis=0).repeat(3, axis=2) for levels in ((30, 90, 220), (127, 227, 127, 27)))
+    smooth = [threes, fours, plain, plain.astype(np.float32), plain[:, :2], plain[:1], RAMP, RAMP.transpose(1, 0, 2), RAMP[:, :40] * np.float32(0.3), blurred, stripes, squares]
     assert [_shows_rounding(picture) for picture in smooth] == [True] * len(smooth)
     assert [_shows_rounding(picture) for picture in (photo, half, photo * np.float32(0.5))] == [False] * 3
 
