@@ -54,6 +54,7 @@ UNEVEN = [250 * index + (40 if index % 3 == 1 else 0) for index in range(21)]  #
         ("uneven.mkv", 20, True, {"times": UNEVEN, "rate": 30}),  # 30 a second is in the header, where most programs write what they meant
         ("uneven.webm", 20, True, {"times": UNEVEN, "rate": 30, "codec": "libvpx-vp9"}),
         ("uneven.ts", 20, True, {"times": UNEVEN}),
+        ("between.mkv", 12, False, {"codec": "mpeg4", "max_b_frames": 2, "gop_size": 12}),  # frames that are stored behind later ones
         ("late.mkv", 12, False, {"times": [5000 + 40 * index for index in range(13)]}),
         ("sound.mkv", 30, False, {"rate": 30, "sound": "aac", "sound_until": 5000}),  # times of 33 and 34 ms are even
         ("sound.mp4", 30, False, {"rate": 30, "sound": "aac", "sound_until": 5000}),
