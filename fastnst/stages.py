@@ -163,6 +163,8 @@ def _put_together(found: list[Arrays], info: ModelInfo) -> tuple[Stage, ...]:
     if len(found) != len(plan):
         raise ValueError(f"got {len(found)} stages, need {len(plan)}")
     for index, (arrays, (side, outputs, options)) in enumerate(zip(found, plan)):
+        with np.errstate(over="ignore"):  # what is too large for float32 is told below
+            arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
         made, last = outputs * options.get("shuffle", 1) ** 2, index == len(plan) - 1
         kernels = (inputs, outputs, side, side) if options.get("transposed") else (made, inputs, side, side)
         norm = (outputs,) if info.network.norm == "instance" and not last else None
@@ -173,7 +175,7 @@ def _put_together(found: list[Arrays], info: ModelInfo) -> tuple[Stage, ...]:
                 raise ValueError(f"stage {index}: its {name} is {shape}, need {needed[name]}")
             if shape and not np.isfinite(arrays[name]).all():
                 raise ValueError(f"stage {index}: its {name} holds what is no number")
-        stages.append(Stage(**{name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}, **options))
+        stages.append(Stage(**arrays, **options))
         inputs = outputs
     return tuple(stages)
 

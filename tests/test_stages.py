@@ -106,6 +106,7 @@ def test_stages_that_do_not_fit_are_named(index, name, value):
     ("18.bias", lambda a: a[:2], "stage 7: its bias is .8,., need .12,."),
     ("18.weight", lambda a: a[:2], "stage 7: its weight is .8, 4, 10, 10., need .12, 4, 10, 10."),
     ("6.weight", lambda a: a * np.nan, "stage 2: its weight holds what is no number"),
+    ("6.weight", lambda a: a.astype(float) * 1e300, "stage 2: its weight holds what is no number"),  # in float32
 ])
 def test_weights_that_do_not_fit_are_named(layer, damage, complaint):
     network, _ = staged()
