@@ -78,7 +78,7 @@ def without_leftovers(path: str | Path) -> Iterator[None]:
     """Around ``atomic_write`` to ``path``: first remove what killed processes left of it, unless another is within such a block for the same folder, or holds a lock on it for purposes of its own.
 
     The folder, made when missing, is the lock, so no file stays behind. Where it cannot be locked (Windows, some network file
-    systems), nothing is removed.
+    systems), nothing is removed. Whoever got no lock within a tenth of a second goes on without, and might lose its file to a later run of the same target.
     """
     folder = Path(path).parent
     with ExitStack() as stack:

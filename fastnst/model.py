@@ -84,7 +84,7 @@ def read_model(path: str | Path) -> tuple[dict[str, np.ndarray], ModelInfo]:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, AttributeError, TypeError) as error:  # the latter for types that numpy lacks
         raise ValueError(f"{path}: not a readable safetensors file ({error}); is it damaged, or another project's .pth?") from error
     info = parse_metadata(metadata, path)
     return {name: array.astype(np.float32) if array.dtype.kind == "f" else array for name, array in weights.items()}, info
@@ -113,8 +113,11 @@ def parse_metadata(metadata: dict[str, str], path: Path) -> ModelInfo:
     try:
         config = validate_config(NetworkConfig, json.loads(metadata["network"]), source="network")
         thumbnail = Image.open(io.BytesIO(base64.b64decode(metadata["style_thumbnail"]))) if "style_thumbnail" in metadata else None
-        return ModelInfo(config, int(metadata["step"]), json.loads(metadata["recipe"]), json.loads(metadata["versions"]), thumbnail)
-    except (KeyError, ValueError, ConfigError, OSError) as error:
+        recipe, versions = (json.loads(metadata[name]) for name in ("recipe", "versions"))
+        if not (isinstance(recipe, dict) and isinstance(versions, dict)):
+            raise ValueError("its recipe or versions are no maps")
+        return ModelInfo(config, int(metadata["step"]), recipe, versions, thumbnail)
+    except (KeyError, ValueError, ConfigError, OSError, RecursionError, Image.DecompressionBombError) as error:
         raise damaged(path, error) from error
 
 

@@ -107,8 +107,11 @@ def fold(weights: dict[str, np.ndarray], info: ModelInfo) -> StagedNetwork:
         kernel, bias = weights[f"layers.{conv}.weight"], weights[f"layers.{conv}.bias"]
         scale, shift = weights[f"layers.{norm}.weight"], weights[f"layers.{norm}.bias"]
         if config.norm == "batch":
-            gain = scale / np.sqrt(weights[f"layers.{norm}.running_var"] + EPSILON)
-            shift, gain = (shift - weights[f"layers.{norm}.running_mean"] * gain).repeat(shuffle**2), gain.repeat(shuffle**2)
+            mean, variance = weights[f"layers.{norm}.running_mean"], weights[f"layers.{norm}.running_var"]
+            if {each.shape for each in (scale, shift, mean, variance)} != {(scale.size,)}:  # else they might be spread over each other, to any size
+                raise ValueError(f"the arrays of layers.{norm} are not of one length")
+            gain = scale / np.sqrt(variance + EPSILON)
+            shift, gain = (shift - mean * gain).repeat(shuffle**2), gain.repeat(shuffle**2)
             return {"weight": kernel * gain[(None, slice(None), None, None) if transposed else (slice(None), None, None, None)], "bias": bias * gain + shift}
         return {"weight": kernel, "norm_weight": scale, "norm_bias": shift} | ({"bias": bias} if shuffle > 1 else {})
 

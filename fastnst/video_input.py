@@ -163,7 +163,7 @@ def _open_container(name: str, size: ImageSize, say: Callable[[str], None], form
     start = Fraction(max(0, container.start_time or 0), 1_000_000)
     count, missing = stream.frames if whole else None, Fraction(0)
     variable_rate = stream.average_rate is None or abs(stream.average_rate / (stream.base_rate or rate) - 1) > Fraction(1, 1000)
-    hidden = stream.duration is not None and stream.duration * stream.time_base * rate < WHOLE * stream.frames  # as what is trimmed without encoding it anew
+    hidden = stream.duration is not None and stream.duration * stream.time_base * rate < stream.frames - 1  # as what is trimmed without encoding it anew
     if whole and (not count or hidden):  # there is no table of frames, as an MP4 file has, or one of more than are shown
         if os.path.getsize(name) > _LARGE:
             say(f"{name}: it is looked through first, as it does not tell how many frames it has")
@@ -172,7 +172,7 @@ def _open_container(name: str, size: ImageSize, say: Callable[[str], None], form
         missing = told - (end - start) if end - start < WHOLE * told else missing
     info = VideoInfo(
         name=name,
-        count=count,
+        count=count or None,
         rate=rate,
         time_base=stream.time_base,
         variable_rate=variable_rate,

@@ -1,5 +1,6 @@
 """Models and training states come back bit for bit, and damaged files are named."""
 
+import base64
 import copy
 import errno
 import os
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from test_picture import png_header
 
 from fastnst import __version__, checkpoint
 from fastnst.checkpoint import load_model, load_training_state, restore, save_model, save_training_state, snapshot
@@ -131,11 +133,21 @@ def resave(path: Path, change) -> None:
         lambda tensors, metadata: metadata.update(step="many"),
         lambda tensors, metadata: metadata.update(style_thumbnail="!"),
         lambda tensors, metadata: metadata.update(style_thumbnail="aGVsbG8="),  # base64, but no picture
+        lambda tensors, metadata: metadata.update(style_thumbnail=base64.b64encode(png_header(60_000, 60_000)).decode()),
+        lambda tensors, metadata: metadata.update(recipe="3"),
+        lambda tensors, metadata: metadata.update(versions="null"),
+        lambda tensors, metadata: metadata.update(recipe="[" * 100_000),
     ],
 )
 def test_inconsistent_model_is_named(model, change):
     resave(model, change)
     with pytest.raises(ValueError, match=r"model\.safetensors: the model file is damaged or of a newer fastnst"):
+        load_model(model)
+
+
+def test_a_type_that_numpy_lacks_is_named(model):
+    resave(model, lambda tensors, metadata: tensors.update({"layers.0.weight": tensors["layers.0.weight"].to(torch.float8_e4m3fn)}))
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file .*float8"):
         load_model(model)
 
 

@@ -116,6 +116,15 @@ def test_weights_that_do_not_fit_are_named(layer, damage, complaint):
         fold(weights, ModelInfo(network.config, 0, {}, {}, None))
 
 
+def test_a_batch_norm_s_arrays_are_not_spread_over_each_other():
+    """150,000 by 150,000 numbers would be 90 GB."""
+    network, _ = staged(norm="batch")
+    weights = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    weights["layers.1.running_var"] = weights["layers.1.running_var"][:, None]
+    with pytest.raises(ValueError, match="the arrays of layers.1 are not of one length"):
+        fold(weights, ModelInfo(network.config, 0, {}, {}, None))
+
+
 def test_more_or_fewer_stages_are_an_error():
     _, network = staged()
     arrays, rest = describe(network)

@@ -76,17 +76,24 @@ def test_what_is_cut_off_is_missing(tmp_path, begin):
         assert float(video.info.missing) == pytest.approx(1.6 - float(frames[-1].time + frames[-1].duration), abs=0.1)
 
 
-def test_what_is_trimmed_without_encoding_it_anew_is_not_cut_off(tmp_path):
-    """As `ffmpeg -ss 1.2 -i a.mp4 -c copy b.mp4`: the table still has the 40 frames, of which 10 are shown."""
+@pytest.mark.parametrize("hidden", [30, 4])
+def test_what_is_trimmed_without_encoding_it_anew_is_not_cut_off(tmp_path, hidden):
+    """As `ffmpeg -ss 1.2 -i a.mp4 -c copy b.mp4`: the table still has all of the 40 frames."""
     with av.open(str(write_clip(tmp_path / "a.mp4", moving_frames(40)))) as whole, av.open(str(tmp_path / "b.mp4"), "w") as trimmed:
         stream = trimmed.add_stream_from_template(whole.streams.video[0])
         for packet in whole.demux(whole.streams.video[0]):
             if packet.dts is not None:
-                shift = round(Fraction(12, 10) / packet.time_base)
+                shift = round(Fraction(hidden, 25) / packet.time_base)
                 packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
                 trimmed.mux(packet)
     with open_video(tmp_path / "b.mp4") as video:
-        assert len(list(video)) == video.info.count == 10 and not video.info.missing and not video.info.variable_rate
+        assert len(list(video)) == video.info.count == 40 - hidden and not video.info.missing and not video.info.variable_rate
+
+
+def test_what_has_no_times_has_no_count(tmp_path):
+    write_clip(tmp_path / "a.h264", moving_frames(5))
+    with open_video(tmp_path / "a.h264") as video:
+        assert video.info.count is None and len(list(video)) == 5
 
 
 def test_a_large_file_is_said_to_be_looked_through(tmp_path, monkeypatch):
