@@ -82,6 +82,9 @@ def test_what_shows_rounding_is_told_from_photos():
     smooth = [threes, fours, plain, plain.astype(np.float32), plain[:, :2], plain[:1], RAMP, RAMP.transpose(1, 0, 2), RAMP[:, :40] * np.float32(0.3), blurred, stripes, squares]
     assert [_shows_rounding(picture) for picture in smooth] == [True] * len(smooth)
     assert [_shows_rounding(picture) for picture in (photo, half, photo * np.float32(0.5))] == [False] * 3
+    # A wave of 16 px bends by |2 cos(pi / 4) - 2| = 0.586 of itself over 2 px to either side, RMS 0.414 of its amplitude: 1.7 and 3.3 levels.
+    waves = [np.float32(128 + amplitude * np.cos(np.arange(80) * np.pi / 8))[None, :, None].repeat(64, axis=0).repeat(3, axis=2) for amplitude in (4, 8)]
+    assert [_shows_rounding(picture) for picture in waves] == [True, False]
 
 
 @pytest.mark.parametrize("engine", [pytest.param("native", marks=PAIRS_ALONE), "openvino", "torch"])
