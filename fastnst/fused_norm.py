@@ -326,7 +326,8 @@ def _fold(
                 row, is_row = _mirror(y, height, turn // horizontal, PADDING, MODE)
                 across, is_column = _mirror(column, width, turn % horizontal, PADDING, MODE)
                 seen = image * (height + 2 * PADDING) * broad + lies_at(row, across, broad, PLACES)[:, None]
-                total += tl.load(gradient + seen * CHANNELS + channel, mask=there & (is_column & is_row)[:, None], other=0).to(tl.float32)
+                again = tl.where(is_row, there & is_column[:, None], False)  # not by `&`: what Triton 3.9 interprets takes no mask that is partly of one truth for all
+                total += tl.load(gradient + seen * CHANNELS + channel, mask=again, other=0).to(tl.float32)
         if RELU:
             total = tl.where(value * gain + shift > 0, total, 0.0)
         total = tl.where(there, total, 0.0)
