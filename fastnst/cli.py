@@ -68,7 +68,7 @@ def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | No
     except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, MemoryError) as error:
         complain("", error)
         return 2
 

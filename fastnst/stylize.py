@@ -30,7 +30,7 @@ class Stylizer:
     """A model on a device, ready to be called, also from several threads: ``Stylizer.from_file("model.safetensors")(image)``.
 
     ``tile``: ``auto`` goes strip by strip where the whole picture needs more memory than is free, ``off`` never does, a number
-    always does, in strips of so many rows. Strips change no pixel by more than 1/255 (in float32). ``notice`` is called
+    always does, in strips of so many rows. Strips change no pixel by more than 1/255 (in float32; patterns of single pixels change more in torch and ONNX Runtime). ``notice`` is called
     with a sentence where something is done in another way than expected. ``blend`` says what of the photo stays.
     """
 
@@ -128,7 +128,12 @@ class Stylizer:
 
     def _strips(self, engine: Engine, pixels: np.ndarray, report: Callable[[float], None] = lambda done: None, in_place: bool = False) -> np.ndarray:
         rows = self.tile if isinstance(self.tile, int) else plan_rows(engine.network, pixels.shape[1])
-        return stylize_tiled(engine, pixels, rows, engine.free_memory(), report, in_place, self.notice)
+        try:
+            return stylize_tiled(engine, pixels, rows, engine.free_memory(), report, in_place, self.notice)
+        except Exception as error:  # ONNX Runtime has kinds of its own
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryError(f"{pixels.shape[1]}x{pixels.shape[0]} pixels do not fit into the memory of {engine.device}, not even in strips; use --short-side N") from error
 
     def _of_one_color(self, pictures: np.ndarray) -> dict[int, np.ndarray]:
         """Those of ``(N, H, W, 3)`` that are of a single color, stylized, by index.
@@ -142,8 +147,7 @@ class Stylizer:
             if (one[0] == color).all() and (one == color).all():  # the first row tells of most that they are not
                 this = (one.shape, one.dtype, color.tobytes() if minds_ground(self.engine.network) else None)
                 if self._plain[0] != this:
-                    engine = self._in_float32()
-                    self._plain = (this, stylize_tiled(engine, one, plan_rows(engine.network, one.shape[1]), engine.free_memory()))
+                    self._plain = (this, self._strips(self._in_float32(), one))
                 found[index] = self._plain[1]
         return found
 

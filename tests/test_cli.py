@@ -182,6 +182,7 @@ def test_a_flag_that_is_needed_is_named(missing, capsys):
         (ValueError("bad value"), 2, "error: bad value\n"),
         (FileNotFoundError("no file"), 2, "error: no file\n"),
         (FloatingPointError("not finite"), 2, "error: not finite\n"),
+        (MemoryError("use --short-side"), 2, "error: use --short-side\n"),
         (KeyboardInterrupt(), 130, "stopped\n"),
         (KeyboardInterrupt(143), 143, "stopped\n"),
     ],

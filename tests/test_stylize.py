@@ -217,6 +217,27 @@ def test_too_little_memory_goes_on_in_strips_and_says_so(stylizer, tmp_path, mon
         stylizer(picture)
 
 
+def test_a_picture_too_large_even_in_strips_is_named_and_the_others_are_done(stylizer, tmp_path, monkeypatch):
+    for name, width in (("small.png", 32), ("large.png", 64)):
+        synthetic_photo(0, width, 48).save(tmp_path / name)
+    run, stage = stylizer.engine.run, stylizer.engine.stage
+
+    def up_to(most, compute):
+        def limited(index, pixels, *rest):
+            if max(pixels.shape) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+            return compute(index, pixels, *rest)
+
+        return limited
+
+    monkeypatch.setattr(stylizer.engine, "run", lambda pixels, *rest: up_to(48, lambda _, *given: run(*given))(0, pixels, *rest))
+    monkeypatch.setattr(stylizer.engine, "stage", up_to(0, stage))
+    done = list(stylize_files(stylizer, [Job(tmp_path / name, tmp_path / f"of_{name}") for name in ("large.png", "small.png")]))
+    assert [one.error is None for one in done] == [False, True]
+    assert "large.png: 64x48 pixels do not fit into the memory of cpu, not even in strips; use --short-side N" in str(done[0].error)
+    assert (tmp_path / "of_small.png").exists()
+
+
 def test_auto_goes_in_strips_where_the_picture_needs_more_than_is_free(stylizer, monkeypatch):
     picture = np.asarray(synthetic_photo(0, 64, 48))
     whole = stylizer(picture)
