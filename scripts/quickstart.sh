@@ -10,7 +10,7 @@ if [ ! -x .venv/bin/python ]; then
   "${PYTHON:-python3}" -m venv .venv
 fi
 stamp=.venv/.installed-quickstart
-if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+if [ ! -f "$stamp" ] || [ -n "$(find pyproject.toml fastnst/*.[ch] -newer "$stamp")" ]; then
   echo "Installing into .venv (about two minutes, mostly PyTorch) ..."
   .venv/bin/python -m pip install --disable-pip-version-check -q -e '.[quickstart]'
   touch "$stamp"

@@ -7,7 +7,7 @@ if [ ! -x .venv/bin/python ]; then
   "${PYTHON:-python3}" -m venv .venv
 fi
 stamp=.venv/.installed-test
-if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+if [ ! -f "$stamp" ] || [ -n "$(find pyproject.toml fastnst/*.[ch] -newer "$stamp")" ]; then
   .venv/bin/python -m pip install --disable-pip-version-check -q -e '.[test]'
   touch "$stamp"
 fi
