@@ -62,12 +62,12 @@ class DataConfig(Config):
 
     @property
     def decoded_side(self) -> int:
-        """Pixels that the sides of a decoded photo need: then there are ``crop_size`` in the smallest square that may be cut."""
+        """Pixels that the sides of a decoded photo need: then even the smallest square that ``crop: random`` may cut has ``crop_size``."""
         return math.ceil(self.crop_size / self.min_scale)
 
     @property
     def kept_side(self) -> int:
-        """Pixels of the short side of a prepared photo: as many, up to a third more where that spares scaling it, or all it has."""
+        """Pixels of the short side to which a photo is scaled before it is kept; one that has at most a third more, or less, stays as it is."""
         return self.decoded_side if self.crop == "random" else self.crop_size
 
 

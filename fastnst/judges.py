@@ -11,7 +11,7 @@ from torch import Tensor
 from fastnst.loss_network import LossNetwork, LossNetworkConfig, load_loss_network
 from fastnst.losses import LossConfig, PerceptualLoss, calibrate
 
-# The content layer and the style layers: those of the recipes; in vgg19_slim others, as far as there are.
+# The content layer and the style layers of each network: those of the recipes, but for vgg19_slim, which recipes train against: there others, as far as it has them.
 _VGG = ("relu3_3", ("relu1_2", "relu2_2", "relu3_3"))
 _SQUEEZENET = ("fire4", ("relu1", "fire3", "fire5", "fire7"))
 JUDGE_LAYERS = {

@@ -146,7 +146,8 @@ class LossNetwork(nn.Module):
     ``mean`` and ``std`` are of RGB in [0, 1]. Weights start at random (He et al. 2015); ``load_loss_network`` fills them in.
     """
 
-    fused = True  # on a CPU what lies between convolutions, and in half precision on an NVIDIA GPU; may be set to False, and is not where a module of it has hooks
+    # Use our own code: on a CPU between convolutions, on an NVIDIA GPU in half precision. May be set to False; not used where a module of it has hooks.
+    fused = True
 
     def __init__(self, network: str, layers: Iterable[str], mean: Triple = IMAGENET_MEAN, std: Triple = IMAGENET_STD, pooling: str = "max", padding: str = "zeros") -> None:
         super().__init__()

@@ -318,7 +318,7 @@ class PerceptualLoss(nn.Module):
             if layer in styles:
                 style[layer] = styles[layer] * self._style_distance(layer, features)
 
-        with side.beside():  # part of what is recorded, also where nothing is compared there: who waits for it waits for no stranger
+        with side.beside():  # makes it part of a CUDA graph even if nothing is compared there: a recording may not wait for a stream outside of it
             pass
         self.loss_network(images, c.layers, compare)
         return {layer: content[layer] for layer in contents}, {layer: style[layer] for layer in styles}

@@ -20,8 +20,8 @@ class TransformNetwork(nn.Module):
     """The network that ``config`` describes.
 
     ``stem: half`` is lean: the first layer sees 10x10 pixels at every second one, the last gives 2x2 pixels by sub-pixel
-    convolution, and nothing is computed at full resolution in between.     ``padding: start`` is Johnson's: reflection padding of the whole image once, none inside the blocks (each of which
-    then shaves 2 px off its skip), zeros elsewhere. ``output``: ``tanh`` is 0.5 + 150/255 tanh, ``sigmoid`` is itself,
+    convolution, and nothing is computed at full resolution in between. ``padding: start`` is Johnson's: reflection padding of the whole
+    image once, none inside the blocks (each of which then shaves 2 px off its skip), zeros elsewhere. ``output``: ``tanh`` is 0.5 + 150/255 tanh, ``sigmoid`` is itself,
     ``linear`` is the bare convolution in units of 1/255, as pytorch/examples has it; what leaves [0, 1] is the
     caller's to clamp, so that the loss still sees it. ``output_scale`` decides how far Adam moves the picture in a step: in the
     published networks (1) tanh saturates in the first steps and leaves white blotches for a thousand more; at 1/8 the
@@ -35,7 +35,7 @@ class TransformNetwork(nn.Module):
         super().__init__()
         self.config = config
         w = config.width
-        layers: list[nn.Module] = []
+        layers: list[nn.Module] = []  # their order is known to `steps_of`, and to `fold` and `_plan` in `stages`, too
         if config.padding == "start":
             layers.append(nn.ReflectionPad2d(config.start_padding))
         if config.stem == "full":

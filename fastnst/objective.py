@@ -83,8 +83,8 @@ def _colorful(photos: Tensor) -> Tensor:
 
 
 class _Heard(torch.autograd.Function):
-    """The same images, ``(N, 3, S, S)``, of which those that are not ``colorful`` get no gradient: each instance norm would multiply it by 316, the root of its
-    epsilon, having no deviation to divide by, and one such photo ended a training in bfloat16."""
+    """The same images, ``(N, 3, S, S)``, of which those that are not ``colorful`` get no gradient. Their deviation is 0, so that each instance norm would multiply it
+    by 316, 1 / sqrt(epsilon): one such photo ended a training in bfloat16."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, colorful: Tensor) -> Tensor:

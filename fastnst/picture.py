@@ -158,7 +158,7 @@ def check_writable(path: Path) -> None:
 def find_images(folder: str | Path) -> list[Path]:
     """Every file below ``folder`` with an image suffix, sorted by name; hidden files and folders are passed over, and pipes, which nobody may be writing to.
 
-    A broken link is one of them, and a folder below that may not be looked into: who reads it is told. Raises ``PermissionError`` where ``folder`` is one.
+    Broken links, and folders below that may not be looked into, are among them, so that opening them tells. Raises ``PermissionError`` where ``folder`` may not.
     """
     found, seen = [], set()
 

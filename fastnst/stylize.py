@@ -257,8 +257,8 @@ def stylize_files(
 def _shows_rounding(levels: np.ndarray) -> bool:
     """Whether ``(H, W, 3)`` of 0..255 is for float32: norms make so much of the little that is there that bfloat16's rounding shows (25 to 46 dB, to the eye as well).
 
-    Of things on a plain ground, nine tenths of the pixels are as those two further on (of 1,352 photos 0.75 at most), and of patterns of which strides leave one color
-    as those two, three or four further on. What has no detail anywhere, ramps and skies without grain, photos blurred by 4 px and more, bends by less
+    On a plain ground more than nine tenths of the pixels equal the one 2 further on (in 1,352 photos 0.75 at most); in patterns that a stride turns into one color, the
+    one 2, 3 or 4 further on. What has no detail anywhere, ramps and skies without grain, photos blurred by 4 px and more, bends by less
     than 2.5 levels over 4 px (RMS; these photos by 5.7 and more). What is left, such as photos blurred by 3 px, is at 46 dB or more in all shipped styles.
     """
     some = levels[::16].astype(np.float32)

@@ -17,7 +17,7 @@ _LEVEL = 1e-3  # of spectra: the power of noise of 0.7 of 255 levels, less than 
 def regular_grid(images: Tensor) -> Tensor:
     """Mean square of the pattern that repeats every 4 px, in windows of 32 px, averaged over the batch; 0 where there is none.
 
-    4 px is what a network's two upsamplings make of one position: short of photos it fills all of them alike, which looks woven.
+    4 px is what a network's two upsamplings make of one position: trained on too few photos, it fills all positions alike, which looks woven.
     What is coarser than 5 px does not count. Random texture leaves a 64th of its variance (more below 32 px).
     """
     images = _exact(images)

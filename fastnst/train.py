@@ -111,7 +111,7 @@ def train(
         begun = snapshot(network, optimizer, 0, Watchdog().state())
         if state is not None:
             check_same_style(config.style.image, task.style_digest, state)
-            restore(run_dir / STATE_NAME, state, network, optimizer)
+            restore(run_dir / STATE_NAME, state, network, optimizer)  # tried here, so that one that does not fit is told before the other ranks get it
         elif ranks.main:
             check_space(run_dir, _bytes_to_save(task))
         found = survey(task.photos.train, config.data) if ranks.main and (state is None or state["step"] < loop.steps) else None

@@ -65,8 +65,8 @@ class NoBoard:
 class Training:
     """A run of ``task`` from ``step`` on, into ``run_dir``: ``due``, ``log``, ``last_look`` and ``validate``, then ``go_back``, or ``save`` and ``learn``.
 
-    ``begun`` is the ``snapshot`` of the untrained network; ``fresh`` is false where the run was resumed; ``unreadable`` are complaints by photo.
-    It is saved ``later``, a context to be entered ahead of this one, while it goes on.
+    ``begun`` is the ``snapshot`` of the untrained network; ``fresh`` is false where the run was resumed; ``unreadable`` says of each complaint
+    where it was met. Saving runs in the background, by ``later``: enter that context before this one.
     """
 
     def __init__(
