@@ -7,17 +7,19 @@ palette, gray and CMYK read right.
 import io
 import os
 import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
 from pydantic import Field, model_validator
 
 from fastnst.config import Config
 from fastnst.files import atomic_write
 
-READABLE = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 WRITABLE = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_FROM_PHONES = (".heic", ".heif")
+READABLE = (*WRITABLE, ".gif", ".avif", *_FROM_PHONES)
 MOST_PIXELS = 2**29  # of a picture: 1.6 GB in 8 bits; strips take so many
 _WITH_ALPHA = (".png", ".webp", ".tif", ".tiff")
 
@@ -60,6 +62,8 @@ def open_rgb(path: str | Path, at_least: int | None = None) -> tuple[Image.Image
         raise PermissionError(f"{path}: no permission to look into the folder")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, need an image file")
+    if path.suffix.lower() in _FROM_PHONES:
+        _can_read_heif()
     try:
         # A stream, as Pillow maps a named, uncompressed TIFF into memory and then turns it wrongly.
         with open(path, "rb") as file, Image.open(file) as image:
@@ -86,7 +90,22 @@ def open_rgb(path: str | Path, at_least: int | None = None) -> tuple[Image.Image
 def _why_unreadable(path: Path) -> str:
     if path.stat().st_size == 0:
         return "the file is empty"
+    if path.suffix.lower() in _FROM_PHONES and not _can_read_heif():
+        return "HEIC photos need pillow-heif: pip install 'fastnst[heic]', or convert them to JPEG"
+    if path.suffix.lower() == ".avif" and not features.check("avif"):
+        return "AVIF needs Pillow 11.3 or newer, with its support"
     return f"not an image that can be read (kinds: {', '.join(suffix[1:] for suffix in READABLE)})"
+
+
+@cache
+def _can_read_heif() -> bool:
+    """Whether Pillow's plugin for HEIC is here; Pillow has it from then on."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import synthetic_photo
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 
 from fastnst.config import ConfigError, validate_config
 from fastnst.image import load_image, save_image, to_tensor
-from fastnst.picture import ImageSize, check_writable, count_kinds, find_images, open_rgb, save_picture
+from fastnst.picture import ImageSize, _can_read_heif, check_writable, count_kinds, find_images, open_rgb, save_picture
 
 
 def pixels(path) -> np.ndarray:
@@ -66,6 +66,35 @@ UPRIGHT = {
     7: [[6, 4, 2], [5, 3, 1]],  # transposed along the other diagonal
     8: [[2, 4, 6], [1, 3, 5]],  # to be turned counterclockwise
 }
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".avif"])
+def test_photos_of_phones_are_read_upright_and_in_srgb(tmp_path, suffix):
+    if suffix == ".avif" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    if suffix == ".heic":
+        pytest.importorskip("pillow_heif", reason="needs pillow-heif: pip install 'fastnst[heic]'").register_heif_opener()
+    photo = Image.new("RGB", (64, 48), (200, 0, 0))
+    photo.paste((0, 0, 200), (0, 0, 32, 48))  # blue on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter: what is on the left goes to the top
+    photo.save(tmp_path / f"photo{suffix}", quality=95, exif=exif.tobytes(), icc_profile=rgb_profile(*DISPLAY_P3))
+    found = pixels(tmp_path / f"photo{suffix}").astype(int)
+    assert found.shape == (64, 48, 3)
+    # 200/255 to the power of 2.2 is 0.586; Display P3's red of that is 1.2249 x 0.586 = 0.718 of sRGB's, a level of 220; its blue 1.0982 x 0.586, 209
+    assert np.abs(found[50, 24] - (220, 0, 0)).max() <= 6
+    assert np.abs(found[14, 24] - (0, 0, 209)).max() <= 6
+    assert find_images(tmp_path) == [tmp_path / f"photo{suffix}"]
+
+
+def test_a_photo_of_a_phone_tells_what_reads_it(tmp_path, monkeypatch):
+    path = tmp_path / "IMG_1.HEIC"
+    path.write_bytes(bytes(100))  # which the plugin, of which another test may have told Pillow, does not take for its own
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    _can_read_heif.cache_clear()
+    with pytest.raises(OSError, match=r"IMG_1.HEIC: HEIC photos need pillow-heif: pip install 'fastnst\[heic\]', or convert"):
+        open_rgb(path)
+    _can_read_heif.cache_clear()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
