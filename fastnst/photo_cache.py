@@ -41,7 +41,7 @@ class _Stopped(Exception):
 class PhotoCache:
     """The kept pixels of the photos that ``sizes`` names, ``(height, width)`` by place in the list they were built from.
 
-    ``unreadable``: what was wrong with the photos that could not be prepared, by name.
+    ``unreadable``: what was wrong with the photos that could not be prepared, by path.
     """
 
     path: Path
@@ -181,7 +181,7 @@ def _build(path: Path, photos: list[Path], prepare: Prepare, limit_gb: float | N
                     sizes += [None] * (len(photos) - len(sizes))
                     break
                 if complaint:
-                    unreadable[photos[place].name] = complaint
+                    unreadable[str(photos[place])] = complaint
                 if time.monotonic() - said > _SAY_SECONDS:
                     said = time.monotonic()
                     say(f"photo cache: {place + 1:,} of {len(photos):,} photos, {(place + 1) / (said - began):.0f} a second")
