@@ -21,10 +21,6 @@ class EightBits:
     weight_scales: np.ndarray
     axis: int
 
-    def rounded_weight(self) -> np.ndarray:
-        """The weight that the whole numbers stand for."""
-        return self.weight * np.expand_dims(self.weight_scales, [axis for axis in range(4) if axis != self.axis])
-
 
 def eight_bits(network: StagedNetwork, blocks_alone: bool) -> list[EightBits | None]:
     """For each stage, None where it is to be left as it is: up to the second residual block, and behind the last for ``blocks_alone``.

@@ -110,12 +110,12 @@ def _in_order(precision: str) -> tuple[str, ...]:
 
 
 def is_installed(engine: str) -> bool:
-    """Whether all that an engine needs is there."""
+    """Whether all that an engine other than torch needs is there."""
     if engine == "native":
         from fastnst.native_library import native_library
 
         return native_library() is not None
-    return all(importlib.util.find_spec(package) for package in ([engine] if engine == "torch" else [engine, "onnx"]))
+    return all(importlib.util.find_spec(package) for package in (engine, "onnx"))
 
 
 class _GraphEngine:

@@ -13,7 +13,6 @@ from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, describe,
 
 _OPSET = 17  # the first with everything used here; ONNX Runtime from 1.12 on reads it
 _MODES = {"reflect": "reflect", "replicate": "edge", "constant": "constant"}
-_LARGEST = 2**31
 
 
 class _Graph:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def resolve_device(name: str = "auto") -> torch.device:

@@ -128,7 +128,7 @@ class _VideoFile:
             say(f"{path}: {width}x{height} becomes {width + width % 2}x{height + height % 2}, as video files want even sides; the last line is doubled")
         self.container = av.open(str(temporary), "w", options={"movflags": "+faststart"} if path.suffix.lower() in (".mp4", ".m4v", ".mov") else {})
         try:
-            stream = self.container.add_stream(encoder, rate=info.rate.limit_denominator(100_000), options=_options(encoder, encoding, info, width * height))
+            stream = self.container.add_stream(encoder, rate=info.rate.limit_denominator(100_000), options=_options(encoder, encoding, info))
             stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
             if stream.codec_context.name not in _SETTINGS:
                 stream.bit_rate = round(width * height * float(info.rate) * _BITS_PER_PIXEL)
@@ -199,7 +199,7 @@ def _encoder(path: Path, encoding: Encoding) -> str:
     raise ValueError(f"codec {codec!r}: no such video encoder in this FFmpeg; use auto, {', '.join(ENCODERS)}, or an encoder that `ffmpeg -encoders` names")
 
 
-def _options(encoder: str, encoding: Encoding, info: VideoInfo, pixels: int) -> dict[str, str]:
+def _options(encoder: str, encoding: Encoding, info: VideoInfo) -> dict[str, str]:
     if encoder not in _SETTINGS:
         return {"preset": encoding.preset} if encoding.preset else {}
     quality_name, quality, speed_name, speed, more = _SETTINGS[encoder]
