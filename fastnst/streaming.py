@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fastnst.background import read_ahead
+from fastnst.files import check_output
 from fastnst.picture import ImageSize
 from fastnst.video_input import WHOLE, Frame, VideoInput, is_numbered, numbered_path, open_camera, open_video
 from fastnst.video_output import Encoding, check_writable_video, create_video
@@ -65,13 +66,12 @@ def stylize_video(
     ``stylize`` is called in the calling thread, ``on_progress`` after every batch; ``say`` is told what is left out, from any thread.
     Once ``should_stop`` holds, the frames done so far are put in place as a video that plays. ``skip_existing`` keeps the
     numbered pictures that are there and makes the others; those that are there are computed again only where ``finish_in_order`` says
-    that ``finish`` depends on the frames before. Raises ``FileExistsError`` unless ``overwrite``, ``OSError`` or ``ValueError``
+    that ``finish`` depends on the frames before. Raises as ``check_output``, and ``OSError`` or ``ValueError``
     naming the file; then the target is as it was.
     """
     target = Path(target)
     check_writable_video(target)
-    if target.resolve() == Path(source).resolve():
-        raise ValueError(f"--output would overwrite the input {source}; choose another --output")
+    check_output(target, [source], overwrite)
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     if is_numbered(target) and (Path(source).is_dir() or is_numbered(source)) and target.parent.resolve() == folder.resolve():
         raise ValueError(f"--output {target} would lie among the input's own pictures, and could overwrite them; choose another folder")

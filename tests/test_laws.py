@@ -24,7 +24,7 @@ NOUNS = {
     "image": {"picture"},
     "video_input": {"picture"},
     "video_output": {"config", "files", "picture", "video_input"},
-    "streaming": {"background", "picture", "video_input", "video_output"},
+    "streaming": {"background", "files", "picture", "video_input", "video_output"},
     "motion": set(),
     "preview_page": set(),
     "model": {"config", "files"},
