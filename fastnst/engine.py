@@ -17,7 +17,7 @@ import numpy as np
 from fastnst.eight_bits import eight_bits
 from fastnst.model import damaged, read_model
 from fastnst.native_library import multiplies_pairs
-from fastnst.runtime import cpu_threads, free_memory, give_back_memory, gpu_is_likely, has_matrix_unit, is_out_of_memory, keep_freed_memory, multiplies_bfloat16, resolve_device
+from fastnst.runtime import cpu_threads, free_memory, give_back_memory, gpu_is_likely, has_matrix_unit, in_one_line, is_out_of_memory, keep_freed_memory, multiplies_bfloat16, resolve_device
 from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, fold, less_flat, minds_ground
 
 if TYPE_CHECKING:
@@ -317,12 +317,12 @@ class TorchEngine:
             return Recording(lambda given: self.compute_fast(given, pixels), x, tried_out=self.precision != "float32")
         except Exception as error:  # libraries raise many kinds; it goes without, and is not tried again
             if not is_out_of_memory(error):
-                warnings.warn(f"a CUDA graph failed, going on slower without ({' '.join(str(error).split())[:200]})", stacklevel=2)
+                warnings.warn(f"a CUDA graph failed, going on slower without ({in_one_line(error)})", stacklevel=2)
         return None
 
     def compute_fast(self, x: Any, pixels: Pixels) -> Any:
         """``compute`` on an NVIDIA GPU, where the first pass takes some seconds of Triton's compiling; where that fails it goes on without, saying so."""
-        from fastnst.fused import on_device
+        from fastnst.fused import on_device, warn_of
 
         if self._fast is not False:
             try:
@@ -335,7 +335,7 @@ class TorchEngine:
                 if is_out_of_memory(error):
                     raise
                 self._fast = False
-                warnings.warn(f"Triton failed, going on slower without ({' '.join(str(error).split())[:200]})", stacklevel=2)
+                warn_of(error)
         return self.compute(x, pixels)
 
     def compute(self, x: Any, pixels: Pixels) -> Any:

@@ -20,6 +20,7 @@ from fastnst.config import Config
 from fastnst.fused import on_device, triton_works
 from fastnst.native_features import Rectified, can_rectify
 from fastnst.native_library import native_library
+from fastnst.runtime import first_line
 from fastnst.winograd import Conv3x3
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -304,11 +305,6 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], Triple | None, Triple | 
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: holds {type(state).__name__}, need a state dict of tensors")
     return state, None, None
-
-
-def first_line(error: Exception) -> str:
-    """Of its message; its kind where it has none."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _triple(metadata: dict[str, str], key: str, path: Path) -> Triple | None:

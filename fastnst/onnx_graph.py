@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fastnst.eight_bits import EightBits
 from fastnst.files import atomic_write
 from fastnst.model import model_metadata, parse_metadata
+from fastnst.runtime import in_one_line
 from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, describe, less_flat, minds_ground, restore_stages, rounding
 
 _OPSET = 17  # the first with everything used here; ONNX Runtime from 1.12 on reads it
@@ -201,7 +202,7 @@ def load_onnx(path: str | Path) -> StagedNetwork:
     try:
         model = onnx.load(path)
     except Exception as error:  # protobuf's own kinds
-        raise ValueError(f"{path}: not a readable ONNX file ({' '.join(str(error).split())[:200]})") from error
+        raise ValueError(f"{path}: not a readable ONNX file ({in_one_line(error)})") from error
     metadata = {prop.key: prop.value for prop in model.metadata_props}
     info = parse_metadata(metadata, path)
     try:

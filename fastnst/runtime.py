@@ -1,4 +1,4 @@
-"""Where we run: device, precision, memory allocator, and being asked to stop. Imports torch only where it is asked about."""
+"""Where we run: device, precision, memory allocator, what errors of its libraries say, and being asked to stop. Imports torch only where it is asked about."""
 
 from __future__ import annotations
 
@@ -123,6 +123,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, in Python or in an engine, whose errors are told apart by their words alone."""
     words = ("out of memory", "not enough memory", "allocate memory", "failed to allocate", "alloc_failed", "bad_alloc", "bad alloc", "create a memory object")
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
+def in_one_line(error: BaseException, most: int = 200) -> str:
+    """What it says, ``most`` characters of it; libraries write pages."""
+    return " ".join(str(error).split())[:most]
+
+
+def first_line(error: BaseException) -> str:
+    """Of what it says; its kind where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def largest_that_fits(attempt: Callable[[int], object], too_large: int) -> int:
