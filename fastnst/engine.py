@@ -348,7 +348,7 @@ class TorchEngine:
             x = x.permute(0, 3, 1, 2).float() if pixels == "uint8" else x * 255
             x = (x - (PIXEL_SHIFT if minds_ground(self.network) else x.mean(dim=(2, 3), keepdim=True).round())).to(self._dtype)  # whole numbers are exact
             height, width = x.shape[-2:]
-            missing = [max(config.smallest_side - side, -side % config.multiple) for side in (width, height)]
+            missing = [config.missing(width), config.missing(height)]
             if any(missing):
                 x = F.pad(x, (0, missing[0], 0, missing[1]), mode="replicate")
             if config.start_padding:

@@ -53,6 +53,10 @@ class NetworkConfig(Config):
         """Sides are padded by replication to a multiple of this, so that no row or column is lost to a stride."""
         return 2 if self.stem == "half" else 1
 
+    def missing(self, side: int) -> int:
+        """Pixels that a side of an image lacks to both, by which it is padded at its end by replication."""
+        return max(self.smallest_side - side, -side % self.multiple)
+
 
 @dataclass(frozen=True)
 class ModelInfo:

@@ -125,8 +125,7 @@ class NativeEngine:
         config, stages = self.network.info.network, self.network.stages
         indices = []
         for side in x.shape[:2]:
-            missing = max(config.smallest_side - side, -side % config.multiple)
-            indices.append(np.pad(np.pad(np.arange(side), (0, missing), mode="edge"), config.start_padding, mode="reflect"))
+            indices.append(np.pad(np.pad(np.arange(side), (0, config.missing(side)), mode="edge"), config.start_padding, mode="reflect"))
         value: Activation | _Band = Activation.of(x)
         del x  # is freed when no stage needs it any more
         block: Activation | None = None

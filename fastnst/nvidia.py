@@ -54,7 +54,7 @@ class NvidiaPass:
         """``Engine.run`` for tensors on the device."""
         config, stages = self._network.info.network, self._network.stages
         height, width = x.shape[1:3] if pixels == "uint8" else x.shape[2:]
-        missing = tuple(max(config.smallest_side - side, -side % config.multiple) for side in (height, width))
+        missing = (config.missing(height), config.missing(width))
         head, last = stages[0], len(stages) - 1
         x, unlike = take(x, pixels, self._dtype, missing, config.start_padding, head.padding, head.padding_mode, head.value)
         even = config.padding in ("reflect", "replicate") and config.upsampling in ("nearest", "bilinear")  # one color stays one color, but for rounding

@@ -89,7 +89,7 @@ class Stage:
 class StagedNetwork:
     """A network ready for inference: its stages and what its file says of it.
 
-    Sides shorter than ``info.network.smallest_side``, or no multiple of ``info.network.multiple``, are padded by replication, then all by ``info.network.start_padding`` by
+    Sides are padded by replication by what they are ``info.network.missing``, then all by ``info.network.start_padding`` by
     reflection; the first stage takes pixels of 0..255 less ``PIXEL_SHIFT``; ``info.network.output`` follows the last one, which
     is then cropped to the size that came in.
     """
