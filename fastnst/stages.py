@@ -73,15 +73,12 @@ class Stage:
             return 2 * (padded - 1) + self.weight.shape[2] - 6
         return ((padded - self.weight.shape[2]) // self.stride + 1) * self.shuffle
 
-
     @property
     def shuffled(self) -> "Stage":
         """The same, a transposed convolution as a 3x3 one on the small grid to four times the channels and their shuffle: 9 multiplications of an output instead of 4."""
         if not self.transposed:
             return self
-        rows = UPSAMPLINGS["transposed"].astype(self.weight.dtype)
-        split = np.einsum("pax,qby,ioxy->opqiab", rows, rows, self.weight)
-        weight, bias = split.reshape(-1, *split.shape[3:]), None if self.bias is None else self.bias.repeat(4)
+        weight, bias = _on_small_grid(self.weight.swapaxes(0, 1), "transposed"), None if self.bias is None else self.bias.repeat(4)
         return replace(self, weight=weight, bias=bias, transposed=False, shuffle=2)
 
 
@@ -130,7 +127,7 @@ def fold(weights: dict[str, np.ndarray], info: ModelInfo) -> StagedNetwork:
             found.append(arrays | {"weight": _summed_kernels(arrays["weight"])})
         elif config.upsampling == "bilinear":  # on the small grid each of the four sub-pixels sees 3x3, through kernels of its own
             arrays = layer(f"{at + 1}", f"{at + 2}")
-            found.append(arrays | {"weight": _interpolated_kernels(arrays["weight"])} | ({"bias": arrays["bias"].repeat(4)} if "bias" in arrays else {}))
+            found.append(arrays | {"weight": _on_small_grid(arrays["weight"], "bilinear")} | ({"bias": arrays["bias"].repeat(4)} if "bias" in arrays else {}))
         elif config.upsampling == "transposed":  # 3x3, padding 1, output padding 1: a 4x4 one whose last row and column are 0
             arrays = layer(f"{at}", f"{at + 1}", transposed=True)
             found.append(arrays | {"weight": np.pad(arrays["weight"], ((0, 0), (0, 0), (0, 1), (0, 1)))})
@@ -199,9 +196,9 @@ def _summed_kernels(weight: np.ndarray) -> np.ndarray:
     return np.einsum("xk,yl,oikl->ioxy", rows, rows, weight)
 
 
-def _interpolated_kernels(weight: np.ndarray) -> np.ndarray:
-    """3x3 kernels on a grid upsampled by bilinear interpolation, ``(O, I, 3, 3)``, as ``(4 O, I, 3, 3)`` on the small grid, to be shuffled by 2."""
-    rows = UPSAMPLINGS["bilinear"].astype(weight.dtype)
+def _on_small_grid(weight: np.ndarray, mode: str) -> np.ndarray:
+    """Kernels on a grid upsampled by one of ``UPSAMPLINGS``, ``(O, I, k, k)``, as ``(4 O, I, 3, 3)`` on the small grid, to be shuffled by 2."""
+    rows = UPSAMPLINGS[mode].astype(weight.dtype)
     split = np.einsum("pak,qbl,oikl->opqiab", rows, rows, weight)
     return split.reshape(-1, *split.shape[3:])
 
