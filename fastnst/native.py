@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastnst.moments import Moments
-from fastnst.native_library import Activation, Packed, add, aligned, finish, from_planes, join_threads, to_planes, whole_vectors
+from fastnst.native_library import Activation, Packed, add, aligned, finish, from_planes, join_threads, sources, to_planes, whole_vectors
 from fastnst.runtime import cpu_threads, free_memory
 from fastnst.stages import EPSILON, Stage, StagedNetwork, flat_values, ground, rounding
 
@@ -103,7 +103,7 @@ class NativeEngine:
         given = Activation.of(x, index > 0 and self.network.stages[index - 1].relu)
         if gain is not None:
             given.gain[:channels], given.shift[:channels] = gain, shift
-        down, across = _padded(np.arange(x.shape[0]), stage, above, below), _padded(np.arange(x.shape[1]), stage, stage.padding, stage.padding)
+        down, across = (sources(np.arange(side), padding, stage.padding_mode) for side, padding in zip(x.shape, ((above, below), stage.padding)))
         raw = aligned((*self._packed[index].size(down, across), self._packed[index].channels))
         moments = self._convolve(index, given, down, across, raw, statistics) or ()
         if index == len(self.network.stages) - 1 and self._packed[index].outputs > 3 and stage.shuffle > 1:
@@ -132,7 +132,7 @@ class NativeEngine:
         for index, stage in enumerate(stages):
             begins_block = index + 1 < len(stages) and stages[index + 1].skip
             block = value if begins_block else block
-            rows, columns = (_padded(side, stage, stage.padding, stage.padding) for side in indices)
+            rows, columns = (sources(side, stage.padding, stage.padding_mode) for side in indices)
             height, width = self._packed[index].size(rows, columns)
             in_block = begins_block or stage.skip or (index + 2 < len(stages) and stages[index + 2].skip)
             keep = in_block or isinstance(value, _Band) or not self._is_worth_making_twice(index, height, width)
@@ -206,11 +206,3 @@ class NativeEngine:
         kernels_differ = self.network.info.network.upsampling in ("transposed", "subpixel") and (stage.transposed or stage.shuffle > 1)  # from pixel to pixel
         value = 0 * value if stage.norm_weight is None or kernels_differ else value
         return np.pad(value, (0, whole_vectors(value.size) - value.size)).astype(np.float32)
-
-
-def _padded(indices: np.ndarray, stage: Stage, before: int, behind: int) -> np.ndarray:
-    """Where each row or column of a stage's input, padded, is found; -1 where it is the constant."""
-    if not before and not behind:
-        return indices
-    mode = {"reflect": "reflect", "replicate": "edge", "constant": "constant"}[stage.padding_mode]
-    return np.pad(indices, (before, behind), mode=mode, **({"constant_values": -1} if mode == "constant" else {}))

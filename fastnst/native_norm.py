@@ -13,19 +13,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastnst.native_library import join_threads, native_library, reads
+from fastnst.native_library import fields, join_threads, native_library, reads, sources
 from fastnst.stages import EPSILON
-
-_MODES = {"reflect": "reflect", "replicate": "edge"}
 
 
 class _Norm(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in "x weight bias moments skip out from_row from_column gradient within folded back weight_gradient bias_gradient".split()),
-        *((name, ctypes.c_int64) for name in "skip_image skip_row within_image within_row".split()),
-        *((name, ctypes.c_int32) for name in "images rows columns height width channels shuffle padding relu half threads".split()),
-        ("epsilon", ctypes.c_float),
-    ]
+    _fields_ = (
+        fields(ctypes.c_void_p, "x weight bias moments skip out from_row from_column gradient within folded back weight_gradient bias_gradient")
+        + fields(ctypes.c_int64, "skip_image skip_row within_image within_row")
+        + fields(ctypes.c_int32, "images rows columns height width channels shuffle padding relu half threads")
+        + fields(ctypes.c_float, "epsilon")
+    )
 
 
 def can_norm(x: Tensor, weight: Tensor) -> bool:
@@ -97,6 +95,5 @@ def _run(name: str, how: tuple[int, str, int, bool], x: Tensor, **tensors: Tenso
 
 @lru_cache(64)
 def _sources(side: int, padding: int, mode: str) -> np.ndarray:
-    """Where each row or column of what is padded is found, -1 where there are zeros."""
-    constant = {"constant_values": -1} if mode == "constant" else {}
-    return np.pad(np.arange(side, dtype=np.int32), padding, mode=_MODES.get(mode, "constant"), **constant)
+    """Of all rows or columns, as C reads them."""
+    return sources(np.arange(side, dtype=np.int32), padding, mode)
