@@ -9,7 +9,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -213,9 +213,6 @@ class LossNetwork(nn.Module):
                 found[layer] = torch.relu(self.heads[layer](x)) if layer in self.heads else x
                 each(layer, found[layer])
         return {layer: found[layer] for layer in wanted}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_in_half"}  # `fused_features` keeps weights there
 
     def _wants_channels_last(self, x: Tensor) -> bool:
         """Whether a CPU convolves faster so: natively, 1.3 times there and back, and in bfloat16; there are no norms, which would copy it back."""
