@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+WORTH_COMPILING = 8  # pictures of one shape in a row, for an engine: a video, not a folder that happens to hold two
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -58,6 +59,15 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     else:
         fast = device.type == "cpu" and multiplies_bfloat16()
     return torch.bfloat16 if fast else torch.float32
+
+
+def cpu_precision(engine: str, there: tuple[str, ...], precision: str) -> str:
+    """That of an engine which has those ``there`` on a CPU: ``auto`` is bfloat16 where both multiply it, else float32. Raises ``ValueError`` for another."""
+    if precision == "auto":
+        return "bfloat16" if "bfloat16" in there and multiplies_bfloat16() else "float32"
+    if precision not in there:
+        raise ValueError(f"--precision {precision} is not there on a CPU with --engine {engine}; use {', '.join(['auto', *there[:-1]])} or {there[-1]}")
+    return precision
 
 
 def multiplies_bfloat16() -> bool:
