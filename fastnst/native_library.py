@@ -100,8 +100,8 @@ def native_library() -> ctypes.CDLL | None:
 
 
 def reads(*tensors: "Tensor") -> bool:
-    """Whether there is compiled code, and these have numbers that it reads where they lie: plain tensors on a CPU, float32 or bfloat16. Of others, as for tracing, there may
-    be none."""
+    """Whether there is compiled code, and these have numbers that it reads where they lie: plain tensors on a CPU, float32 or bfloat16. Others, such as fake ones for
+    tracing, may have no memory."""
     import torch
 
     if torch.compiler.is_compiling() or native_library() is None:

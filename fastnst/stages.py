@@ -29,7 +29,7 @@ PIXEL_SHIFT = 128.0  # what is subtracted from pixels of 0..255
 Arrays = dict[str, np.ndarray]  # of a stage, by the names of its fields
 PAD_MODES = {"reflect": "reflect", "replicate": "edge", "constant": "constant"}  # by those of stages those of NumPy and ONNX
 ARRAYS = ("weight", "bias", "norm_weight", "norm_bias")
-# How much of small row i - 1 + a there is, of what kernel row k of large row 2i + p sees: [p, a, k]. Bilinear: large row 2j is 1/4 of small row j - 1 and 3/4 of
+# [p, a, k]: the share of small row i - 1 + a in what kernel row k sees at large row 2i + p. Bilinear: large row 2j is 1/4 of small row j - 1 and 3/4 of
 # j, row 2j + 1 is 3/4 of j and 1/4 of j + 1. Transposed: small row s reaches large row r through kernel row r - 2s + 1.
 UPSAMPLINGS = {
     "nearest": np.array([[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]], float),

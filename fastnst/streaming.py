@@ -28,7 +28,7 @@ _TOLD = 5  # broken frames named one by one
 @dataclass(frozen=True)
 class Progress:
     """How far a video is: ``done`` frames of ``total`` (or unknown) after ``seconds``; ``broken`` were left out, ``there``
-    already before, ``missing`` seconds cut off."""
+    existed already, ``missing`` seconds are lacking at the end."""
 
     done: int
     total: int | None

@@ -23,7 +23,7 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif", ".avi", ".mpg
 PICTURES_PER_SECOND = Fraction(25)
 _LARGE = 2**30  # bytes
 _EVEN = Fraction(2, 1000)  # seconds by which steps of even times may differ, as many files round them to milliseconds
-WHOLE = Fraction(8, 10)  # of the frames that a file tells, or of the duration that a file tells, which is rounded, and may count how long the last frame is shown, or not
+WHOLE = Fraction(8, 10)  # of the frames, or of the duration, that a file claims: with less it is cut off. Claims are rounded, and may leave out the last frame
 _NUMBERED = re.compile(r"%\d+d|%d(?![^\W\d_])")  # %d before a letter is words: 50%discount.jpg
 BT709, _BT601 = 1, 5  # matrix coefficients, as ITU-T H.273 numbers them
 # FFmpeg's SWS_BICUBIC, _FULL_CHR_H_INT, _FULL_CHR_H_INP and _ACCURATE_RND. Without them it cuts off instead of rounding, 0.7 of 255
