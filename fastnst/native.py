@@ -90,7 +90,7 @@ class NativeEngine:
         for picture, target in zip(pictures, stylized):
             levels = picture if pixels == "uint8" else picture.transpose(1, 2, 0) * np.float32(255)
             raw = self._run(np.subtract(levels, ground(self.network, levels), out=self._spare.take(levels.shape), dtype=np.float32))
-            finish(raw, 1 if self._packed[-1].outputs == 3 else self.network.stages[-1].shuffle, self.network.info.network.output, target, self._threads)
+            finish(raw, self._packed[-1].left, self.network.info.network.output, target, self._threads)
             self._spare.give(raw)
         if not in_a_row:
             self._spare.clear()
@@ -106,8 +106,8 @@ class NativeEngine:
         down, across = (sources(np.arange(side), padding, stage.padding_mode) for side, padding in zip(x.shape, ((above, below), stage.padding)))
         raw = aligned((*self._packed[index].size(down, across), self._packed[index].channels))
         moments = self._convolve(index, given, down, across, raw, statistics) or ()
-        if index == len(self.network.stages) - 1 and self._packed[index].outputs > 3 and stage.shuffle > 1:
-            r, (height, width) = stage.shuffle, raw.shape[:2]
+        if (r := self._packed[index].left) > 1:
+            height, width = raw.shape[:2]
             raw = np.ascontiguousarray(raw[..., : 3 * r * r].reshape(height, width, 3, r, r).transpose(0, 3, 1, 4, 2).reshape(height * r, width * r, 3))
         return to_planes(raw, stage.channels, self._threads)[None], *(array[: stage.channels].astype(np.float32) for array in moments)
 
@@ -116,8 +116,7 @@ class NativeEngine:
         total = 0
         for stage, packed in zip(self.network.stages, self._packed):
             height, width = stage.size(height), stage.size(width)
-            shuffled = stage.shuffle if stage is self.network.stages[-1] and packed.outputs > 3 else 1
-            total += packed.operations(height // shuffled, width // shuffled)
+            total += packed.operations(height // packed.left, width // packed.left)
         return total
 
     def _run(self, x: np.ndarray) -> np.ndarray:

@@ -184,24 +184,24 @@ class Packed:
     shuffle: int
     channels: int  # of what comes out
     half: int = 0  # 1: it multiplies bfloat16; 2: and takes and gives it
+    left: int = 1  # the pixel shuffle that is left to who reads what comes out
 
     @classmethod
     def of(cls, stage: Stage, is_first: bool, is_last: bool, half: bool = False) -> "Packed":
-        """The first stage takes 3 channels as they are. The last one, where its ``outputs`` are not 3, leaves the shuffling to ``finish``.
+        """The first stage takes 3 channels as they are. The last one gives single pixels, or leaves the shuffling to ``finish``.
 
         ``half``: it multiplies bfloat16, but for the first stage, in whose pictures of few channels most would be lost and least gained.
         """
         half = int(half and not is_first)
-        stage = stage.shuffled
+        stage = stage.shuffled.by_pixel
         weight, bias, shuffle, stride = stage.weight, stage.bias, stage.shuffle, stage.stride
         if not is_first:
             weight = np.pad(weight, ((0, 0), (0, -weight.shape[1] % _VECTOR), (0, 0), (0, 0)))
-        if is_last and stride == 2:  # four pixels of a 10x10 kernel are one of a 9x9 one, four times
-            weight, bias = _nested(weight[::4, :, :-1, :-1]), np.zeros(3) if bias is None else bias[::4]  # (o, x, y, a, b, i)
-            weight = weight.transpose(1, 2, 3, 0, 4, 5)
+        if is_last and shuffle == 1:
+            weight = _nested(weight).transpose(1, 2, 3, 0, 4, 5)
             weight = _pairs(weight[..., None])[..., 0] if half else weight
             return cls(_NESTED, aligned(weight.shape, weight), bias.astype(np.float32), 9, 1, 3, 1, 3, half)
-        shuffle = 1 if is_last else shuffle
+        shuffle, left = (1, shuffle) if is_last else (shuffle, 1)
         wide, places, kernel = 2 * native_library().fastnst_lanes(), shuffle**2, weight.shape[2]
         if kernel > _LARGEST_KERNEL:
             raise ValueError(f"got a convolution of {kernel}x{kernel} pixels, --engine native takes {_LARGEST_KERNEL}x{_LARGEST_KERNEL} at most; use another engine")
@@ -220,7 +220,7 @@ class Packed:
             kind, packed = _DIRECT, ordered.transpose(0, 2, 3, 1)
         blocks = np.moveaxis(packed.reshape(-1, wide, *packed.shape[1:]), 1, -1)
         blocks = _pairs(blocks) if half else blocks
-        return cls(kind, aligned(blocks.shape, blocks), None if bias is None else biases, kernel, stride, outputs, shuffle, channels, half)
+        return cls(kind, aligned(blocks.shape, blocks), None if bias is None else biases, kernel, stride, outputs, shuffle, channels, half, left)
 
     @classmethod
     def of_kernels(cls, weight: np.ndarray, back: bool, threads: int, half: bool = False) -> "Packed":

@@ -82,6 +82,13 @@ class Stage:
         weight, bias = _on_small_grid(self.weight.swapaxes(0, 1), "transposed"), None if self.bias is None else self.bias.repeat(4)
         return replace(self, weight=weight, bias=bias, transposed=False, shuffle=2)
 
+    @property
+    def by_pixel(self) -> "Stage":
+        """The same, of a last stage that makes 2x2 pixels at once the convolution of each that ``_split_stride`` made it of."""
+        if (self.stride, self.shuffle) != (2, 2):
+            return self
+        return replace(self, weight=self.weight[::4, :, :-1, :-1], bias=self.bias[::4], stride=1, shuffle=1)
+
 
 @dataclass(frozen=True)
 class StagedNetwork:
