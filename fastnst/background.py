@@ -95,6 +95,48 @@ class Later:
             self._idle.set()
 
 
+class Writer:
+    """Call ``write(item)`` in another thread of that name, in order; ``put`` waits while one item is waiting. What it raises is raised by the next call."""
+
+    def __init__(self, write: Callable[[Any], None], name: str) -> None:
+        self._write = write
+        self._waiting: queue.Queue = queue.Queue(maxsize=1)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def _run(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            if self._error is None:
+                try:
+                    self._write(item)
+                except BaseException as error:
+                    self._error = error
+
+    def put(self, item: Any) -> None:
+        if self._error is not None:
+            raise self._error
+        self._waiting.put(item)
+
+    def put_or_drop(self, item: Any) -> bool:
+        """Like ``put``, but leaves the item out where it would have to wait."""
+        if self._error is not None:
+            raise self._error
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait(item)
+            return True
+        return False
+
+    def __enter__(self) -> Writer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self._waiting.put(None)
+        self._thread.join()
+        if self._error is not None and kind is None:
+            raise self._error
+
+
 class Mark:
     """A place in the work that a ``device`` was given, to be asked whether it has got there; elsewhere than on a GPU it always has."""
 

@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 
 from fastnst.checkpoint import load_model
-from fastnst.engine import WORTH_COMPILING, Engine, is_installed, load_engine, load_network
+from fastnst.engine import Engine, is_installed, load_engine, load_network
 from fastnst.network import plainly
 from fastnst.picture import open_rgb
-from fastnst.runtime import arithmetic_rate, cpu_threads, keep_freed_memory
+from fastnst.runtime import WORTH_COMPILING, arithmetic_rate, cpu_threads, keep_freed_memory
 from fastnst.stages import StagedNetwork
 
 PUBLISHED = "published"

@@ -18,6 +18,7 @@ from fastnst import __version__
 from fastnst.files import atomic_write
 from fastnst.model import ModelInfo, damaged, read_model, write_model
 from fastnst.network import TransformNetwork
+from fastnst.runtime import first_line, in_one_line
 
 STATE_NAME = "training_state.pt"
 
@@ -126,7 +127,7 @@ def load_training_state(path: str | Path, device: torch.device | str = "cpu") ->
         if wrong:
             raise ValueError(f"no usable {', '.join(wrong)}")
     except Exception as error:  # torch raises many kinds for damaged files
-        why = "" if isinstance(error, pickle.UnpicklingError) else f" ({(str(error) or type(error).__name__).splitlines()[0]})"  # torch then advises to load it as code
+        why = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"  # torch then advises to load it as code
         raise ValueError(f"{path}: damaged or not a training state{why}; choose another --run-dir") from error
     return state
 
@@ -137,5 +138,4 @@ def restore(path: Path, state: dict[str, Any], network: nn.Module, optimizer: Op
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: does not fit this network ({reason}); choose another --run-dir to begin anew") from error
+        raise ValueError(f"{path}: does not fit this network ({in_one_line(error)}); choose another --run-dir to begin anew") from error

@@ -152,7 +152,7 @@ def _apply_override(model: type[Config], data: dict, override: str) -> None:
     at: Any = model
     *parents, last = key.split(".")
     for index, part in enumerate(parents):
-        field = at.model_fields.get(part) if isinstance(at, type) and issubclass(at, Config) else None
+        field = at.model_fields.get(part) if _is_config(at) else None
         if field is None:
             _complain_unknown(model, key, f"--set {override}")
         at = field.annotation
@@ -161,10 +161,10 @@ def _apply_override(model: type[Config], data: dict, override: str) -> None:
             # A map of layers starts from its default, so that one entry can be changed alone.
             data[part] = dict(default) if isinstance(default, dict) else {}
         data = data[part]
-        if not (isinstance(at, type) and issubclass(at, Config)):
+        if not _is_config(at):
             last = ".".join([*parents[index + 1 :], last])  # a layer name such as features.3
             break
-    if isinstance(at, type) and issubclass(at, Config) and last not in at.model_fields:
+    if _is_config(at) and last not in at.model_fields:
         _complain_unknown(model, key, f"--set {override}")
     data[last] = value
 
@@ -177,7 +177,7 @@ def _known_keys(model: type[Config], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+        if _is_config(field.annotation):
             keys += _known_keys(field.annotation, f"{prefix}{name}.")
     return keys
 

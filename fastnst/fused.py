@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from fastnst.runtime import is_out_of_memory
+from fastnst.runtime import in_one_line, is_out_of_memory
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
@@ -29,6 +29,11 @@ def triton_works(device: torch.device) -> bool:
     except Exception as error:  # compilers raise many kinds
         if is_out_of_memory(error):
             raise
-        warnings.warn(f"Triton failed, going on slower without ({' '.join(str(error).split())[:200]})", stacklevel=2)
+        warn_of(error)
         return False
     return True
+
+
+def warn_of(error: Exception) -> None:
+    """Say that the kernels failed, and that it goes on without."""
+    warnings.warn(f"Triton failed, going on slower without ({in_one_line(error)})", stacklevel=3)

@@ -21,9 +21,9 @@ _PROGRAMS = 1024  # that share a mean: what an H100 runs at once
 def mean_squares(
     features: Tensor, content: Tensor | None = None, gram: Tensor | None = None, divisor: float = 1.0, content_weight: float = 1.0, style_weight: float = 1.0
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Weighted mean squares of how far the features of a layer, float64 apart, are from ``content``, of their shape and type, and their Grams from ``gram``, float32
-    ``(1 or N, C, C)``, symmetric as Grams are, which ``divisor`` divides theirs by; in float32, None where there is nothing to compare to. No gradient goes to either.
-    """
+    """Weighted mean squares of the distance of a layer's features, of any float type but float64, to ``content``, of their shape and type, and of their Grams to
+    ``gram``, float32 ``(1 or N, C, C)``, symmetric as Grams are, which ``divisor`` divides theirs by; in float32, None where there is nothing to compare to. No gradient goes to
+    either."""
     return _MeanSquares.apply(features, content, gram, divisor, content_weight, style_weight)
 
 

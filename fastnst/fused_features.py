@@ -4,6 +4,7 @@ of our own, there and back."""
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from fastnst.wide import CHANNELS, NUMBERS, PLACE
 
 _NUMBERS = 2048  # that a program makes: 16 bytes by each thread
 _LAST = torch.channels_last
+_kept: WeakKeyDictionary[nn.Module, dict[str, tuple[tuple, "_Kernels"]]] = WeakKeyDictionary()  # by name of a convolution: what its weights were, and what was made of them
 _WITHOUT: set[tuple] = set()  # kinds of convolutions that cuDNN has no kernel for with a ReLU
 
 
@@ -70,7 +72,7 @@ def _convolve(network: nn.Module, name: str, module: nn.Conv2d, x: Tensor, relu:
 
 def _kernels(network: nn.Module, name: str, module: nn.Conv2d, dtype: torch.dtype, make: Callable[..., "_Kernels"]) -> "_Kernels":
     """What ``make`` makes of a convolution's weights, anew where these were written to."""
-    kept, weight = network.__dict__.setdefault("_in_half", {}), module.weight
+    kept, weight = _kept.setdefault(network, {}), module.weight
     which = (dtype, *(about for each in (weight, module.bias) for about in (each.device, each.data_ptr(), None if each.is_inference() else each._version)))
     if name not in kept or kept[name][0] != which:
         with torch.inference_mode(False), torch.no_grad():

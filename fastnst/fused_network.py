@@ -62,13 +62,13 @@ def _layouts(network: nn.Module, steps: list[Step], shuffle: int, dtype: torch.d
     """Of all convolutions' weights, made anew where these have moved."""
     kept = _kept.setdefault(network, {})
     kernels = [step.conv.weight for step in steps]
-    unminded = [step.conv.bias for step in steps[:-1] if step.kind != "subpixel"]  # a norm follows
-    if dtype not in kept or not kept[dtype].holds((*kernels, *unminded)):
+    without_effect = [step.conv.bias for step in steps[:-1] if step.kind != "subpixel"]  # a norm follows
+    if dtype not in kept or not kept[dtype].holds((*kernels, *without_effect)):
         stride = steps[0].conv.stride[0]
         layouts = [_layout(step) for step in steps]
         layouts[0] = lambda weight: wide.first_weight(weight / 255, stride)
         layouts[-1] = lambda weight: wide.last_weight(weight, shuffle)
-        kept[dtype] = WeightLayouts(kernels, layouts, unminded, dtype)
+        kept[dtype] = WeightLayouts(kernels, layouts, without_effect, dtype)
     return kept[dtype]
 
 
@@ -103,7 +103,7 @@ class Aside:
 
     def give(self) -> None:
         """What was found to the parameters that the weights were made of."""
-        if self._found:  # else the network was not fused, and what is recorded may not wait for a stream that has no part in it
+        if self._found:  # else the network was not fused, and a recording may not wait for a stream outside it
             self._side.wait()
             pull(*zip(*self._found))
 

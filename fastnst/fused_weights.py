@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from fastnst.fused_kernel import kernel
 
-_ROWS, _TURNS = 256, 4  # a program adds up so many numbers, of so many each at a time; or it copies as many as both
+_ROWS, _TURNS = 256, 4  # numbers that a program makes, and terms that it adds to each at a time; one that copies makes their product
 _LAST = torch.channels_last
 
 Layout = Callable[[Tensor], Tensor]
@@ -46,11 +46,11 @@ class WeightLayouts:
     """What ``layouts`` make of ``kernels``, ``(O, I, k, k)`` float32, each a sum of its numbers, or None for those as they are: in ``dtype``, channels-last. They are
     kept where they lie.
 
-    ``unminded`` are parameters that nothing depends on; their gradients are zeros.
+    ``without_effect``: parameters whose effect norms remove; their gradients are zeros.
     """
 
-    def __init__(self, kernels: Sequence[Tensor], layouts: Sequence[Layout | None], unminded: Sequence[Tensor], dtype: torch.dtype) -> None:
-        self.parameters, self.dtype, self._which = [*kernels, *unminded], dtype, _which((*kernels, *unminded))
+    def __init__(self, kernels: Sequence[Tensor], layouts: Sequence[Layout | None], without_effect: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self.parameters, self.dtype, self._which = [*kernels, *without_effect], dtype, _which((*kernels, *without_effect))
         device, self.shapes = kernels[0].device, []
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
         rows, sources, addresses, coefficients, forward, back = [nothing], [nothing], [nothing], [nothing.double()], [], []
@@ -70,9 +70,9 @@ class WeightLayouts:
             back.append((kernel.numel(), copied_back))
             made, before = made + shape.numel(), before + kernel.numel()
         row, source, coefficient = torch.cat(rows), torch.cat(sources), torch.cat(coefficients)
-        self._count, self._in_all = made, before + sum(each.numel() for each in unminded)
+        self._count, self._in_all = made, before + sum(each.numel() for each in without_effect)
         self._forward = _Sums(forward, row, torch.cat(addresses), coefficient)
-        self._back = _Sums([*back, *((each.numel(), None) for each in unminded)], source, row, coefficient)
+        self._back = _Sums([*back, *((each.numel(), None) for each in without_effect)], source, row, coefficient)
 
     def holds(self, parameters: Sequence[Tensor]) -> bool:
         """Whether these are the parameters, and lie where they lay."""

@@ -13,7 +13,7 @@ from fastnst.fused import triton_works
 from fastnst.objective import Cut, Objective
 from fastnst.ranks import Ranks
 from fastnst.recording import Recording, can_record
-from fastnst.runtime import is_out_of_memory
+from fastnst.runtime import in_one_line, is_out_of_memory
 
 _LONG = 8  # seconds: a pass whose kernels are there already takes 2 to 4 to be recorded
 
@@ -72,7 +72,7 @@ class Gradient:
             try:
                 self._recordings[kind] = Recording(measure, photos.to(device), *(each.to(device) for each in place), beside=beside)
             except Exception as error:  # libraries and compilers raise many kinds
-                self._records, why = False, "no memory for it" if is_out_of_memory(error) else " ".join(str(error).split())[:200]
+                self._records, why = False, "no memory for it" if is_out_of_memory(error) else in_one_line(error)
             if not self._records:  # here the error no longer holds the activations
                 self.forget()
                 self._say(f"a CUDA graph failed, going on slower without ({why})")

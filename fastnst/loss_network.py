@@ -9,7 +9,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -20,6 +20,7 @@ from fastnst.config import Config
 from fastnst.fused import on_device, triton_works
 from fastnst.native_features import Rectified, can_rectify
 from fastnst.native_library import native_library
+from fastnst.runtime import first_line
 from fastnst.winograd import Conv3x3
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -214,9 +215,6 @@ class LossNetwork(nn.Module):
                 each(layer, found[layer])
         return {layer: found[layer] for layer in wanted}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_in_half"}  # `fused_features` keeps weights there
-
     def _wants_channels_last(self, x: Tensor) -> bool:
         """Whether a CPU convolves faster so: natively, 1.3 times there and back, and in bfloat16; there are no norms, which would copy it back."""
         if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
@@ -305,11 +303,6 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], Triple | None, Triple | 
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: holds {type(state).__name__}, need a state dict of tensors")
     return state, None, None
-
-
-def first_line(error: Exception) -> str:
-    """Of its message; its kind where it has none."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _triple(metadata: dict[str, str], key: str, path: Path) -> Triple | None:

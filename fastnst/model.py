@@ -20,6 +20,7 @@ from safetensors.numpy import save
 from fastnst import __version__
 from fastnst.config import Config, ConfigError, validate_config
 from fastnst.files import atomic_write
+from fastnst.runtime import in_one_line
 
 MODEL_FORMAT = "fastnst-model-1"
 MODEL_NAME = "model.safetensors"
@@ -51,6 +52,10 @@ class NetworkConfig(Config):
     def multiple(self) -> int:
         """Sides are padded by replication to a multiple of this, so that no row or column is lost to a stride."""
         return 2 if self.stem == "half" else 1
+
+    def missing(self, side: int) -> int:
+        """Pixels that a side of an image lacks to both, by which it is padded at its end by replication."""
+        return max(self.smallest_side - side, -side % self.multiple)
 
 
 @dataclass(frozen=True)
@@ -123,4 +128,4 @@ def parse_metadata(metadata: dict[str, str], path: Path) -> ModelInfo:
 
 def damaged(path: Path, error: Exception) -> ValueError:
     """The error for a model file whose parts do not fit together."""
-    return ValueError(f"{path}: the model file is damaged or of a newer fastnst than {__version__} ({' '.join(str(error).split())[:300]})")
+    return ValueError(f"{path}: the model file is damaged or of a newer fastnst than {__version__} ({in_one_line(error, 300)})")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastnst.moments import Moments
-from fastnst.native_library import Activation, Packed, add, aligned, finish, from_planes, join_threads, to_planes, whole_vectors
+from fastnst.native_library import Activation, Packed, add, aligned, finish, from_planes, join_threads, sources, to_planes, whole_vectors
 from fastnst.runtime import cpu_threads, free_memory
 from fastnst.stages import EPSILON, Stage, StagedNetwork, flat_values, ground, rounding
 
@@ -90,7 +90,7 @@ class NativeEngine:
         for picture, target in zip(pictures, stylized):
             levels = picture if pixels == "uint8" else picture.transpose(1, 2, 0) * np.float32(255)
             raw = self._run(np.subtract(levels, ground(self.network, levels), out=self._spare.take(levels.shape), dtype=np.float32))
-            finish(raw, 1 if self._packed[-1].outputs == 3 else self.network.stages[-1].shuffle, self.network.info.network.output, target, self._threads)
+            finish(raw, self._packed[-1].left, self.network.info.network.output, target, self._threads)
             self._spare.give(raw)
         if not in_a_row:
             self._spare.clear()
@@ -103,11 +103,11 @@ class NativeEngine:
         given = Activation.of(x, index > 0 and self.network.stages[index - 1].relu)
         if gain is not None:
             given.gain[:channels], given.shift[:channels] = gain, shift
-        down, across = _padded(np.arange(x.shape[0]), stage, above, below), _padded(np.arange(x.shape[1]), stage, stage.padding, stage.padding)
+        down, across = (sources(np.arange(side), padding, stage.padding_mode) for side, padding in zip(x.shape, ((above, below), stage.padding)))
         raw = aligned((*self._packed[index].size(down, across), self._packed[index].channels))
         moments = self._convolve(index, given, down, across, raw, statistics) or ()
-        if index == len(self.network.stages) - 1 and self._packed[index].outputs > 3 and stage.shuffle > 1:
-            r, (height, width) = stage.shuffle, raw.shape[:2]
+        if (r := self._packed[index].left) > 1:
+            height, width = raw.shape[:2]
             raw = np.ascontiguousarray(raw[..., : 3 * r * r].reshape(height, width, 3, r, r).transpose(0, 3, 1, 4, 2).reshape(height * r, width * r, 3))
         return to_planes(raw, stage.channels, self._threads)[None], *(array[: stage.channels].astype(np.float32) for array in moments)
 
@@ -116,8 +116,7 @@ class NativeEngine:
         total = 0
         for stage, packed in zip(self.network.stages, self._packed):
             height, width = stage.size(height), stage.size(width)
-            shuffled = stage.shuffle if stage is self.network.stages[-1] and packed.outputs > 3 else 1
-            total += packed.operations(height // shuffled, width // shuffled)
+            total += packed.operations(height // packed.left, width // packed.left)
         return total
 
     def _run(self, x: np.ndarray) -> np.ndarray:
@@ -125,15 +124,14 @@ class NativeEngine:
         config, stages = self.network.info.network, self.network.stages
         indices = []
         for side in x.shape[:2]:
-            missing = max(config.smallest_side - side, -side % config.multiple)
-            indices.append(np.pad(np.pad(np.arange(side), (0, missing), mode="edge"), config.start_padding, mode="reflect"))
+            indices.append(np.pad(np.pad(np.arange(side), (0, config.missing(side)), mode="edge"), config.start_padding, mode="reflect"))
         value: Activation | _Band = Activation.of(x)
         del x  # is freed when no stage needs it any more
         block: Activation | None = None
         for index, stage in enumerate(stages):
             begins_block = index + 1 < len(stages) and stages[index + 1].skip
             block = value if begins_block else block
-            rows, columns = (_padded(side, stage, stage.padding, stage.padding) for side in indices)
+            rows, columns = (sources(side, stage.padding, stage.padding_mode) for side in indices)
             height, width = self._packed[index].size(rows, columns)
             in_block = begins_block or stage.skip or (index + 2 < len(stages) and stages[index + 2].skip)
             keep = in_block or isinstance(value, _Band) or not self._is_worth_making_twice(index, height, width)
@@ -207,11 +205,3 @@ class NativeEngine:
         kernels_differ = self.network.info.network.upsampling in ("transposed", "subpixel") and (stage.transposed or stage.shuffle > 1)  # from pixel to pixel
         value = 0 * value if stage.norm_weight is None or kernels_differ else value
         return np.pad(value, (0, whole_vectors(value.size) - value.size)).astype(np.float32)
-
-
-def _padded(indices: np.ndarray, stage: Stage, before: int, behind: int) -> np.ndarray:
-    """Where each row or column of a stage's input, padded, is found; -1 where it is the constant."""
-    if not before and not behind:
-        return indices
-    mode = {"reflect": "reflect", "replicate": "edge", "constant": "constant"}[stage.padding_mode]
-    return np.pad(indices, (before, behind), mode=mode, **({"constant_values": -1} if mode == "constant" else {}))

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastnst.native_library import join_threads, native_library, reads
+from fastnst.native_library import fields, join_threads, native_library, reads
 from fastnst.runtime import is_dense
 
 
 class _Distance(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_void_p) for name in "a b sums factor back".split()), ("count", ctypes.c_int64), ("half", ctypes.c_int32), ("threads", ctypes.c_int32)]
+    _fields_ = fields(ctypes.c_void_p, "a b sums factor back") + fields(ctypes.c_int64, "count") + fields(ctypes.c_int32, "half threads")
 
 
 def can_compare(a: Tensor, b: Tensor) -> bool:

@@ -7,16 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnst.native_library import join_threads, native_library, reads
+from fastnst.native_library import fields, join_threads, native_library, reads
 
 _LAST = torch.channels_last
 
 
 class _Features(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in "x out pooled gradient of_pooled back".split()),
-        *((name, ctypes.c_int32) for name in "images height width channels half threads".split()),
-    ]
+    _fields_ = fields(ctypes.c_void_p, "x out pooled gradient of_pooled back") + fields(ctypes.c_int32, "images height width channels half threads")
 
 
 def can_rectify(x: Tensor) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastnst.runtime import has_matrix_unit
-from fastnst.stages import Stage
+from fastnst.stages import PAD_MODES, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,38 +49,39 @@ def _outputs_of_a_tile(half: int) -> int:
     return 4 if half else 6
 
 
-def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+def fields(kind: type, names: str) -> list[tuple[str, type]]:
+    """Of a ``ctypes.Structure``, all of one kind."""
     return [(name, kind) for name in names.split()]
 
 
 class _Input(ctypes.Structure):
-    _fields_ = _fields(_floats, "x gain shift floor value") + _fields(_integers, "rows columns") + _fields(ctypes.c_int32, "width channels")
+    _fields_ = fields(_floats, "x gain shift floor value") + fields(_integers, "rows columns") + fields(ctypes.c_int32, "width channels")
 
 
 class _Convolution(ctypes.Structure):
     _fields_ = (
-        _fields(_floats, "weight bias output") + _fields(_doubles, "mean squares") + _fields(ctypes.c_int32, "kernel stride outputs shuffle height width channels threads half")
+        fields(_floats, "weight bias output") + fields(_doubles, "mean squares") + fields(ctypes.c_int32, "kernel stride outputs shuffle height width channels threads half")
     )
 
 
 class _Sum(ctypes.Structure):
-    _fields_ = _fields(ctypes.POINTER(_Input), "x") + _fields(_floats, "gain shift y") + _fields(ctypes.c_int32, "height width inset threads")
+    _fields_ = fields(ctypes.POINTER(_Input), "x") + fields(_floats, "gain shift y") + fields(ctypes.c_int32, "height width inset threads")
 
 
 class _Picture(ctypes.Structure):
-    _fields_ = _fields(_floats, "x") + _fields(_bytes, "bytes") + _fields(_floats, "floats") + _fields(ctypes.c_int32, "x_width channels shuffle height width kind threads")
+    _fields_ = fields(_floats, "x") + fields(_bytes, "bytes") + fields(_floats, "floats") + fields(ctypes.c_int32, "x_width channels shuffle height width kind threads")
 
 
 class _Kernels(ctypes.Structure):
-    _fields_ = _fields(_floats, "weight target") + _fields(ctypes.c_int32, "outputs inputs back half threads")
+    _fields_ = fields(_floats, "weight target") + fields(ctypes.c_int32, "outputs inputs back half threads")
 
 
 class _Weighed(ctypes.Structure):
-    _fields_ = _fields(_floats, "sums target") + _fields(ctypes.c_int32, "outputs inputs threads")
+    _fields_ = fields(_floats, "sums target") + fields(ctypes.c_int32, "outputs inputs threads")
 
 
 class _Transposition(ctypes.Structure):
-    _fields_ = _fields(_floats, "source target") + _fields(ctypes.c_int64, "rows columns source_step target_step")
+    _fields_ = fields(_floats, "source target") + fields(ctypes.c_int64, "rows columns source_step target_step")
 
 
 @cache
@@ -99,8 +100,8 @@ def native_library() -> ctypes.CDLL | None:
 
 
 def reads(*tensors: "Tensor") -> bool:
-    """Whether there is compiled code, and these have numbers that it reads where they lie: plain tensors on a CPU, float32 or bfloat16. Of others, as for tracing, there may
-    be none."""
+    """Whether there is compiled code, and these have numbers that it reads where they lie: plain tensors on a CPU, float32 or bfloat16. Others, such as fake ones for
+    tracing, may have no memory."""
     import torch
 
     if torch.compiler.is_compiling() or native_library() is None:
@@ -183,24 +184,24 @@ class Packed:
     shuffle: int
     channels: int  # of what comes out
     half: int = 0  # 1: it multiplies bfloat16; 2: and takes and gives it
+    left: int = 1  # the pixel shuffle that is left to who reads what comes out
 
     @classmethod
     def of(cls, stage: Stage, is_first: bool, is_last: bool, half: bool = False) -> "Packed":
-        """The first stage takes 3 channels as they are. The last one, where its ``outputs`` are not 3, leaves the shuffling to ``finish``.
+        """The first stage takes 3 channels as they are. The last one gives single pixels, or leaves the shuffling to ``finish``.
 
         ``half``: it multiplies bfloat16, but for the first stage, in whose pictures of few channels most would be lost and least gained.
         """
         half = int(half and not is_first)
-        stage = stage.shuffled
+        stage = stage.shuffled.by_pixel
         weight, bias, shuffle, stride = stage.weight, stage.bias, stage.shuffle, stage.stride
         if not is_first:
             weight = np.pad(weight, ((0, 0), (0, -weight.shape[1] % _VECTOR), (0, 0), (0, 0)))
-        if is_last and stride == 2:  # four pixels of a 10x10 kernel are one of a 9x9 one, four times
-            weight, bias = _nested(weight[::4, :, :-1, :-1]), np.zeros(3) if bias is None else bias[::4]  # (o, x, y, a, b, i)
-            weight = weight.transpose(1, 2, 3, 0, 4, 5)
+        if is_last and shuffle == 1:
+            weight = _nested(weight).transpose(1, 2, 3, 0, 4, 5)
             weight = _pairs(weight[..., None])[..., 0] if half else weight
             return cls(_NESTED, aligned(weight.shape, weight), bias.astype(np.float32), 9, 1, 3, 1, 3, half)
-        shuffle = 1 if is_last else shuffle
+        shuffle, left = (1, shuffle) if is_last else (shuffle, 1)
         wide, places, kernel = 2 * native_library().fastnst_lanes(), shuffle**2, weight.shape[2]
         if kernel > _LARGEST_KERNEL:
             raise ValueError(f"got a convolution of {kernel}x{kernel} pixels, --engine native takes {_LARGEST_KERNEL}x{_LARGEST_KERNEL} at most; use another engine")
@@ -219,7 +220,7 @@ class Packed:
             kind, packed = _DIRECT, ordered.transpose(0, 2, 3, 1)
         blocks = np.moveaxis(packed.reshape(-1, wide, *packed.shape[1:]), 1, -1)
         blocks = _pairs(blocks) if half else blocks
-        return cls(kind, aligned(blocks.shape, blocks), None if bias is None else biases, kernel, stride, outputs, shuffle, channels, half)
+        return cls(kind, aligned(blocks.shape, blocks), None if bias is None else biases, kernel, stride, outputs, shuffle, channels, half, left)
 
     @classmethod
     def of_kernels(cls, weight: np.ndarray, back: bool, threads: int, half: bool = False) -> "Packed":
@@ -269,12 +270,17 @@ def weight_gradient(pictures: Iterable[np.ndarray], gradients: Iterable[np.ndarr
     sums = aligned((64, -(-inputs // wide), outputs, wide))
     sums.fill(0)
     for picture, gradient in zip(pictures, gradients, strict=True):
-        given, sides = Activation.of(picture), [_beyond(np.pad(np.arange(side), padding, constant_values=-1)) for side in picture.shape[:2]]
+        given, sides = Activation.of(picture), [_beyond(sources(np.arange(side), padding)) for side in picture.shape[:2]]
         if library.fastnst_weigh(ctypes.byref(given._input(*sides)), _at(gradient), _at(sums), *gradient.shape, gradient.dtype == np.int16, threads):
             raise MemoryError(f"no memory left for the gradient of {outputs}x{inputs} kernels")
     found = np.empty((outputs, 3, 3, inputs), np.float32)
     library.fastnst_weighed(ctypes.byref(_Weighed(_at(sums), _at(found), outputs, inputs, threads)))
     return found
+
+
+def sources(places: np.ndarray, padding: int | tuple[int, int], mode: str = "constant") -> np.ndarray:
+    """Where each row or column of what is padded is found; -1 where it is the constant. ``places``: where each is found that is no padding."""
+    return np.pad(places, padding, mode=PAD_MODES[mode], **({"constant_values": -1} if mode == "constant" else {}))
 
 
 def _beyond(side: np.ndarray) -> np.ndarray:

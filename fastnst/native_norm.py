@@ -13,19 +13,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastnst.native_library import join_threads, native_library, reads
+from fastnst.native_library import fields, join_threads, native_library, reads, sources
 from fastnst.stages import EPSILON
-
-_MODES = {"reflect": "reflect", "replicate": "edge"}
 
 
 class _Norm(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in "x weight bias moments skip out from_row from_column gradient within folded back weight_gradient bias_gradient".split()),
-        *((name, ctypes.c_int64) for name in "skip_image skip_row within_image within_row".split()),
-        *((name, ctypes.c_int32) for name in "images rows columns height width channels shuffle padding relu half threads".split()),
-        ("epsilon", ctypes.c_float),
-    ]
+    _fields_ = (
+        fields(ctypes.c_void_p, "x weight bias moments skip out from_row from_column gradient within folded back weight_gradient bias_gradient")
+        + fields(ctypes.c_int64, "skip_image skip_row within_image within_row")
+        + fields(ctypes.c_int32, "images rows columns height width channels shuffle padding relu half threads")
+        + fields(ctypes.c_float, "epsilon")
+    )
 
 
 def can_norm(x: Tensor, weight: Tensor) -> bool:
@@ -37,12 +35,12 @@ class NativeNorm(torch.autograd.Function):
     """``(N, C s s, h, w)`` -> its instance norm, ReLU, or plus ``skip``, padded by ``padding`` on all sides, ``(N, C, h s + 2 p, w s + 2 p)``, and what of it lies within the
     padding, which a later ``skip`` takes: the gradients of both come back apart. All channels-last and of one type.
 
-    ``mode``: ``reflect``, ``replicate`` or ``constant`` (0). ``shuffle`` s: what comes are places of ``s x s`` pixels, as ``wide`` has them. ``unminded``, a parameter
-    that makes no difference, gets the gradient 0.
+    ``mode``: ``reflect``, ``replicate`` or ``constant`` (0). ``shuffle`` s: what comes are places of ``s x s`` pixels, as ``wide`` has them. ``without_effect``: a
+    parameter whose effect the norm removes; it gets the gradient 0.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, unminded: Tensor | None, skip: Tensor | None, relu: bool, padding: int, mode: str, shuffle: int):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, without_effect: Tensor | None, skip: Tensor | None, relu: bool, padding: int, mode: str, shuffle: int):
         if not can_norm(x, weight):  # other numbers would be read as if they were these
             raise ValueError(f"got {x.dtype} of shape {tuple(x.shape)} on {x.device} and weights of {weight.dtype}, need what `can_norm` allows")
         if relu and skip is not None:
@@ -55,7 +53,7 @@ class NativeNorm(torch.autograd.Function):
         moments = weight.new_empty(images, 2, channels)
         _run("fastnst_norm", ctx.how, x, weight=weight, bias=bias, moments=moments, out=out, skip=skip)
         ctx.save_for_backward(x, weight, bias, moments)
-        ctx.skips, ctx.unminded = skip is not None, None if unminded is None else unminded.shape
+        ctx.skips, ctx.without_effect = skip is not None, None if without_effect is None else without_effect.shape
         ctx.set_materialize_grads(False)
         return out, out[:, :, padding : height + padding, padding : width + padding]
 
@@ -69,8 +67,8 @@ class NativeNorm(torch.autograd.Function):
         back, of_weight, of_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
         given = {"weight": weight, "bias": bias, "moments": moments, "gradient": gradient, "within": _rows(within)}
         _run("fastnst_norm_back", ctx.how, x, **given, folded=folded, back=back, weight_gradient=of_weight, bias_gradient=of_bias)
-        unminded = None if ctx.unminded is None else weight.new_zeros(ctx.unminded)
-        return back, of_weight, of_bias, unminded, folded if ctx.skips else None, None, None, None, None
+        without_effect = None if ctx.without_effect is None else weight.new_zeros(ctx.without_effect)
+        return back, of_weight, of_bias, without_effect, folded if ctx.skips else None, None, None, None, None
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -97,6 +95,5 @@ def _run(name: str, how: tuple[int, str, int, bool], x: Tensor, **tensors: Tenso
 
 @lru_cache(64)
 def _sources(side: int, padding: int, mode: str) -> np.ndarray:
-    """Where each row or column of what is padded is found, -1 where there are zeros."""
-    constant = {"constant_values": -1} if mode == "constant" else {}
-    return np.pad(np.arange(side, dtype=np.int32), padding, mode=_MODES.get(mode, "constant"), **constant)
+    """Of all rows or columns, as C reads them."""
+    return sources(np.arange(side, dtype=np.int32), padding, mode)

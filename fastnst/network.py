@@ -56,7 +56,7 @@ class TransformNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """``(N, 3, H, W)`` in [0, 1], any H and W from 1 up -> the same shape, about [0, 1], not clamped."""
         height, width = images.shape[-2:]
-        short = [max(self.config.smallest_side - side, -side % self.config.multiple) for side in (width, height)]
+        short = [self.config.missing(width), self.config.missing(height)]
         if any(short):
             images = F.pad(images, (0, short[0], 0, short[1]), mode="replicate")
         x = self._layers_of(images)

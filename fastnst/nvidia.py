@@ -24,8 +24,9 @@ class NvidiaPass:
     """``network`` on ``device`` in ``dtype``; statistics of norms and the output are float32."""
 
     def __init__(self, network: StagedNetwork, device: torch.device, dtype: torch.dtype) -> None:
-        self._network, self._device, self._dtype = network, device, dtype
-        self._arrays = [self._on_device(index, stage) for index, stage in enumerate(network.stages)]
+        self._config, self._device, self._dtype = network.info.network, device, dtype
+        self._stages = [stage.by_pixel for stage in network.stages]
+        self._arrays = [self._on_device(index, stage) for index, stage in enumerate(self._stages)]
 
     def _on_device(self, index: int, stage: Stage) -> _Arrays:
         raw, bias, norm_weight, norm_bias = (
@@ -34,10 +35,8 @@ class NvidiaPass:
         if index == 0:
             weight = wide.first_weight(raw, stage.stride)
             bias = None if bias is None else bias.repeat(weight.shape[0] // len(bias))
-        elif index == len(self._network.stages) - 1:
-            if stage.stride == 2:  # four pixels' kernels are one, moved, and their biases one
-                raw, bias = raw.unflatten(0, (3, 4))[:, 0, :, :-1, :-1], bias[::4]
-            weight, bias = wide.last_weight(raw, 3 - stage.stride), wide.last_bias(bias, 3 - stage.stride)
+        elif index == len(self._stages) - 1:
+            weight, bias = wide.last_weight(raw, stage.shuffle), wide.last_bias(bias, stage.shuffle)
         elif stage.transposed:
             weight = wide.around_corners(wide.upsampled_weight(raw, "transposed"))
             bias = None if bias is None else bias.repeat(4)
@@ -46,15 +45,15 @@ class NvidiaPass:
         else:
             weight = raw
         weight = weight.to(self._dtype).contiguous(memory_format=torch.channels_last)
-        bias = bias if bias is None or index == len(self._network.stages) - 1 else bias.to(self._dtype)
+        bias = bias if bias is None or index == len(self._stages) - 1 else bias.to(self._dtype)
         return _Arrays(weight, bias, norm_weight, norm_bias)
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, pixels: str) -> Tensor:
         """``Engine.run`` for tensors on the device."""
-        config, stages = self._network.info.network, self._network.stages
+        config, stages = self._config, self._stages
         height, width = x.shape[1:3] if pixels == "uint8" else x.shape[2:]
-        missing = tuple(max(config.smallest_side - side, -side % config.multiple) for side in (height, width))
+        missing = (config.missing(height), config.missing(width))
         head, last = stages[0], len(stages) - 1
         x, unlike = take(x, pixels, self._dtype, missing, config.start_padding, head.padding, head.padding_mode, head.value)
         even = config.padding in ("reflect", "replicate") and config.upsampling in ("nearest", "bilinear")  # one color stays one color, but for rounding
@@ -72,7 +71,7 @@ class NvidiaPass:
                 shuffle = wide.PLACE // stage.stride
                 x, shuffle = wide.cropped(x, shuffle, *(stage.size(side + less + 2 * config.start_padding) for side, less in zip((height, width), missing)))
             after = stages[index + 1]
-            places = wide.PLACE // (3 - after.stride) if index + 1 == last else 1
+            places = wide.PLACE // after.shuffle if index + 1 == last else 1
             x = self._between(x, arrays, stage, skip, after.padding, after.padding_mode, shuffle, places, int(stage.transposed), unlike)
         raise AssertionError("a network has a last stage")
 

@@ -9,11 +9,10 @@ from onnx import TensorProto, helper, numpy_helper
 from fastnst.eight_bits import EightBits
 from fastnst.files import atomic_write
 from fastnst.model import model_metadata, parse_metadata
-from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, describe, less_flat, minds_ground, restore_stages, rounding
+from fastnst.runtime import in_one_line
+from fastnst.stages import EPSILON, PAD_MODES, PIXEL_SHIFT, Stage, StagedNetwork, describe, less_flat, minds_ground, restore_stages, rounding
 
 _OPSET = 17  # the first with everything used here; ONNX Runtime from 1.12 on reads it
-_MODES = {"reflect": "reflect", "replicate": "edge", "constant": "constant"}
-_LARGEST = 2**31
 
 
 class _Graph:
@@ -129,7 +128,7 @@ def _convolution(g: _Graph, stage: Stage, x: str, padding: str | None = None, nu
         crop = 1  # zeros beyond the border are what it sees anyway; OpenVINO 2026.4 folds a Pad of zeros into it wrongly
     elif stage.padding:
         p = stage.padding
-        x = g.add("Pad", x, padding or g.ints(0, 0, p, p, 0, 0, p, p), g.float(stage.value), mode=_MODES[stage.padding_mode])
+        x = g.add("Pad", x, padding or g.ints(0, 0, p, p, 0, 0, p, p), g.float(stage.value), mode=PAD_MODES[stage.padding_mode])
     x, weight = (x, g.constant(stage.weight)) if numbers is None else _quantized(g, numbers, x)
     inputs = [x, weight] + ([g.constant(stage.bias)] if stage.bias is not None else [])
     if stage.transposed:
@@ -202,7 +201,7 @@ def load_onnx(path: str | Path) -> StagedNetwork:
     try:
         model = onnx.load(path)
     except Exception as error:  # protobuf's own kinds
-        raise ValueError(f"{path}: not a readable ONNX file ({' '.join(str(error).split())[:200]})") from error
+        raise ValueError(f"{path}: not a readable ONNX file ({in_one_line(error)})") from error
     metadata = {prop.key: prop.value for prop in model.metadata_props}
     info = parse_metadata(metadata, path)
     try:

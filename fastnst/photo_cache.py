@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastnst.files import atomic_write, exclusive
+from fastnst.files import atomic_write, exclusive, remove_leftovers
 from fastnst.runtime import fed_by_processes, leave_signals_to_parent
 
 CACHE_NAME = "photos.cache"
@@ -41,7 +41,7 @@ class _Stopped(Exception):
 class PhotoCache:
     """The kept pixels of the photos that ``sizes`` names, ``(height, width)`` by place in the list they were built from.
 
-    ``unreadable``: what was wrong with the photos that could not be prepared, by name.
+    ``unreadable``: what was wrong with the photos that could not be prepared, by path.
     """
 
     path: Path
@@ -153,8 +153,7 @@ def build_cache(
 
 
 def _build(path: Path, photos: list[Path], prepare: Prepare, limit_gb: float | None, workers: int, say: Callable, should_stop: Callable) -> PhotoCache:
-    for leftover in path.parent.glob(f".{Path(CACHE_NAME).stem}-*"):  # of a build that was killed
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(path)  # of a build that was killed
     others = sorted((other for other in path.parents[1].glob(f"photos-*/{CACHE_NAME}") if other != path), key=lambda other: other.stat().st_mtime)
     others_bytes = sum(other.stat().st_size for other in others)
     limit = round(limit_gb * 1e9) if limit_gb is not None else (shutil.disk_usage(path.parent).free + others_bytes) // 4
@@ -181,7 +180,7 @@ def _build(path: Path, photos: list[Path], prepare: Prepare, limit_gb: float | N
                     sizes += [None] * (len(photos) - len(sizes))
                     break
                 if complaint:
-                    unreadable[photos[place].name] = complaint
+                    unreadable[str(photos[place])] = complaint
                 if time.monotonic() - said > _SAY_SECONDS:
                     said = time.monotonic()
                     say(f"photo cache: {place + 1:,} of {len(photos):,} photos, {(place + 1) / (said - began):.0f} a second")

@@ -18,13 +18,13 @@ img{flex:1;min-height:0;max-width:100vw;object-fit:contain}p{margin:.5em}</style
 <script>setInterval(async()=>{try{text.textContent=(await(await fetch("/status")).json()).text}catch{text.textContent="ended"}},500)</script></html>
 """
 _BOUNDARY = "frame"
+_QUALITY = 85  # of JPEGs
 
 
 class PreviewPage:
     """Context in which ``url`` shows the picture that was last given to ``show``. ``port`` 0 takes any free one."""
 
-    def __init__(self, port: int = 8765, quality: int = 85) -> None:
-        self._quality = quality
+    def __init__(self, port: int = 8765) -> None:
         self._changed = threading.Condition()
         self._pixels: np.ndarray | None = None
         self._number = 0
@@ -67,7 +67,7 @@ class PreviewPage:
                 return None
             number, pixels = self._number, self._pixels
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG", quality=self._quality)
+        Image.fromarray(pixels).save(file, "JPEG", quality=_QUALITY)
         return number, file.getvalue()
 
     def _request_handler(self) -> type[BaseHTTPRequestHandler]:

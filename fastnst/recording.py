@@ -30,8 +30,8 @@ class Recording:
 
     ``compute`` is called some times here. It may depend on nothing but its inputs and on what stays at its place, such as a network's weights,
     and must not wait for the GPU. ``beside``: a recording whose memory for intermediate results this one may use, too. ``tried_out``, for what has no
-    float32 in it: cuDNN tries out its kernels even for convolutions for which it has guessed one before; it keeps what it chose by the settings of the moment,
-    of which one is for float32 alone. Raises what libraries and compilers raise where that cannot be.
+    float32 in it: cuDNN keeps its choice of kernels for each of its settings; with ``allow_tf32``, which float32 alone minds, switched off, it times them anew
+    where it had guessed one before. Raises what libraries and compilers raise where that cannot be.
     """
 
     def __init__(self, compute: Callable[..., Any], *inputs: Tensor, beside: "Recording | None" = None, tried_out: bool = False) -> None:

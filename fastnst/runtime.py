@@ -1,4 +1,4 @@
-"""Where we run: device, precision, memory allocator, and being asked to stop. Imports torch only where it is asked about."""
+"""Where we run: device, precision, memory allocator, what errors of its libraries say, and being asked to stop. Imports torch only where it is asked about."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("auto", "float32", "bfloat16")
+WORTH_COMPILING = 8  # pictures of one shape in a row, for an engine: a video, not a folder that happens to hold two
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -59,6 +59,15 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     else:
         fast = device.type == "cpu" and multiplies_bfloat16()
     return torch.bfloat16 if fast else torch.float32
+
+
+def cpu_precision(engine: str, there: tuple[str, ...], precision: str) -> str:
+    """That of an engine which has those ``there`` on a CPU: ``auto`` is bfloat16 where both multiply it, else float32. Raises ``ValueError`` for another."""
+    if precision == "auto":
+        return "bfloat16" if "bfloat16" in there and multiplies_bfloat16() else "float32"
+    if precision not in there:
+        raise ValueError(f"--precision {precision} is not there on a CPU with --engine {engine}; use {', '.join(['auto', *there[:-1]])} or {there[-1]}")
+    return precision
 
 
 def multiplies_bfloat16() -> bool:
@@ -124,6 +133,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, in Python or in an engine, whose errors are told apart by their words alone."""
     words = ("out of memory", "not enough memory", "allocate memory", "failed to allocate", "alloc_failed", "bad_alloc", "bad alloc", "create a memory object")
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
+def in_one_line(error: BaseException, most: int = 200) -> str:
+    """What it says, ``most`` characters of it; libraries write pages."""
+    return " ".join(str(error).split())[:most]
+
+
+def first_line(error: BaseException) -> str:
+    """Of what it says; its kind where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def largest_that_fits(attempt: Callable[[int], object], too_large: int) -> int:

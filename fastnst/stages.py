@@ -27,8 +27,9 @@ EPSILON = 1e-5  # of torch's norms
 _ROUNDING = 2e-8
 PIXEL_SHIFT = 128.0  # what is subtracted from pixels of 0..255
 Arrays = dict[str, np.ndarray]  # of a stage, by the names of its fields
+PAD_MODES = {"reflect": "reflect", "replicate": "edge", "constant": "constant"}  # by those of stages those of NumPy and ONNX
 ARRAYS = ("weight", "bias", "norm_weight", "norm_bias")
-# How much of small row i - 1 + a there is, of what kernel row k of large row 2i + p sees: [p, a, k]. Bilinear: large row 2j is 1/4 of small row j - 1 and 3/4 of
+# [p, a, k]: the share of small row i - 1 + a in what kernel row k sees at large row 2i + p. Bilinear: large row 2j is 1/4 of small row j - 1 and 3/4 of
 # j, row 2j + 1 is 3/4 of j and 1/4 of j + 1. Transposed: small row s reaches large row r through kernel row r - 2s + 1.
 UPSAMPLINGS = {
     "nearest": np.array([[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]], float),
@@ -73,23 +74,27 @@ class Stage:
             return 2 * (padded - 1) + self.weight.shape[2] - 6
         return ((padded - self.weight.shape[2]) // self.stride + 1) * self.shuffle
 
-
     @property
     def shuffled(self) -> "Stage":
         """The same, a transposed convolution as a 3x3 one on the small grid to four times the channels and their shuffle: 9 multiplications of an output instead of 4."""
         if not self.transposed:
             return self
-        rows = UPSAMPLINGS["transposed"].astype(self.weight.dtype)
-        split = np.einsum("pax,qby,ioxy->opqiab", rows, rows, self.weight)
-        weight, bias = split.reshape(-1, *split.shape[3:]), None if self.bias is None else self.bias.repeat(4)
+        weight, bias = _on_small_grid(self.weight.swapaxes(0, 1), "transposed"), None if self.bias is None else self.bias.repeat(4)
         return replace(self, weight=weight, bias=bias, transposed=False, shuffle=2)
+
+    @property
+    def by_pixel(self) -> "Stage":
+        """The same, of a last stage that makes 2x2 pixels at once the convolution of each that ``_split_stride`` made it of."""
+        if (self.stride, self.shuffle) != (2, 2):
+            return self
+        return replace(self, weight=self.weight[::4, :, :-1, :-1], bias=self.bias[::4], stride=1, shuffle=1)
 
 
 @dataclass(frozen=True)
 class StagedNetwork:
     """A network ready for inference: its stages and what its file says of it.
 
-    Sides shorter than ``info.network.smallest_side``, or no multiple of ``info.network.multiple``, are padded by replication, then all by ``info.network.start_padding`` by
+    Sides are padded by replication by what they are ``info.network.missing``, then all by ``info.network.start_padding`` by
     reflection; the first stage takes pixels of 0..255 less ``PIXEL_SHIFT``; ``info.network.output`` follows the last one, which
     is then cropped to the size that came in.
     """
@@ -130,7 +135,7 @@ def fold(weights: dict[str, np.ndarray], info: ModelInfo) -> StagedNetwork:
             found.append(arrays | {"weight": _summed_kernels(arrays["weight"])})
         elif config.upsampling == "bilinear":  # on the small grid each of the four sub-pixels sees 3x3, through kernels of its own
             arrays = layer(f"{at + 1}", f"{at + 2}")
-            found.append(arrays | {"weight": _interpolated_kernels(arrays["weight"])} | ({"bias": arrays["bias"].repeat(4)} if "bias" in arrays else {}))
+            found.append(arrays | {"weight": _on_small_grid(arrays["weight"], "bilinear")} | ({"bias": arrays["bias"].repeat(4)} if "bias" in arrays else {}))
         elif config.upsampling == "transposed":  # 3x3, padding 1, output padding 1: a 4x4 one whose last row and column are 0
             arrays = layer(f"{at}", f"{at + 1}", transposed=True)
             found.append(arrays | {"weight": np.pad(arrays["weight"], ((0, 0), (0, 0), (0, 1), (0, 1)))})
@@ -199,9 +204,9 @@ def _summed_kernels(weight: np.ndarray) -> np.ndarray:
     return np.einsum("xk,yl,oikl->ioxy", rows, rows, weight)
 
 
-def _interpolated_kernels(weight: np.ndarray) -> np.ndarray:
-    """3x3 kernels on a grid upsampled by bilinear interpolation, ``(O, I, 3, 3)``, as ``(4 O, I, 3, 3)`` on the small grid, to be shuffled by 2."""
-    rows = UPSAMPLINGS["bilinear"].astype(weight.dtype)
+def _on_small_grid(weight: np.ndarray, mode: str) -> np.ndarray:
+    """Kernels on a grid upsampled by one of ``UPSAMPLINGS``, ``(O, I, k, k)``, as ``(4 O, I, 3, 3)`` on the small grid, to be shuffled by 2."""
+    rows = UPSAMPLINGS[mode].astype(weight.dtype)
     split = np.einsum("pak,qbl,oikl->opqiab", rows, rows, weight)
     return split.reshape(-1, *split.shape[3:])
 

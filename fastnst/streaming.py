@@ -4,7 +4,6 @@ Memory is constant: between threads wait one batch at most. The function is give
 """
 
 import contextlib
-import queue
 import threading
 import time
 from collections import deque
@@ -15,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastnst.background import read_ahead
+from fastnst.background import Writer, read_ahead
+from fastnst.files import check_output
 from fastnst.picture import ImageSize
 from fastnst.video_input import WHOLE, Frame, VideoInput, is_numbered, numbered_path, open_camera, open_video
 from fastnst.video_output import Encoding, check_writable_video, create_video
@@ -28,7 +28,7 @@ _TOLD = 5  # broken frames named one by one
 @dataclass(frozen=True)
 class Progress:
     """How far a video is: ``done`` frames of ``total`` (or unknown) after ``seconds``; ``broken`` were left out, ``there``
-    already before, ``missing`` seconds cut off."""
+    existed already, ``missing`` seconds are lacking at the end."""
 
     done: int
     total: int | None
@@ -65,13 +65,12 @@ def stylize_video(
     ``stylize`` is called in the calling thread, ``on_progress`` after every batch; ``say`` is told what is left out, from any thread.
     Once ``should_stop`` holds, the frames done so far are put in place as a video that plays. ``skip_existing`` keeps the
     numbered pictures that are there and makes the others; those that are there are computed again only where ``finish_in_order`` says
-    that ``finish`` depends on the frames before. Raises ``FileExistsError`` unless ``overwrite``, ``OSError`` or ``ValueError``
+    that ``finish`` depends on the frames before. Raises as ``check_output``, and ``OSError`` or ``ValueError``
     naming the file; then the target is as it was.
     """
     target = Path(target)
     check_writable_video(target)
-    if target.resolve() == Path(source).resolve():
-        raise ValueError(f"--output would overwrite the input {source}; choose another --output")
+    check_output(target, [source], overwrite)
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     if is_numbered(target) and (Path(source).is_dir() or is_numbered(source)) and target.parent.resolve() == folder.resolve():
         raise ValueError(f"--output {target} would lie among the input's own pictures, and could overwrite them; choose another folder")
@@ -100,7 +99,7 @@ def stylize_video(
                 if not is_there(frame):
                     write(shown)
 
-        with _Writer(write_all) as writer:
+        with Writer(write_all, "writing frames") as writer:
             with contextlib.closing(read_ahead(_batches(video, batch_size), "reading frames")) as batches:
                 for batch in batches:
                     if stopped := should_stop():
@@ -126,48 +125,6 @@ def _batches(frames: Iterable[Frame], batch_size: int) -> Iterator[list[Frame]]:
             batch = []
     if batch:
         yield batch
-
-
-class _Writer:
-    """Call ``write(item)`` in another thread, in order; ``put`` waits while one item is waiting. What it raises is raised by the next call."""
-
-    def __init__(self, write: Callable[[object], None]) -> None:
-        self._write = write
-        self._waiting: queue.Queue = queue.Queue(maxsize=1)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="writing frames", daemon=True)
-
-    def _run(self) -> None:
-        while (item := self._waiting.get()) is not None:
-            if self._error is None:
-                try:
-                    self._write(item)
-                except BaseException as error:
-                    self._error = error
-
-    def put(self, item: object) -> None:
-        if self._error is not None:
-            raise self._error
-        self._waiting.put(item)
-
-    def put_or_drop(self, item: object) -> bool:
-        """Like ``put``, but leaves the item out where it would have to wait."""
-        if self._error is not None:
-            raise self._error
-        with contextlib.suppress(queue.Full):
-            self._waiting.put_nowait(item)
-            return True
-        return False
-
-    def __enter__(self) -> "_Writer":
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._waiting.put(None)
-        self._thread.join()
-        if self._error is not None and kind is None:
-            raise self._error
 
 
 @dataclass(frozen=True)
@@ -206,7 +163,7 @@ def stylize_live(
         write = None
         if target is not None:
             info = replace(video.info, variable_rate=True, time_base=Fraction(1, 90_000), count=None)
-            write = stack.enter_context(_Writer(stack.enter_context(create_video(target, info, encoding, say, overwrite, picture_quality))))
+            write = stack.enter_context(Writer(stack.enter_context(create_video(target, info, encoding, say, overwrite, picture_quality)), "writing frames"))
         newest = stack.enter_context(_Newest(video))
         began = time.monotonic()
         times: deque[float] = deque()

@@ -54,7 +54,7 @@ class _Strips:
         self.engine, self.stages, self.report, self.notice = engine, network.stages, report, notice
         self.output = network.info.network.output
         config = network.info.network
-        missing = [max(config.smallest_side - side, -side % config.multiple) for side in pixels.shape[:2]]
+        missing = [config.missing(side) for side in pixels.shape[:2]]
         self.shape = pixels.shape[:2]
         self.pixels = np.pad(pixels, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge") if any(missing) else pixels
         if start := config.start_padding:

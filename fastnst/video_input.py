@@ -23,14 +23,14 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif", ".avi", ".mpg
 PICTURES_PER_SECOND = Fraction(25)
 _LARGE = 2**30  # bytes
 _EVEN = Fraction(2, 1000)  # seconds by which steps of even times may differ, as many files round them to milliseconds
-WHOLE = Fraction(8, 10)  # of the frames that a file tells, or of the duration that a file tells, which is rounded, and may count how long the last frame is shown, or not
+WHOLE = Fraction(8, 10)  # of the frames, or of the duration, that a file claims: with less it is cut off. Claims are rounded, and may leave out the last frame
 _NUMBERED = re.compile(r"%\d+d|%d(?![^\W\d_])")  # %d before a letter is words: 50%discount.jpg
-_BT709, _BT601 = 1, 5  # matrix coefficients, as ITU-T H.273 numbers them
+BT709, _BT601 = 1, 5  # matrix coefficients, as ITU-T H.273 numbers them
 # FFmpeg's SWS_BICUBIC, _FULL_CHR_H_INT, _FULL_CHR_H_INP and _ACCURATE_RND. Without them it cuts off instead of rounding, 0.7 of 255
 # too dark, and repeats chroma instead of interpolating it.
 ACCURATE = 0x4 | 0x2000 | 0x4000 | 0x40000
 _PQ, _HLG = 16, 18  # transfer characteristics of high dynamic range, ITU-T H.273
-_LIMITED, _FULL = 1, 2  # FFmpeg's color ranges
+LIMITED, FULL = 1, 2  # FFmpeg's color ranges
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def _to_rgb(frame, shape: tuple[int, int], reformat: Callable) -> np.ndarray:
 
     ``reformat``: of one ``VideoReformatter`` for the whole video, which keeps its tables.
     """
-    options = {"width": shape[1], "height": shape[0], "dst_color_range": _FULL, "interpolation": ACCURATE}
+    options = {"width": shape[1], "height": shape[0], "dst_color_range": FULL, "interpolation": ACCURATE}
     if any(component.is_alpha for component in frame.format.components) or frame.format.has_palette:
         rgba = reformat(frame, format="rgba", **options).to_ndarray()
         if (rgba[..., 3] == 255).all():
@@ -264,9 +264,9 @@ def _to_rgb(frame, shape: tuple[int, int], reformat: Callable) -> np.ndarray:
         alpha = rgba[..., 3:].astype(np.uint16)
         return ((rgba[..., :3] * alpha + (255 - alpha) * 255 + 127) // 255).astype(np.uint8)  # white, as of pictures saved as JPEG
     if not frame.format.is_rgb:
-        full = frame.color_range == _FULL or frame.format.name.startswith(("yuvj", "gray"))
+        full = frame.color_range == FULL or frame.format.name.startswith(("yuvj", "gray"))
         known = frame.colorspace not in (0, 2, 3)  # RGB, unspecified, reserved
-        options.update(src_colorspace=frame.colorspace if known else _BT709 if frame.height >= 720 else _BT601, src_color_range=_FULL if full else _LIMITED)
+        options.update(src_colorspace=frame.colorspace if known else BT709 if frame.height >= 720 else _BT601, src_color_range=FULL if full else LIMITED)
     if frame.color_trc in (_PQ, _HLG):
         return _standard_range(reformat(frame, format="rgb48le", **options).to_ndarray(), frame.color_trc)
     return reformat(frame, format="rgb24", **options).to_ndarray()

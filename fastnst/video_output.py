@@ -14,12 +14,11 @@ from PIL import Image
 from pydantic import Field
 
 from fastnst.config import Config
-from fastnst.files import atomic_write, without_leftovers
+from fastnst.files import atomic_write, check_output, without_leftovers
 from fastnst.picture import check_writable, save_picture
-from fastnst.video_input import ACCURATE, Frame, VideoInfo, import_av, is_numbered, numbered_path
+from fastnst.video_input import ACCURATE, BT709, FULL, LIMITED, Frame, VideoInfo, import_av, is_numbered, numbered_path
 
 WRITABLE_VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif")
-_BT709, _LIMITED, _FULL = 1, 1, 2  # ITU-T H.273; FFmpeg's color ranges
 # The encoders of each codec, best first; names of encoders can be given as well.
 ENCODERS = {
     "h264": ("libx264", "libopenh264", "h264_videotoolbox", "h264_mf"),
@@ -73,7 +72,7 @@ def create_video(
 
     ``info`` is that of the input: its rate, time base and sound, which is kept to its own end; or, where ``cut()`` then holds, to that
     of the last frame, as the input goes on beyond it. ``path`` such as ``frame_%04d.png`` writes pictures, each put in
-    place at once. Raises ``FileExistsError`` unless ``overwrite``, ``ValueError`` for a name, codec or preset that cannot be
+    place at once. Raises as ``check_output``, ``ValueError`` for a name, codec or preset that cannot be
     written, ``OSError`` naming ``path``.
     """
     path = Path(path)
@@ -83,8 +82,7 @@ def create_video(
     if is_numbered(path):
         yield _picture_writer(path, overwrite, picture_quality)
         return
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already; use --overwrite to replace it")
+    check_output(path, overwrite=overwrite)
     make = _GifFile if path.suffix.lower() == ".gif" else _VideoFile
     with ExitStack() as stack:
         writer = None
@@ -108,8 +106,7 @@ def create_video(
 def _picture_writer(pattern: Path, overwrite: bool, quality: int) -> Callable[[Frame], None]:
     def write(frame: Frame) -> None:
         path = numbered_path(pattern, frame.number)
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists already; use --overwrite to replace it")
+        check_output(path, overwrite=overwrite)
         save_picture(Image.fromarray(frame.pixels), path, quality=quality)
 
     return write
@@ -128,14 +125,14 @@ class _VideoFile:
             say(f"{path}: {width}x{height} becomes {width + width % 2}x{height + height % 2}, as video files want even sides; the last line is doubled")
         self.container = av.open(str(temporary), "w", options={"movflags": "+faststart"} if path.suffix.lower() in (".mp4", ".m4v", ".mov") else {})
         try:
-            stream = self.container.add_stream(encoder, rate=info.rate.limit_denominator(100_000), options=_options(encoder, encoding, info, width * height))
+            stream = self.container.add_stream(encoder, rate=info.rate.limit_denominator(100_000), options=_options(encoder, encoding, info))
             stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
             if stream.codec_context.name not in _SETTINGS:
                 stream.bit_rate = round(width * height * float(info.rate) * _BITS_PER_PIXEL)
             context = stream.codec_context
             context.time_base = stream.time_base = info.time_base
-            context.colorspace = context.color_primaries = context.color_trc = _BT709
-            context.color_range = _LIMITED
+            context.colorspace = context.color_primaries = context.color_trc = BT709
+            context.color_range = LIMITED
             self.stream, self.reformat = stream, av.video.reformatter.VideoReformatter().reformat
             self.sound = _Sound(info, self.container, path, say) if info.audio else None
             try:
@@ -153,7 +150,7 @@ class _VideoFile:
 
         pixels = np.pad(frame.pixels, self.padding, mode="edge") if any(sum(side) for side in self.padding) else frame.pixels
         picture = VideoFrame.from_ndarray(np.ascontiguousarray(pixels))
-        colors = {"dst_colorspace": _BT709, "src_color_range": _FULL, "dst_color_range": _LIMITED}
+        colors = {"dst_colorspace": BT709, "src_color_range": FULL, "dst_color_range": LIMITED}
         picture = self.reformat(picture, format="yuv420p", interpolation=ACCURATE, **colors)
         base = self.stream.codec_context.time_base
         picture.time_base, picture.pts = base, round(frame.time / base)
@@ -199,7 +196,7 @@ def _encoder(path: Path, encoding: Encoding) -> str:
     raise ValueError(f"codec {codec!r}: no such video encoder in this FFmpeg; use auto, {', '.join(ENCODERS)}, or an encoder that `ffmpeg -encoders` names")
 
 
-def _options(encoder: str, encoding: Encoding, info: VideoInfo, pixels: int) -> dict[str, str]:
+def _options(encoder: str, encoding: Encoding, info: VideoInfo) -> dict[str, str]:
     if encoder not in _SETTINGS:
         return {"preset": encoding.preset} if encoding.preset else {}
     quality_name, quality, speed_name, speed, more = _SETTINGS[encoder]

@@ -65,7 +65,7 @@ def in_pixels(x: Tensor, side: int = PLACE) -> Tensor:
 
 
 def cropped(x: Tensor, side: int, height: int, width: int) -> tuple[Tensor, int]:
-    """Places of ``side x side`` pixels, of which ``height x width`` are wanted, and ``side``; pixels, and 1, where these are less than the places have."""
+    """Makes pixels of places of ``side x side``, where these stick out beyond ``height x width``. Gives the result and the side of its places: ``side``, or 1 once they are pixels."""
     if (height, width) == (side * x.shape[2], side * x.shape[3]):
         return x, side
     return in_pixels(x, side)[:, :, :height, :width], 1

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnst.native_library import Activation, Packed, aligned, from_planes, join_threads, multiplies_pairs, native_library, to_planes, weight_gradient, whole_vectors
+from fastnst.native_library import Activation, Packed, aligned, from_planes, join_threads, multiplies_pairs, native_library, sources, to_planes, weight_gradient, whole_vectors
 
 _FEWEST_CHANNELS = {torch.float32: 16, torch.bfloat16: 32}  # that pay
 _FEWEST_WEIGHED = 32  # for which the weights' gradient pays
@@ -147,7 +147,7 @@ def _convolve(packed: Packed, x: Tensor, padding: int, channels_last: bool) -> T
     threads = torch.get_num_threads()
     half = x.dtype == torch.bfloat16
     channels_last |= half
-    rows, columns = (np.pad(np.arange(side), padding, constant_values=-1) for side in x.shape[2:])
+    rows, columns = (sources(np.arange(side), padding) for side in x.shape[2:])
     nothing, size = np.zeros(whole_vectors(x.shape[1]), np.float32), packed.size(rows, columns)
     operations += len(x) * packed.operations(*size)
     layout = torch.channels_last if channels_last else torch.contiguous_format

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from fastnst.background import Later, Mark
+from fastnst.background import Later, Mark, Writer
 
 
 def fail() -> None:
@@ -86,3 +86,29 @@ def test_the_cpu_has_always_done_what_it_was_given():
     mark = Mark(torch.device("cpu"))
     mark.set()
     assert mark.passed()
+
+
+def test_a_writer_keeps_the_order_and_drops_what_would_wait():
+    began, may_end, written = threading.Event(), threading.Event(), []
+
+    def write(item):
+        began.set()
+        assert may_end.wait(10)
+        written.append((item, threading.current_thread().name))
+
+    with Writer(write, "writing") as writer:
+        writer.put(1)
+        assert began.wait(10)
+        writer.put(2)  # waits alone
+        assert not writer.put_or_drop(3)
+        may_end.set()
+        writer.put(4)
+    assert written == [(item, "writing") for item in (1, 2, 4)]
+
+
+def test_what_a_writer_raises_is_raised_on_leaving_unless_an_error_is_under_way():
+    with pytest.raises(OSError, match="disk full"), Writer(lambda item: fail(), "writing") as writer:
+        writer.put(1)
+    with pytest.raises(ValueError, match="of the caller"), Writer(lambda item: fail(), "writing") as writer:
+        writer.put(1)
+        raise ValueError("of the caller")

@@ -4,7 +4,6 @@ import itertools
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +12,8 @@ from conftest import PAIRS_ALONE
 from test_stages import staged
 
 from fastnst import engine as engines
-from fastnst import native, native_library, runtime
-from fastnst.engine import ENGINES, WORTH_COMPILING, is_installed, load_engine, load_network
+from fastnst import graph_engine, native, native_library, runtime
+from fastnst.engine import ENGINES, is_installed, load_engine, load_network
 from fastnst.stylize import Stylizer
 from fastnst.tiles import stylize_tiled
 
@@ -52,47 +51,6 @@ def test_an_engine_is_the_network(name, architecture):
     assert np.abs(engine.run(images, "float").transpose(0, 2, 3, 1) * 255 - eager(network, pictures)).max() <= 0.02
 
 
-def test_a_size_that_comes_again_is_compiled_for_and_gives_the_same(monkeypatch):
-    network, stages = staged()
-    engine = load_engine(stages, "cpu", "openvino", "float32")
-    compiled, load = [], engine._load
-    monkeypatch.setattr(engine, "_load", lambda model, shape=None: compiled.append(shape) or load(model, shape))
-    for size in [(20, 30)] * (WORTH_COMPILING - 1) + [(24, 30)] + [(20, 30)] * (WORTH_COMPILING - 1):
-        engine.run(photo(*size))
-    assert compiled == [None]  # not often enough in a row
-    for size in [(20, 30), (20, 30), (24, 30), (20, 30)]:
-        picture = photo(*size)
-        assert np.abs(engine.run(picture) - eager(network, picture)).max() <= 0.51
-    assert compiled == [None, (1, 20, 30, 3)]
-    monkeypatch.setattr(engines, "_LARGE", 1000)
-    picture = photo(25, 31)
-    assert np.abs(engine.run(picture) - eager(network, picture)).max() <= 0.51
-    assert compiled[2:] == [(1, 25, 31, 3)]
-    first = engine.run(picture)
-    kept = first.copy()
-    assert not np.array_equal(engine.run(255 - picture), kept) and np.array_equal(first, kept)  # each its own memory
-    images = np.ascontiguousarray(picture.transpose(0, 3, 1, 2), np.float32) / 255
-    assert np.abs(engine.run(images, "float").transpose(0, 2, 3, 1) * 255 - eager(network, picture)).max() <= 0.02
-    assert compiled[3:] == [(1, 3, 25, 31)]
-
-
-@pytest.mark.parametrize("upsampling", ["nearest", "transposed"])
-def test_where_transposed_convolutions_copy_large_pictures_go_without_them(monkeypatch, upsampling):
-    network, stages = staged(upsampling=upsampling)
-    monkeypatch.setattr(engines, "_LARGE", 500)
-    picture = photo(33, 44)
-    asked, graph = [], engines.OpenVinoEngine._graph
-    monkeypatch.setattr(engines.OpenVinoEngine, "_graph", lambda engine, pixels, shuffled=False: asked.append(shuffled) or graph(engine, pixels, shuffled))
-    for flags, precision, expected in (({"amx_bf16"}, "float32", False), ({"avx512_bf16"}, "bfloat16", False), ({"amx_bf16"}, "bfloat16", True)):
-        monkeypatch.setattr(runtime, "cpu_flags", lambda flags=flags: flags)
-        load_engine(stages, "cpu", "openvino", precision).run(picture)
-        assert asked.pop() == expected
-    exact = load_engine(stages, "cpu", "onnxruntime", "float32")
-    monkeypatch.setattr(exact, "_graph", lambda pixels: graph(exact, pixels, True))
-    assert not any(stage.shuffled.transposed for stage in stages.stages) and any(stage.transposed for stage in stages.stages)
-    assert np.abs(exact.run(picture) - eager(network, picture)).max() <= 0.51
-
-
 @pytest.mark.parametrize("name", ["openvino", "torch", PAIRS])
 def test_bfloat16_is_above_45_db(name):
     network, stages = staged(width=16, residual_blocks=3, output_scale=0.125)
@@ -128,7 +86,7 @@ def test_float32_keeps_its_digits_in_large_pictures(monkeypatch):
     assert psnr(load_engine(load_network(path), "cpu", "native", "float32").run(picture), expected) > 88
     engine = load_engine(load_network(path), "cpu", "openvino", "float32")
     assert psnr(engine.run(picture), expected) > 88
-    monkeypatch.setattr(engines, "_LARGE", 1000)  # compiled for the size
+    monkeypatch.setattr(graph_engine, "_LARGE", 1000)  # compiled for the size
     assert psnr(engine.run(picture), expected) > 88
 
 
@@ -270,21 +228,6 @@ def test_an_engine_that_is_not_installed_says_how_to(monkeypatch):
     monkeypatch.setattr(native_library, "native_library", lambda: None)
     with pytest.raises(ValueError, match="--engine native was not compiled .*install a C compiler"):
         load_engine(stages, "cpu", "native", "float32")
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_ever_new_sizes_do_not_take_ever_more_memory():
-    # OpenVINO keeps what it made for each size: without a limit these 240 take some 35 MB more
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import numpy as np; from test_stages import staged; from fastnst.engine import load_engine\n"
-        "engine, taken = load_engine(staged()[1], 'cpu', 'openvino'), []\n"
-        "for index in range(480):\n"
-        "    engine.run(np.zeros((1, 24 + index // 24, 24 + index % 24, 3), np.uint8))\n"
-        "    taken.append(int(open('/proc/self/statm').read().split()[1]) * 4096)\n"
-        "assert taken[-1] - taken[239] < 15e6, taken[::40]"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["native", "openvino", "onnxruntime"])

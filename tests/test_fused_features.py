@@ -1,12 +1,14 @@
 """The loss network as an NVIDIA GPU computes it is the loss network, there and back; where there is no GPU, Triton's interpreter runs it."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from test_fused_norm import DEVICE
 
-from fastnst.fused_features import can_fuse, fused_features
+from fastnst.fused_features import _kept, can_fuse, fused_features
 from fastnst.loss_network import LossNetwork
 
 pytestmark = pytest.mark.usefixtures("whole_float32")
@@ -57,7 +59,16 @@ def test_weights_written_to_are_laid_out_anew():
     with torch.no_grad():
         network.features[0].bias.add_(1)
     assert (fused_features(network, images, wanted, torch.float32)["relu1_1"] > 2 * before).any()
-    assert "_in_half" in network.__dict__ and "_in_half" not in copy.deepcopy(network).__dict__
+
+
+def test_what_is_laid_out_goes_with_the_network():
+    network, images = made("vgg16", ["relu1_1"]).to(DEVICE), torch.rand(1, 3, 16, 16, device=DEVICE)
+    fused_features(network, images, {"relu1_1": network._index["relu1_1"]}, torch.float32)
+    assert list(_kept[network]) == ["first"] and copy.deepcopy(network) not in _kept
+    gone = weakref.ref(network)
+    del network
+    gc.collect()
+    assert gone() is None
 
 
 def test_networks_without_kernels_are_known():

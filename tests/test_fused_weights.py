@@ -25,8 +25,8 @@ SHAPES = {"first": (2, 3, 9, 9), "last": (3, 2, 9, 9), "subpixel": (8, 3, 3, 3)}
 def test_weights_and_gradients_are_those_of_the_layouts(names, memory_format):
     torch.manual_seed(0)
     kernels = [torch.randn(SHAPES.get(name, (4, 3, 3, 3))).contiguous(memory_format=memory_format).to(DEVICE).requires_grad_() for name in names]
-    unminded = torch.randn(5, device=DEVICE, requires_grad=True)
-    layouts = WeightLayouts(kernels, [None if name == "as it is" else LAYOUTS[name] for name in names], [unminded], torch.float32)
+    without_effect = torch.randn(5, device=DEVICE, requires_grad=True)
+    layouts = WeightLayouts(kernels, [None if name == "as it is" else LAYOUTS[name] for name in names], [without_effect], torch.float32)
     found = LaidOut.apply(layouts, *layouts.parameters)
     wanted = [LAYOUTS[name](kernel.double()) for name, kernel in zip(names, kernels)]
     pulls = [torch.randn_like(each) for each in wanted]
@@ -34,11 +34,11 @@ def test_weights_and_gradients_are_those_of_the_layouts(names, memory_format):
         assert one.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(one.double(), other, atol=1e-6, rtol=1e-6)
     expected = torch.autograd.grad(wanted, kernels, pulls)
-    *gradients, none = torch.autograd.grad(found, [*kernels, unminded], [pull.float() for pull in pulls])
+    *gradients, none = torch.autograd.grad(found, [*kernels, without_effect], [pull.float() for pull in pulls])
     for kernel, one, other in zip(kernels, gradients, expected):
         assert one.stride() == kernel.stride()  # as an optimizer wants it
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-    assert torch.equal(none, torch.zeros_like(unminded))
+    assert torch.equal(none, torch.zeros_like(without_effect))
 
 
 def test_a_weight_that_is_merely_cast_is_copied_and_one_without_a_gradient_gets_zeros():

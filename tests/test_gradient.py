@@ -10,7 +10,6 @@ from fastnst import gradient as gradients
 from fastnst import losses
 from fastnst import network as networks
 from fastnst.background import SideStream
-from fastnst.engine import TorchEngine
 from fastnst.gradient import Gradient
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import LossConfig, PerceptualLoss
@@ -18,6 +17,7 @@ from fastnst.model import NetworkConfig
 from fastnst.network import TransformNetwork
 from fastnst.objective import Cut, Objective
 from fastnst.optimizer import make_optimizer
+from fastnst.torch_engine import TorchEngine
 
 LOSS = LossConfig(**TOY_LOSS, tv_weight=1e-3, grid_weight=10.0, spectrum_weight=0.1, stability_weight=10.0)
 

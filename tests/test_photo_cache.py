@@ -108,7 +108,16 @@ def test_unreadable_files_are_recorded_and_not_kept(files, place):
     files[2].write_bytes(b"")
     cache = build_cache(place, files, prepare, None, 0)
     assert values(cache) == [0, 1, None, 3, 4]
-    assert cache.unreadable == {"2.jpg": f"{files[2]}: the file is empty"}
+    assert cache.unreadable == {str(files[2]): f"{files[2]}: the file is empty"}
+
+
+def test_unreadable_files_of_one_name_in_two_folders_are_two(tmp_path):
+    files = [tmp_path / folder / "x.jpg" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_bytes(b"")
+    cache = build_cache(cache_path(tmp_path / "caches", files, tmp_path, "as they are"), files, prepare, None, 0)
+    assert list(cache.unreadable) == [str(file) for file in files]
 
 
 def test_what_does_not_fit_the_limit_is_not_kept(files, place):

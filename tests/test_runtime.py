@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastnst import runtime
-from fastnst.runtime import StopRequest, autocast, keep_freed_memory, resolve_device, resolve_precision
+from fastnst.runtime import StopRequest, autocast, first_line, in_one_line, keep_freed_memory, resolve_device, resolve_precision
 
 
 @pytest.fixture
@@ -184,3 +184,9 @@ def test_threads_are_not_more_than_the_quota(tmp_path, monkeypatch, own, files):
     for name in files:
         (tmp_path / "sys/fs/cgroup" / name).write_text("-1" if name.endswith("quota_us") else "100000" if name.endswith("period_us") else "max 100000")
     assert runtime.cpu_threads() == 4
+
+
+def test_what_an_error_says_is_short():
+    error = RuntimeError("failed:\n    no such\tkernel\n  frame #0")
+    assert (in_one_line(error), in_one_line(error, 10)) == ("failed: no such kernel frame #0", "failed: no")
+    assert (first_line(error), first_line(EOFError())) == ("failed:", "EOFError")

@@ -56,6 +56,14 @@ def test_a_convolution_is_one_of_stride_2_and_a_shuffle():
     torch.testing.assert_close(rewritten, F.conv2d(x, kernel), atol=1e-4, rtol=0)
 
 
+def test_the_last_stage_by_pixel_is_what_it_was_made_of():
+    kernel, bias = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in ((3, 4, 9, 9), 3))
+    stage = Stage(_split_stride(kernel), bias.repeat(4), padding=4, stride=2, shuffle=2).by_pixel
+    assert np.array_equal(stage.weight, kernel) and np.array_equal(stage.bias, bias)
+    assert (stage.stride, stage.shuffle, stage.size(18)) == (1, 1, 18)
+    assert all(stage.by_pixel is stage for stage in staged(stem="half")[1].stages)
+
+
 def test_the_count_of_stages_and_what_they_drop():
     _, network = staged(residual_blocks=5)
     assert len(network.stages) == 3 + 2 * 5 + 2 + 1

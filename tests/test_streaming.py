@@ -180,6 +180,12 @@ def test_the_input_is_never_overwritten(clip, tmp_path):
     assert clip.read_bytes() == before
 
 
+def test_a_folder_in_the_place_of_the_result_is_told_before_the_work(clip, tmp_path):
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"--output: .*folder\.mp4 is a folder, need the name of a file"):
+        stylize_video(clip, tmp_path / "folder.mp4", lambda pictures: pytest.fail("began"), overwrite=True)
+
+
 def test_many_broken_frames_are_counted_and_a_few_named(tmp_path):
     for index in range(12):
         (tmp_path / f"{index}.png").write_bytes(b"broken")

@@ -1,0 +1,70 @@
+"""What is compiled, for which sizes, how it is kept, and that the pictures are the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_engine import eager, photo
+from test_stages import staged
+
+from fastnst import graph_engine, runtime
+from fastnst.engine import load_engine
+from fastnst.runtime import WORTH_COMPILING
+
+
+def test_a_size_that_comes_again_is_compiled_for_and_gives_the_same(monkeypatch):
+    network, stages = staged()
+    engine = load_engine(stages, "cpu", "openvino", "float32")
+    compiled, load = [], engine._load
+    monkeypatch.setattr(engine, "_load", lambda model, shape=None: compiled.append(shape) or load(model, shape))
+    for size in [(20, 30)] * (WORTH_COMPILING - 1) + [(24, 30)] + [(20, 30)] * (WORTH_COMPILING - 1):
+        engine.run(photo(*size))
+    assert compiled == [None]  # not often enough in a row
+    for size in [(20, 30), (20, 30), (24, 30), (20, 30)]:
+        picture = photo(*size)
+        assert np.abs(engine.run(picture) - eager(network, picture)).max() <= 0.51
+    assert compiled == [None, (1, 20, 30, 3)]
+    monkeypatch.setattr(graph_engine, "_LARGE", 1000)
+    picture = photo(25, 31)
+    assert np.abs(engine.run(picture) - eager(network, picture)).max() <= 0.51
+    assert compiled[2:] == [(1, 25, 31, 3)]
+    first = engine.run(picture)
+    kept = first.copy()
+    assert not np.array_equal(engine.run(255 - picture), kept) and np.array_equal(first, kept)  # each its own memory
+    images = np.ascontiguousarray(picture.transpose(0, 3, 1, 2), np.float32) / 255
+    assert np.abs(engine.run(images, "float").transpose(0, 2, 3, 1) * 255 - eager(network, picture)).max() <= 0.02
+    assert compiled[3:] == [(1, 3, 25, 31)]
+
+
+@pytest.mark.parametrize("upsampling", ["nearest", "transposed"])
+def test_where_transposed_convolutions_copy_large_pictures_go_without_them(monkeypatch, upsampling):
+    network, stages = staged(upsampling=upsampling)
+    monkeypatch.setattr(graph_engine, "_LARGE", 500)
+    picture = photo(33, 44)
+    asked, graph = [], graph_engine.OpenVinoEngine._graph
+    monkeypatch.setattr(graph_engine.OpenVinoEngine, "_graph", lambda engine, pixels, shuffled=False: asked.append(shuffled) or graph(engine, pixels, shuffled))
+    for flags, precision, expected in (({"amx_bf16"}, "float32", False), ({"avx512_bf16"}, "bfloat16", False), ({"amx_bf16"}, "bfloat16", True)):
+        monkeypatch.setattr(runtime, "cpu_flags", lambda flags=flags: flags)
+        load_engine(stages, "cpu", "openvino", precision).run(picture)
+        assert asked.pop() == expected
+    exact = load_engine(stages, "cpu", "onnxruntime", "float32")
+    monkeypatch.setattr(exact, "_graph", lambda pixels: graph(exact, pixels, True))
+    assert not any(stage.shuffled.transposed for stage in stages.stages) and any(stage.transposed for stage in stages.stages)
+    assert np.abs(exact.run(picture) - eager(network, picture)).max() <= 0.51
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_ever_new_sizes_do_not_take_ever_more_memory():
+    # OpenVINO keeps what it made for each size: without a limit these 240 take some 35 MB more
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import numpy as np; from test_stages import staged; from fastnst.engine import load_engine\n"
+        "engine, taken = load_engine(staged()[1], 'cpu', 'openvino'), []\n"
+        "for index in range(480):\n"
+        "    engine.run(np.zeros((1, 24 + index // 24, 24 + index % 24, 3), np.uint8))\n"
+        "    taken.append(int(open('/proc/self/statm').read().split()[1]) * 4096)\n"
+        "assert taken[-1] - taken[239] < 15e6, taken[::40]"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
