@@ -63,7 +63,7 @@ def load_network(model: str | Path) -> StagedNetwork:
 
 
 def load_engine(network: StagedNetwork, device: str = "auto", engine: str = "auto", precision: str = "auto") -> Engine:
-    """The engine asked for; ``auto`` is the one that measures best of those installed, in the fastest precision of at least 45 dB.
+    """The engine asked for; ``auto`` is the one that measures best of those installed, in the fastest precision of at least 45 dB for photos.
 
     That is torch on a GPU in float16; on a CPU our own, in bfloat16 where its vectors multiply it, or OpenVINO where AMX does; then ONNX Runtime, then torch.
     Raises ``ValueError`` naming what is not there and how to mend it.

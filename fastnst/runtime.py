@@ -162,7 +162,7 @@ def largest_that_fits(attempt: Callable[[int], object], too_large: int) -> int:
 
 
 class StopRequest:
-    """Context in which Ctrl-C and SIGTERM ask for a stop instead of killing; a second one, or one ahead of the first ``request()``, which none would heed, kills.
+    """Context in which Ctrl-C and SIGTERM ask for a stop instead of killing. A second one kills, as does one ahead of the first ``request()``, which nobody would heed.
 
     ``request()`` is true once a signal came; ``exit_code`` is then 128 + its number, as shells count, and what a ``KeyboardInterrupt`` that
     kills holds. ``repeats``: signals come more than once, as from torchrun, which passes on to its processes what they have got from the
