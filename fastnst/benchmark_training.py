@@ -72,7 +72,7 @@ class Way:
     name: str
     precision: str = "float32"
     keep_memory: bool = False
-    lean: bool = False  # our objective and network: nothing deeper than compared, a Gram's gradient once, the last convolution by fours
+    ours: bool = False  # our step: objective, network and everything compiled for them
     compile: bool = False
     channels_last: bool = False
     fused_adam: bool = False
@@ -80,10 +80,10 @@ class Way:
 
 
 PUBLISHED = Way("published")
-OURS = Way("ours", precision="auto", keep_memory=True, lean=True, fused_adam=True, kept_photos=True)
+OURS = Way("ours", precision="auto", keep_memory=True, ours=True, fused_adam=True, kept_photos=True)
 LEVERS = (
     Way("allocator keeps freed memory", keep_memory=True),
-    Way("our objective and last convolution", lean=True),
+    Way("our step alone, in float32", ours=True),
     Way("bfloat16", precision="bfloat16"),
     Way("torch.compile", compile=True),
     Way("channels-last", channels_last=True),
@@ -217,7 +217,7 @@ def serve(connection: Any, task: Task, way: Way, folder: Path) -> None:
     """The process of one way: answers ``("steps", n)``, ``("losses", batches)`` and ``("profile", n)`` until ``None`` comes."""
     if way.keep_memory:
         keep_freed_memory()
-    make = OurStep if way.lean else PublishedStep
+    make = OurStep if way.ours else PublishedStep
     step = make(task, way)
     try:
         with batches_of(task, way, folder) as batches:
