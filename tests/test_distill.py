@@ -5,8 +5,10 @@ import torch
 from conftest import synthetic_photo
 from safetensors.torch import save_file
 
+from fastnst.checkpoint import STATE_NAME
 from fastnst.config import validate_config
 from fastnst.distill import (
+    SLIM_NAME,
     DistillConfig,
     _spanning_channels,
     distill,
@@ -104,6 +106,36 @@ def test_another_config_is_refused_by_name(config, tmp_path):
     config["distill"]["gram_weight"] = 3.0
     with pytest.raises(ValueError, match="distill.gram_weight"):
         distill(validate_config(DistillConfig, config), tmp_path / "run")
+
+
+def test_the_same_folder_by_another_name_is_resumed(config, tmp_path, monkeypatch):
+    distill(validate_config(DistillConfig, config), tmp_path / "run")
+    config["data"]["content"] = "photos"
+    monkeypatch.chdir(tmp_path)
+    assert distill(validate_config(DistillConfig, config), tmp_path / "run") == tmp_path / "run" / SLIM_NAME
+
+
+@pytest.mark.parametrize("decay", ["constant", "cosine"])
+def test_a_run_is_prolonged_where_its_rate_is_constant(config, tmp_path, decay):
+    config["distill"] |= {"steps": 2, "learning_rate": {"initial": 3e-4, "decay": decay}}
+    distill(validate_config(DistillConfig, config), tmp_path / "run")
+    config["distill"]["steps"] = 4
+    if decay == "cosine":
+        with pytest.raises(ValueError, match="distill.steps: 2 in the run, 4 asked for"):
+            distill(validate_config(DistillConfig, config), tmp_path / "run")
+    else:
+        distill(validate_config(DistillConfig, config), tmp_path / "run")
+        assert torch.load(tmp_path / "run" / STATE_NAME, weights_only=True)["step"] == 4
+
+
+@pytest.mark.parametrize("name", [STATE_NAME, SLIM_NAME])
+def test_what_a_killed_one_left_half_written_is_removed(config, tmp_path, name):
+    stem, suffix = name.split(".")
+    left = tmp_path / "run" / f".{stem}-fastnst-abcdefgh.{suffix}"
+    left.parent.mkdir()
+    left.touch()
+    distill(validate_config(DistillConfig, config), tmp_path / "run")
+    assert not left.exists()
 
 
 def test_too_few_validation_photos_are_refused(config, tmp_path):
