@@ -82,7 +82,8 @@ def complain(what: str, error: Exception) -> None:
 
 def parser(verb: str, description: str, epilog: str = "", device: bool = True) -> argparse.ArgumentParser:
     """A parser with the flag that nearly every command has."""
-    p = argparse.ArgumentParser(prog=f"fastnst {verb}", description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kind = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(prog=f"fastnst {verb}", description=description, epilog=epilog, formatter_class=kind, allow_abbrev=False)  # a new flag breaks no old command
     if device:
         p.add_argument("--device", default="auto", metavar="auto|cpu|cuda|mps", help="where to compute (auto: a GPU where there is one)")
     return p

@@ -151,6 +151,13 @@ def test_a_part_must_be_named(capsys):
     assert "--training" in capsys.readouterr().err
 
 
+def test_half_a_flag_is_told_to_be_none(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--train"])
+    assert ended.value.code == 2
+    assert "error: one of the arguments --inference --training --recipes is required" in capsys.readouterr().err
+
+
 def test_too_few_photos_for_a_batch_are_named(photos):
     assert cli.run(main, ["--training", "--content", str(photos), *TINY, "--batch", "50"]) == 2
 
