@@ -33,7 +33,8 @@ def main(argv=None) -> int:
         if progress.losses:
             bar.set_postfix_str("  ".join(f"{name.removeprefix('loss/')} {value:.3g}" for name, value in progress.losses.items()), refresh=False)
         if progress.validation:
-            cli.say(bar, f"step {progress.step:,}: " + "  ".join(f"{name.removeprefix('validation')} {value:.3g}" for name, value in progress.validation.items()))
+            errors = "  ".join(f"{name.removeprefix('validation')[1:]} {value:.3g}" for name, value in progress.validation.items())
+            cli.say(bar, f"step {progress.step:,}: validation {errors}")
         bar.update(progress.step - bar.n)
 
     with StopRequest() as stop:

@@ -1,10 +1,14 @@
 """Distillation: the start from the teacher, what is saved, resuming."""
 
+import importlib
+
 import pytest
 import torch
+import yaml
 from conftest import synthetic_photo
 from safetensors.torch import save_file
 
+from fastnst import cli
 from fastnst.checkpoint import STATE_NAME
 from fastnst.config import validate_config
 from fastnst.distill import (
@@ -90,6 +94,17 @@ def test_distilling_writes_a_loss_network_in_the_teachers_units(config, tmp_path
         assert 0.7 < float(feature.mean() / exact.mean()) < 1.4
     assert [progress.step for progress in found if progress.validation] == [2, 4]
     assert {"validation/gradient", "validation_gram/relu3_4"} <= set(found[-1].validation or next(p.validation for p in reversed(found) if p.validation))
+
+
+def test_the_command_tells_each_error_by_its_name(config, tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config | {"distill": config["distill"] | {"steps": 2}}))
+    main = importlib.import_module("fastnst.scripts.distill").main
+    assert cli.run(main, ["--config", str(tmp_path / "tiny.yaml"), "--run-dir", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"done: {tmp_path / 'run' / SLIM_NAME}\n"
+    (line,) = [line for line in printed.err.splitlines() if "validation" in line]
+    names = line.removeprefix("step 2: validation ").split()[::2]
+    assert names[:2] == ["feature/relu1_1", "gram/relu1_1"] and names[-1] == "gradient"
 
 
 def test_it_stops_and_resumes(config, tmp_path):
