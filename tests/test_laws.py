@@ -92,7 +92,7 @@ ALLOWED_TO_VERBS = {
     "evaluate": set(NOUNS),
     "distill": set(NOUNS),
     "stylize": {"blend", "engine", "jobs", "model", "picture", "runtime", "stages", "tiles"},
-    "export": {"checkpoint", "engine", "files", "model", "onnx_graph", "stages"},
+    "export": {"checkpoint", "engine", "files", "onnx_graph"},
 }
 # Scripts that are no verb of their own: they put verbs together, or draw.
 COMPOSED = {"preview": {"train", "optimize"}, "publish": set(), "quickstart": {"stylize", "scripts"}, "draw_style": set(), "benchmark": set(), "benchmark_training": {"train"}, "benchmark_inference": set(), "benchmark_recipes": {"train"}}
