@@ -39,7 +39,8 @@ def find_run(config: Config, run_dir: Path, may_change: Iterable[str]) -> bool:
             raise ValueError(f"{run_dir} holds a run with another config; choose another --run-dir, or undo the change of {'; '.join(changed)}")
         return True
     if (run_dir / MODEL_NAME).exists():
-        raise ValueError(f"{run_dir} holds a finished {MODEL_NAME} without the {STATE_NAME} to resume from, and would lose it; choose another --run-dir")
+        another = run_dir.parent / f"my_{run_dir.name}"
+        raise ValueError(f"{run_dir} holds a finished {MODEL_NAME} without the {STATE_NAME} to resume from, and would lose it; choose another, such as --run-dir {another}")
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"{run_dir} is a file; choose another --run-dir")
     return False

@@ -365,6 +365,19 @@ def test_a_dry_run_tells_where_a_run_would_resume(train_main, photos, painting, 
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
+def test_a_shipped_model_is_kept_and_another_folder_named(train_main, photos, painting, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shipped = tmp_path / "checkpoints" / "smoke" / "model.safetensors"
+    shipped.parent.mkdir(parents=True)
+    shipped.write_bytes(b"precious")
+    given = [*QUICK, "--content", str(photos), "--style", str(painting)]
+    assert cli.run(train_main, given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: checkpoints/smoke holds a finished model.safetensors without") and shipped.read_bytes() == b"precious"
+    assert cli.run(train_main, [*given, *error.split("such as ")[1].split()]) == 0
+    assert (tmp_path / "checkpoints" / "my_smoke" / "model.safetensors").is_file()
+
+
 def test_what_a_recipe_still_needs_is_named_by_its_flag(train_main, capsys):
     assert cli.run(train_main, ["--config", "own"]) == 2
     errors = capsys.readouterr().err
