@@ -267,7 +267,7 @@ def test_a_missing_painting_is_named(tmp_path, capsys):
 
 
 def test_our_style_image_is_what_the_script_draws():
-    shipped = np.asarray(Image.open(cli.shipped_folder("checkpoints") / "mosaic_sun" / "style.png").convert("RGB")).astype(int)
+    shipped = np.asarray(Image.open(cli.shipped_folder("checkpoints") / "mosaic_sun" / "mosaic_sun.png").convert("RGB")).astype(int)
     drawn = np.asarray(draw_style.draw(512)).astype(int)
     assert shipped.shape == drawn.shape
     assert np.abs(shipped - drawn).mean() < 1  # antialiasing may differ a little between versions of Pillow

@@ -10,6 +10,7 @@ from conftest import TOY_LOSS
 from PIL import Image
 
 from fastnst.checkpoint import load_training_state, save_model
+from fastnst.cli import find_style
 from fastnst.config import ConfigError, validate_config
 from fastnst.contender import load_contenders
 from fastnst.data import DataConfig, load_validation
@@ -80,6 +81,13 @@ def test_the_painting_may_lie_beside_the_model_or_in_a_folder_of_paintings(run_d
     shutil.copy(painting, run_dir)
     assert torch.equal(load(run_dir, None).painting, expected)
     assert load(run_dir, folder / "another.png").painting.shape == (1, 3, 32, 64)
+
+
+def test_the_shipped_style_whose_painting_is_the_project_s_own_has_it_beside_it():
+    model = find_style("mosaic_sun")
+    (found,) = load_contenders([model], None, [], [])
+    assert (found.recipe.style.image.name, found.weights_from) == ("mosaic_sun.png", "metrics.json")
+    assert torch.equal(load_contenders([model], model.parent, [], [])[0].painting, found.painting)
 
 
 def test_models_side_by_side_share_a_loss_network_and_have_names_of_their_own(run_dir, painting, tmp_path):
