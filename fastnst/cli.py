@@ -7,8 +7,9 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -117,7 +118,29 @@ def add_config_flags(p: argparse.ArgumentParser, several: bool = False) -> None:
     """--config, of ``several`` files where the command takes them, and --set."""
     more = "; several: one after the other" if several else ""
     p.add_argument("--config", required=True, nargs="+" if several else None, metavar="FILE", help=f"YAML config: a path, or the name of a shipped one{more}")
-    p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override any key of the config; may be repeated")
+    add_set_flag(p, "override any key of the config")
+
+
+def add_set_flag(p: argparse.ArgumentParser, what: str) -> None:
+    """--set; ``what`` it overrides."""
+    p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help=f"{what}; may be repeated")
+
+
+def add_model_flags(p: argparse.ArgumentParser, or_else: str = "") -> argparse._MutuallyExclusiveGroup:
+    """--model, which may be something ``or_else``, or --style; returns the group of which one is needed."""
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", metavar="FILE", help=f"a model.safetensors that `fastnst train` wrote{or_else}")
+    which.add_argument("--style", metavar="NAME", help="a style that comes with the project")
+    return which
+
+
+def judges(given: Iterable[str]) -> list[Any]:
+    """The configs of loss networks that --judge NETWORK[=WEIGHTS] names. Raises ``ConfigError`` naming the flag."""
+    from fastnst.config import validate_config
+    from fastnst.loss_network import LossNetworkConfig
+
+    named = [judge.partition("=") for judge in given]
+    return [validate_config(LossNetworkConfig, {"network": network, "weights": weights or "auto"}, source="--judge") for network, _, weights in named]
 
 
 def path_override(key: str, path: str | Path) -> str:

@@ -13,9 +13,7 @@ examples:
 
 def main(argv=None) -> int:
     p = cli.parser("benchmark --inference", __doc__, EPILOG)
-    which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="FILE", help="a model.safetensors that `fastnst train` wrote")
-    which.add_argument("--style", metavar="NAME", help="a style that comes with the project")
+    cli.add_model_flags(p)
     p.add_argument("--photo", type=Path, metavar="PHOTO", help="what to stylize (default: a photo that scikit-image carries)")
     p.add_argument("--sizes", nargs="+", metavar="N|WxH", help="default: 256 512 1024, on a GPU also 1920x1080 3840x2160")
     p.add_argument("--engines", nargs="+", metavar="ENGINE:PRECISION", help="default: all that are installed")

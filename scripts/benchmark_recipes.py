@@ -30,7 +30,7 @@ def main(argv=None) -> int:
     p.add_argument("--sizes", nargs="+", type=cli.whole(32, 8192), default=[256], metavar="PX", help="sides of the squares judged (default: 256)")
     p.add_argument("--photos", type=cli.whole(1, 100_000), default=24, metavar="N", help="how many to judge on (default: 24)")
     p.add_argument("--judge", action="append", default=[], metavar="NETWORK[=WEIGHTS]", help="a neutral judge, such as squeezenet1_1; may be repeated")
-    p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override any key of all recipes; may be repeated")
+    cli.add_set_flag(p, "override any key of all recipes")
     p.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where runs and report go")
     args = p.parse_args(argv)
     for flag in ("recipes", "seeds", "sizes", "judge"):
@@ -38,6 +38,7 @@ def main(argv=None) -> int:
 
     from fastnst.benchmark_recipes import markdown
     from fastnst.files import atomic_write
+    from fastnst.judges import load_judge
     from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
     from fastnst.train import TrainingDiverged
     from fastnst.yardstick import machine
@@ -51,7 +52,7 @@ def main(argv=None) -> int:
     if len(set(seen.values())) > 1:
         told = ", ".join(f"{name}: {count:,}" for name, count in seen.items())
         raise ValueError(f"the recipes see different numbers of photos ({told}): give --set train.steps=N, or +train.steps=N, so that steps x batch_size are equal")
-    judges, paths = _judges(args, device), _held_out(args)
+    judges, paths = [load_judge(judge, device) for judge in cli.judges(args.judge)], _held_out(args)
     runs, folders, diverged = [], {}, []
     plan = [(index, name, seed) for seed in args.seeds for index in range(len(paintings)) for name in configs]
     with StopRequest() as stop, cli.progress_bar(len(plan), unit="run") as bar:
@@ -123,15 +124,6 @@ def _config(recipe, args, painting):
     config = validate_config(TrainConfig, found, source=f"recipe {recipe}")
     list_photos(config.data)
     return config
-
-
-def _judges(args, device):
-    from fastnst.config import validate_config
-    from fastnst.judges import load_judge
-    from fastnst.loss_network import LossNetworkConfig
-
-    given = [judge.partition("=") for judge in args.judge]
-    return [load_judge(validate_config(LossNetworkConfig, {"network": name, "weights": weights or "auto"}, source="--judge"), device) for name, _, weights in given]
 
 
 def _held_out(args):

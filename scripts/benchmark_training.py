@@ -21,7 +21,7 @@ allocator, and they take turns. The exit code is 1 where the losses of the same 
 def main(argv=None) -> int:
     p = cli.parser("benchmark --training", __doc__, EPILOG)
     p.add_argument("--config", default="pytorch_examples", metavar="FILE", help="network and loss to train (default: as pytorch/examples)")
-    p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override any key of the config; may be repeated")
+    cli.add_set_flag(p, "override any key of the config")
     p.add_argument("--content", type=Path, metavar="FOLDER", help="folder of photos (default: 64 made up ones of 640x480)")
     p.add_argument("--loss-weights", default="random", metavar="FILE|random", help="weights of the loss network (default: random; the speed is the same)")
     p.add_argument("--size", type=cli.whole(16, 8192), default=256, metavar="PX", help="side of the photos (default: 256)")

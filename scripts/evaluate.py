@@ -26,7 +26,7 @@ def main(argv=None) -> int:
     p.add_argument("--photos", type=int, default=50, metavar="N", help="how many of the photos (default: 50)")
     p.add_argument("--iterations", type=int, default=500, metavar="N", help="of the optimizer (default: 500)")
     p.add_argument("--judge", action="append", default=[], metavar="NETWORK[=WEIGHTS]", help="a further judge beside vgg19_slim; may be repeated")
-    p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override the recipes: loss.weights=FILE says where they lie here")
+    cli.add_set_flag(p, "override the recipes: loss.weights=FILE says where they lie here")
     p.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the report's folder")
     p.add_argument("--cache", type=Path, metavar="FOLDER", help="the optimizer's runs, to be shared by reports (default: OUTPUT/optimizer_runs)")
     p.add_argument("--overwrite", action="store_true", help="replace a report that exists; the optimizer's runs are kept")
@@ -39,7 +39,6 @@ def main(argv=None) -> int:
     from fastnst.config import validate_config
     from fastnst.evaluate import EvaluateConfig, evaluate, iterations
     from fastnst.files import atomic_write, check_output
-    from fastnst.loss_network import LossNetworkConfig
     from fastnst.optimize import DescentConfig, OptimizeConfig, optimize_image
     from fastnst.picture import ImageSize
     from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
@@ -49,9 +48,7 @@ def main(argv=None) -> int:
     cache = args.cache or args.output / "optimizer_runs"
     if any(folder.resolve().is_relative_to(args.content.resolve()) for folder in (args.output, cache)):
         raise ValueError(f"--output and --cache must lie outside of --content {args.content}: their pictures would be judged as photos")
-    named = [judge.partition("=") for judge in ("vgg19_slim", *args.judge)]
-    asked = {"sizes": args.sizes, "photos": args.photos, "iterations": args.iterations}
-    asked["judges"] = [validate_config(LossNetworkConfig, {"network": network, "weights": weights or "auto"}, source=f"--judge {network}") for network, _, weights in named]
+    asked = {"sizes": args.sizes, "photos": args.photos, "iterations": args.iterations, "judges": cli.judges(["vgg19_slim", *args.judge])}
     config = validate_config(EvaluateConfig, asked, source="--judge, --sizes, --photos or --iterations")
     shipped = cli.shipped_styles()
     models = [shipped.get(model, Path(model)) for model in args.model]

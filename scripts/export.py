@@ -16,9 +16,7 @@ The file takes any number of pictures of any size. `--pixels uint8`: (N, H, W, 3
 
 def main(argv=None) -> int:
     p = cli.parser("export", __doc__, EPILOG, device=False)
-    which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="FILE", help="a model.safetensors that `fastnst train` wrote")
-    which.add_argument("--style", metavar="NAME", help="a style that comes with the project")
+    cli.add_model_flags(p)
     p.add_argument("--output", required=True, type=Path, metavar="FILE", help="the .onnx file to write")
     p.add_argument("--pixels", choices=("uint8", "float"), default="uint8", help="what goes in and comes out (default: uint8)")
     p.add_argument("--overwrite", action="store_true", help="replace a file that exists")

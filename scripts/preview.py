@@ -21,7 +21,7 @@ def main(argv=None) -> int:
     p.add_argument("--content", nargs="+", type=Path, default=[], metavar="PHOTO", help="photos to try it on (default: one that scikit-image carries)")
     p.add_argument("--output", required=True, type=Path, metavar="FILE", help="the sheet to write")
     p.add_argument("--config", default="own", metavar="FILE", help="the training config to start from (default: own)")
-    p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override any key of that config")
+    cli.add_set_flag(p, "override any key of that config")
     p.add_argument("--strengths", nargs="+", type=cli.number(0, 10), default=[2, 5, 8], metavar="0-10", help="rows (default: 2 5 8)")
     p.add_argument("--style-sizes", nargs="+", type=cli.whole(1, 65_535), default=[192, 384, 768], metavar="PX", help="columns: long side of the painting (default: 192 384 768)")
     p.add_argument("--side", type=cli.whole(16, 8192), default=160, metavar="PX", help="short side of the photos; the painting is scaled along (default: 160)")

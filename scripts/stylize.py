@@ -17,9 +17,7 @@ examples:
 
 def main(argv=None) -> int:
     p = cli.parser("stylize", __doc__, EPILOG)
-    which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="FILE", help="a model.safetensors that `fastnst train` wrote, or an .onnx of `fastnst export`")
-    which.add_argument("--style", metavar="NAME", help="a style that comes with the project")
+    which = cli.add_model_flags(p, ", or an .onnx of `fastnst export`")
     which.add_argument("--list-styles", action="store_true", help="name the styles that come with the project, and stop")
     source = p.add_mutually_exclusive_group()
     source.add_argument("--input", nargs="+", metavar="PHOTO|FOLDER|GLOB|VIDEO", help="what to stylize; folders are searched recursively")
