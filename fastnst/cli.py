@@ -14,16 +14,23 @@ from typing import Any
 from tqdm import tqdm
 
 VERBS = {
-    "train": "fit a network to one painting, on a folder of photos",
     "stylize": "apply a trained model to photos, videos or a camera",
-    "export": "write a model as ONNX, for other programs and machines without torch",
-    "optimize": "the reference: optimize a single picture, slowly (Gatys et al.)",
     "preview": "see how a painting will come out, before training",
+    "train": "fit a network to one painting, on a folder of photos",
+    "export": "write a model as ONNX, for other programs and machines without torch",
     "evaluate": "judge models: worth how many iterations of the reference, how fast, how clean",
     "publish": "turn a training run into a style to ship",
-    "benchmark": "measure ours against the published, side by side",
-    "distill": "make the embedded loss network anew from VGG-19",
+    "optimize": "the reference: optimize a single picture, slowly (Gatys et al.)",
+    "benchmark": "measure fastnst against pytorch/examples' fast_neural_style on this machine",
+    "distill": "make the loss network inside the package anew from VGG-19",
 }
+_USAGE = """\
+usage: fastnst VERB ...
+
+{verbs}
+
+Begin with: fastnst stylize --style wave --input photo.jpg --output out.jpg
+Flags of a verb: fastnst VERB --help"""
 
 
 def example_photo(name: str) -> Path:
@@ -47,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"fastnst {__version__}")
         sys.exit(0)
     verbs = "\n".join(f"  {verb:10} {what}" for verb, what in VERBS.items())
-    print(f"usage: fastnst VERB ...\n\n{verbs}\n\n`fastnst VERB --help` tells the rest.", file=sys.stdout if argv in ([], ["--help"], ["-h"]) else sys.stderr)
+    print(_USAGE.format(verbs=verbs), file=sys.stdout if argv in ([], ["--help"], ["-h"]) else sys.stderr)
     if argv and argv[0] not in ("--help", "-h"):
         print(f"fastnst: error: no verb {argv[0]!r}", file=sys.stderr)
     sys.exit(0 if argv and argv[0] in ("--help", "-h") else 2)
@@ -114,10 +121,10 @@ def number(least: float, most: float) -> Callable[[str], float]:
     return parse
 
 
-def add_config_flags(p: argparse.ArgumentParser, several: bool = False) -> None:
-    """--config, of ``several`` files where the command takes them, and --set."""
+def add_config_flags(p: argparse.ArgumentParser, shipped: str, several: bool = False) -> None:
+    """--config, with words on the ``shipped`` ones, of ``several`` where the command takes them, and --set."""
     more = "; several: one after the other" if several else ""
-    p.add_argument("--config", required=True, nargs="+" if several else None, metavar="FILE", help=f"YAML config: a path, or the name of a shipped one{more}")
+    p.add_argument("--config", required=True, nargs="+" if several else None, metavar="CONFIG", help=f"a shipped config by name ({shipped}) or a YAML file{more}")
     add_set_flag(p, "override any key of the config")
 
 
@@ -130,7 +137,7 @@ def add_model_flags(p: argparse.ArgumentParser, or_else: str = "") -> argparse._
     """--model, which may be something ``or_else``, or --style; returns the group of which one is needed."""
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", metavar="FILE", help=f"a model.safetensors that `fastnst train` wrote{or_else}")
-    which.add_argument("--style", metavar="NAME", help="a style that comes with the project")
+    which.add_argument("--style", metavar="NAME", help=f"a style that comes with the project: {', '.join(shipped_styles())}")
     return which
 
 

@@ -29,7 +29,7 @@ def main(argv=None) -> int:
     p.add_argument("--seeds", nargs="+", type=cli.whole(0, 2**31), default=[0, 1, 2], metavar="N", help="of weights, photos and crops (default: 0 1 2)")
     p.add_argument("--sizes", nargs="+", type=cli.whole(32, 8192), default=[256], metavar="PX", help="sides of the squares judged (default: 256)")
     p.add_argument("--photos", type=cli.whole(1, 100_000), default=24, metavar="N", help="how many to judge on (default: 24)")
-    p.add_argument("--judge", action="append", default=[], metavar="NETWORK[=WEIGHTS]", help="a neutral judge, such as squeezenet1_1; may be repeated")
+    p.add_argument("--judge", action="append", default=[], metavar="NETWORK[=WEIGHTS]", help="a neutral judge, such as squeezenet1_1; may be repeated (default: none)")
     cli.add_set_flag(p, "override any key of all recipes")
     p.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where runs and report go")
     args = p.parse_args(argv)

@@ -15,7 +15,8 @@ examples:
   OMP_NUM_THREADS=2 fastnst benchmark --training --content photos/ --loss-weights vgg16.pth --levers --json training.json
 
 Network, loss network, photos, size and batch are the same on both sides. Each runs in a process of its own, with its own
-allocator, and they take turns. The exit code is 1 where the losses of the same photos do not agree."""
+allocator, and they take turns. The floor: what a step's arithmetic alone would take, at the highest rate of this machine.
+The exit code is 1 where the losses of the same photos do not agree."""
 
 
 def main(argv=None) -> int:
@@ -28,7 +29,7 @@ def main(argv=None) -> int:
     p.add_argument("--batch", type=cli.whole(1, 10_000), default=4, metavar="N", help="photos a step (default: 4)")
     p.add_argument("--repeats", type=cli.whole(1, 10_000), default=5, metavar="N", help="turns of each side (default: 5)")
     p.add_argument("--steps", type=cli.whole(1, 10_000), default=1, metavar="N", help="steps a turn (default: 1)")
-    p.add_argument("--levers", action="store_true", help="measure each lever alone, too")
+    p.add_argument("--levers", action="store_true", help="measure each lever, a single change to the published step, too")
     p.add_argument("--also", action="append", default=[], metavar="CONFIG", help="measure ours with that config's network, and with its loss, too; may be repeated")
     p.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
     args = p.parse_args(argv)

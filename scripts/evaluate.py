@@ -1,4 +1,4 @@
-"""Judge models: worth how many iterations of the reference, how much faster, and what neutral judges say."""
+"""Judge models: how many iterations of the reference one pass is worth, how much faster it is, and what other loss networks say. Needs fastnst[evaluate]."""
 
 import importlib.util
 import json
@@ -21,12 +21,12 @@ def main(argv=None) -> int:
     p = cli.parser("evaluate", __doc__, EPILOG)
     p.add_argument("--model", required=True, nargs="+", metavar="MODEL", help="model files, or names of styles that come with the project")
     p.add_argument("--content", required=True, type=Path, metavar="FOLDER", help="photos that the models were not trained on")
-    p.add_argument("--style", type=Path, metavar="PAINTING|FOLDER", help="the painting, or a folder of several by their names (default: beside the model)")
+    p.add_argument("--style", type=Path, metavar="PAINTING|FOLDER", help="the painting, or a folder that holds each model's painting under its name in the recipe (default: the model's own folder)")
     p.add_argument("--sizes", nargs="+", type=int, default=[256, 512, 1024], metavar="PX", help="sides of the squares judged (default: 256 512 1024)")
     p.add_argument("--photos", type=int, default=50, metavar="N", help="how many of the photos (default: 50)")
-    p.add_argument("--iterations", type=int, default=500, metavar="N", help="of the optimizer (default: 500)")
+    p.add_argument("--iterations", type=int, default=500, metavar="N", help="of L-BFGS on each photo (default: 500; on a CPU start with 50)")
     p.add_argument("--judge", action="append", default=[], metavar="NETWORK[=WEIGHTS]", help="a further judge beside vgg19_slim; may be repeated")
-    cli.add_set_flag(p, "override the recipes: loss.weights=FILE says where they lie here")
+    cli.add_set_flag(p, "override the models' recipes; loss.weights=FILE where the loss network's file lies elsewhere here")
     p.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the report's folder")
     p.add_argument("--cache", type=Path, metavar="FOLDER", help="the optimizer's runs, to be shared by reports (default: OUTPUT/optimizer_runs)")
     p.add_argument("--overwrite", action="store_true", help="replace a report that exists; the optimizer's runs are kept")

@@ -1,4 +1,4 @@
-"""Write a model as an ONNX file, for other programs and for machines without torch."""
+"""Write a model as an ONNX file, for other programs and for machines without torch. Needs fastnst[onnxruntime]."""
 
 import sys
 from pathlib import Path
@@ -10,8 +10,8 @@ examples:
   fastnst export --style wave --output wave.onnx
   fastnst stylize --model wave.onnx --input photo.jpg --output out.jpg      # needs no torch
 
-The file takes any number of pictures of any size. `--pixels uint8`: (N, H, W, 3) RGB of 0..255, in and out;
-`--pixels float`: (N, 3, H, W) RGB in [0, 1]. It ends by running the file and comparing it with torch."""
+The file takes any number of pictures of any size: input `pixels`, output `stylized`, opset 17.
+`--pixels uint8`: (N, H, W, 3) RGB of 0..255, in and out; `--pixels float`: (N, 3, H, W) RGB in [0, 1]. It ends by running the file and comparing it with torch."""
 
 
 def main(argv=None) -> int:

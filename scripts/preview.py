@@ -12,13 +12,14 @@ examples:
   fastnst preview --style painting.jpg --output sheet.jpg --pick 2,1 --write configs/mine.yaml
   fastnst train --config configs/mine.yaml --content photos/
 
-Each cell is a picture optimized under the loss that training would use, but for its terms for networks alone. --pick counts from 1 and only writes."""
+Each cell is a picture optimized under the loss that training would use, without the grid, spectrum and stability terms,
+which only networks need. --pick counts from 1 and only writes."""
 
 
 def main(argv=None) -> int:
     p = cli.parser("preview", __doc__, EPILOG)
-    p.add_argument("--style", required=True, type=Path, metavar="PAINTING")
-    p.add_argument("--content", nargs="+", type=Path, default=[], metavar="PHOTO", help="photos to try it on (default: one that scikit-image carries)")
+    p.add_argument("--style", required=True, type=Path, metavar="PAINTING", help="the painting, a picture file")
+    p.add_argument("--content", nargs="+", type=Path, default=[], metavar="PHOTO", help="photos to try it on (default: one of scikit-image's: pip install 'fastnst[evaluate]')")
     p.add_argument("--output", required=True, type=Path, metavar="FILE", help="the sheet to write")
     p.add_argument("--config", default="own", metavar="FILE", help="the training config to start from (default: own)")
     cli.add_set_flag(p, "override any key of that config")

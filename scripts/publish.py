@@ -1,4 +1,4 @@
-"""Turn a finished training run into a style to ship: a small model, a preview, the config and its figures."""
+"""Turn a finished training run into a style to ship: a small model, a preview, the config and its figures. Needs fastnst[evaluate], whose photos it shows."""
 
 import json
 import platform
@@ -10,8 +10,9 @@ from fastnst import cli
 
 EPILOG = """\
 examples:
-  fastnst publish --run-dir runs/wave --output checkpoints/wave --validation photos_not_trained_on/
+  fastnst publish --run-dir runs/mine --output checkpoints/mine --validation held_out/
 
+With --output checkpoints/NAME of this repository, `stylize --style NAME` finds it.
 The model is stored in half precision, after checking that no pixel of three photos changes by more than 1 of 255.
 Where anything fails, nothing is written."""
 

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY
+from fastnst.scripts import benchmark
 from PIL import Image
 
 import fastnst
@@ -51,13 +53,34 @@ def test_help_tells_flags_and_an_example(way, verb, tmp_path):
     done = run([*command(way, verb), "--help"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"usage: fastnst {verb}" in done.stdout
-    assert ("--device" in done.stdout or verb == "export") and "examples:" in done.stdout
+    assert ("--device" in done.stdout or verb in ("export", "benchmark")) and "examples:" in done.stdout
+
+
+class Parsed(Exception):
+    """The command has read its flags."""
+
+
+@pytest.mark.parametrize("part", [*cli.VERBS, *benchmark.PARTS.values()])
+def test_an_example_is_a_command(part, monkeypatch):
+    read = argparse.ArgumentParser.parse_args
+
+    def parsed(parser, argv):
+        read(parser, argv)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    lines = importlib.import_module(f"fastnst.scripts.{part}").EPILOG.splitlines()
+    examples = [shlex.split(line, comments=True) for line in lines if line.startswith("  fastnst ") and "..." not in line]
+    assert examples
+    for _, verb, *flags in examples:
+        with pytest.raises(Parsed):
+            importlib.import_module(f"fastnst.scripts.{verb}").main(flags)
 
 
 @pytest.mark.parametrize(
     "arguments, code, stream, expected",
     [
-        (["--help"], 0, "out", ["usage: fastnst VERB", *cli.VERBS]),
+        (["--help"], 0, "out", ["usage: fastnst VERB", *cli.VERBS, "Begin with: fastnst stylize --style wave"]),
         ([], 2, "out", ["usage: fastnst VERB"]),
         (["--version"], 0, "out", [f"fastnst {fastnst.__version__}"]),
         (["trian"], 2, "err", ["no verb 'trian'", *cli.VERBS]),
