@@ -208,6 +208,31 @@ def progress_bar(total: int | None, initial: int = 0, unit: str = "step", shown:
     return _PlainBar(total=total, initial=initial, unit=unit, mininterval=30, smoothing=0.1, ascii=True)
 
 
+class Bar:
+    """``progress_bar`` within a block, which begins when its length is first told."""
+
+    def __init__(self, unit: str = "step") -> None:
+        self._unit, self._bar = unit, None
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_error) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def to(self, done: int, total: int | None, text: str | None = None, first: int = 0) -> None:
+        """``done`` of ``total``, of which ``first`` were done before; ``text`` stands beside until there is another."""
+        if self._bar is None:
+            self._bar = progress_bar(total, first, self._unit)
+        if text is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def say(self, message: str) -> None:
+        say(self._bar, message)
+
+
 def say(bar: tqdm | None, message: str) -> None:
     """A line on stderr, above the progress bar where there is a live one."""
     if bar is None or isinstance(bar, _PlainBar):

@@ -33,17 +33,9 @@ def main(argv=None) -> int:
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     sizes = [size_of(p, text) for text in args.sizes or ["256", "512", "1024", *(["1920x1080", "3840x2160"] if on_gpu else [])]]
     photo = args.photo or cli.example_photo("astronaut")
-    bar = None
-
-    def report(progress):
-        nonlocal bar
-        bar = bar or cli.progress_bar(progress.total, unit="pass")
-        bar.set_postfix_str(progress.message, refresh=False)
-        bar.update(progress.done - bar.n)
-
-    rows = measure(model, photo, sizes, args.engines or default_engines(args.device), args.device, args.rounds, report)
-    if bar is not None:
-        bar.close()
+    engines = args.engines or default_engines(args.device)
+    with cli.Bar("pass") as bar:
+        rows = measure(model, photo, sizes, engines, args.device, args.rounds, lambda progress: bar.to(progress.done, progress.total, progress.message))
     fresh = measure_fresh_processes(model, photo, [size_of(p, text) for text in args.fresh])
     table = to_markdown(rows, fresh)
     print(table)

@@ -26,22 +26,16 @@ def main(argv=None) -> int:
 
     config = load_config(DistillConfig, cli.find_config(args.config), args.set)
     keep_freed_memory()
-    bar = None
 
     def report(progress):
-        nonlocal bar
-        bar = bar or cli.progress_bar(progress.steps, progress.step)
-        if progress.losses:
-            bar.set_postfix_str("  ".join(f"{name.removeprefix('loss/')} {value:.3g}" for name, value in progress.losses.items()), refresh=False)
+        losses = "  ".join(f"{name.removeprefix('loss/')} {value:.3g}" for name, value in progress.losses.items())
+        bar.to(progress.step, progress.steps, losses or None, first=progress.step)
         if progress.validation:
             errors = "  ".join(f"{name.removeprefix('validation')[1:]} {value:.3g}" for name, value in progress.validation.items())
-            cli.say(bar, f"step {progress.step:,}: validation {errors}")
-        bar.update(progress.step - bar.n)
+            bar.say(f"step {progress.step:,}: validation {errors}")
 
-    with StopRequest() as stop:
+    with StopRequest() as stop, cli.Bar() as bar:
         weights = distill(config, args.run_dir, resolve_device(args.device), report, stop)
-    if bar is not None:
-        bar.close()
     print(f"{'stopped, saved' if stop() else 'done'}: {weights}")
     return stop.exit_code
 

@@ -59,25 +59,18 @@ def main(argv=None) -> int:
         check_output(args.output / name, [*models, *([args.style] if args.style else [])], overwrite=True)
     device = resolve_device(args.device)
     keep_freed_memory()
-    bar = None
 
     def optimize(content, style, loss_network, loss, start, iterations, watch, should_stop):
         descent = DescentConfig(init=start, steps=iterations, log_every=1, clamp=True)
         config = OptimizeConfig(content=ImageSize(), style=ImageSize(), loss=loss, optimize=descent)
         return optimize_image(content, style, loss_network, config, watch, should_stop)
 
-    def show(progress):
-        nonlocal bar
-        bar = bar or cli.progress_bar(progress.total, unit="kpx")
-        bar.set_postfix_str(progress.message, refresh=False)
-        bar.update(progress.done - bar.n)
+    with StopRequest() as stop, cli.Bar("kpx") as bar:
 
-    try:
-        with StopRequest() as stop:
-            evaluation = evaluate(models, args.content, config, optimize, cache, args.style, args.set, device, show, stop)
-    finally:
-        if bar is not None:
-            bar.close()
+        def show(progress):
+            bar.to(progress.done, progress.total, progress.message)
+
+        evaluation = evaluate(models, args.content, config, optimize, cache, args.style, args.set, device, show, stop)
     if evaluation is None:
         print(f"stopped; the optimizer's runs made so far are in {cache}, the same command goes on from there")
         return stop.exit_code

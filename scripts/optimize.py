@@ -48,7 +48,7 @@ def main(argv=None) -> int:
     keep_freed_memory()
     content, style = (load_image(source).to(device) for source in (args.content, args.style))
     loss_network = load_loss_network(config.loss, config.loss.layers).to(device)
-    history, bar = [], None
+    history = []
 
     def save_text(name, text):
         with atomic_write(run_dir / name) as temporary:
@@ -57,27 +57,20 @@ def main(argv=None) -> int:
     for left in stale:
         left.unlink()
     save_text("config.yaml", to_yaml(config))
-    with StopRequest() as stop, SummaryWriter(str(run_dir)) as board:
+    with StopRequest() as stop, SummaryWriter(str(run_dir)) as board, cli.Bar() as bar:
 
         def report(progress):
-            nonlocal bar
-            bar = bar or cli.progress_bar(progress.steps)
+            bar.to(progress.step, progress.steps, f"objective {progress.losses['loss/total']:.5g}" if progress.losses else None)
             if progress.losses:
                 history.append({"step": progress.step, "seconds": round(progress.seconds, 3), **progress.losses})
                 for name, value in progress.losses.items():
                     board.add_scalar(name, value, progress.step)
-                bar.set_postfix_str(f"objective {progress.losses['loss/total']:.5g}", refresh=False)
             if progress.image is not None:
                 board.add_image("image", progress.image[0], progress.step)
                 if progress.step < progress.steps and not stop():
                     save_image(progress.image, run_dir / f"step_{progress.step:06d}.png")
-            bar.update(progress.step - bar.n)
 
-        try:
-            image = optimize_image(content, style, loss_network, config, report, stop)
-        finally:
-            if bar is not None:
-                bar.close()
+        image = optimize_image(content, style, loss_network, config, report, stop)
     if args.keep_colors:
         image = Blend(keep_colors=True).tensors(resize(content, tuple(image.shape[-2:])), image)
     save_image(image, args.output)

@@ -50,8 +50,6 @@ def main(argv=None) -> int:
         check_output(args.write, [args.style, *args.content, path, args.output], args.overwrite, "--write")
         return _write(path, args, strength, long_side, TrainConfig)
 
-    from tqdm import tqdm
-
     from fastnst.image import load_image, to_pil
     from fastnst.loss_network import load_loss_network
     from fastnst.optimize import DescentConfig, OptimizeConfig, optimize_image
@@ -75,7 +73,7 @@ def main(argv=None) -> int:
         _check_size(loss_network, style, style_sizes[-1], flags)
     rows = []
     steps = len(args.strengths) * len(args.style_sizes) * len(contents) * args.steps
-    with tqdm(total=steps, unit="step") as bar:
+    with cli.progress_bar(steps) as bar:
         for strength in args.strengths:
             row = []
             for style_size in style_sizes:

@@ -166,15 +166,8 @@ def clip(args, stylizer, finish, stop) -> int:
     if args.skip_existing and Path(args.output).exists():
         print(f"there already: {args.output}")
         return 0
-    bar = None
-
-    def report(progress):
-        nonlocal bar
-        bar = bar or cli.progress_bar(progress.total, unit="frame")
-        bar.update(progress.done + progress.there - bar.n)
-
-    stylizer.notice = lambda message: cli.say(bar, message)
-    try:
+    with cli.Bar("frame") as bar:
+        stylizer.notice = bar.say
         found = stylize_video(
             args.input[0],
             args.output,
@@ -188,13 +181,10 @@ def clip(args, stylizer, finish, stop) -> int:
             overwrite=args.overwrite,
             skip_existing=args.skip_existing,
             finish_in_order=args.stabilize,
-            on_progress=report,
-            say=lambda message: cli.say(bar, message),
+            on_progress=lambda progress: bar.to(progress.done + progress.there, progress.total),
+            say=bar.say,
             should_stop=stop,
         )
-    finally:
-        if bar:
-            bar.close()
     broken = f", {found.broken} broken ones left out" if found.broken else ""
     there = f", {found.there} there already" if found.there else ""
     print(f"{found.done} frames{' (stopped)' if stop() else ''}{there}{broken}, {found.frames_per_second:.1f} a second; output: {args.output}")

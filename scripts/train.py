@@ -88,31 +88,21 @@ def _one(args, name, run_dir, ranks, device, stop) -> int:
         if ranks.main:
             print(f"{to_yaml(config)}\n{plan(config, run_dir, device)}")
         return 0
-    bar = None
-
-    def advance(done: int, total: int, unit: str = "step", first: int = 0) -> None:
-        nonlocal bar
-        bar = bar or cli.progress_bar(total, first, unit)
-        bar.update(done - bar.n)
 
     def report(progress) -> None:
-        advance(progress.step, progress.steps, first=progress.step)
+        speed = f"loss {progress.losses['loss/total']:.4g}, {progress.photos_per_second:.1f} photos/s" if progress.losses else None
+        bar.to(progress.step, progress.steps, speed, first=progress.step)
         if progress.message:
-            cli.say(bar, progress.message)
+            bar.say(progress.message)
         if progress.validation:
             terms = "  ".join(f"{name.removeprefix('validation/')} {value:.4g}" for name, value in progress.validation.items() if "_" not in name)
-            cli.say(bar, f"step {progress.step:,}: validation {terms}")
-        if progress.losses:
-            bar.set_postfix_str(f"loss {progress.losses['loss/total']:.4g}, {progress.photos_per_second:.1f} photos/s", refresh=False)
+            bar.say(f"step {progress.step:,}: validation {terms}")
 
-    try:
+    with cli.Bar("photo" if args.check_data else "step") as bar:
         if args.check_data:
-            result = check_data(config, run_dir, device, lambda done, total: advance(done, total, "photo")) if ranks.main else ""
+            result = check_data(config, run_dir, device, bar.to) if ranks.main else ""
         else:
             result = train(config, run_dir, device, report, stop, ranks)
-    finally:
-        if bar is not None:
-            bar.close()
     if ranks.main:
         print(result if args.check_data else _summary(config, run_dir, result))
     return 0 if args.check_data or result.finished else stop.exit_code or 143  # the signal may have come to another rank

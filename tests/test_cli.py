@@ -258,6 +258,34 @@ def test_a_painting_too_large_for_the_memory_names_its_size(train_main, photos, 
     assert capsys.readouterr().err == f"error: style.{key}: got {size}, at which {painting} does not fit in the memory of cpu; set it lower, 512 is the default\n"
 
 
+# How far it is
+
+
+def test_a_bar_in_a_log_is_lines_and_is_closed_however_its_block_ends(capsys):
+    with pytest.raises(ValueError), cli.Bar("photo") as bar:
+        bar.to(3, 9, "first", first=3)
+        bar.say("said")
+        bar.to(4, 9)
+        raise ValueError
+    printed = capsys.readouterr().err
+    assert "\r" not in printed and printed.endswith("\n")
+    lines = printed.splitlines()
+    assert "3/9" in lines[0] and lines[1] == "said" and "4/9" in lines[2] and lines[2].endswith("first]")
+
+
+def test_what_is_of_unknown_length_has_a_bar_too(capsys):
+    with cli.Bar("frame") as bar:
+        for done in (1, 2):
+            bar.to(done, None)
+    assert "2frame" in capsys.readouterr().err
+
+
+def test_a_bar_that_never_began_prints_nothing(capsys):
+    with cli.Bar():
+        pass
+    assert capsys.readouterr().err == ""
+
+
 # Several configs
 
 
