@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from fastnst import metrics
 from fastnst.image import to_pil
 from fastnst.judges import Judge
-from fastnst.losses import PerceptualLoss
+from fastnst.losses import NETWORK_TERMS, PerceptualLoss
 from fastnst.report import LOOKS
 
 # Of the loss, what each recipe keeps for itself: terms that make networks better, by which none is judged.
-OWN_TERMS = ("tv_weight", "grid_weight", "spectrum_weight", "stability_weight")
+OWN_TERMS = ("tv_weight", *NETWORK_TERMS)
 _FIGURES = (("content", "its content", 1, 3), ("style", "its style", 1, 3), *LOOKS)
 
 

@@ -77,7 +77,7 @@ def load_contenders(
         loss = PerceptualLoss(loss_networks[key], recipe.loss, style)
         same = recipe.loss.model_copy(update={"weights": ""}) == trained.loss.model_copy(update={"weights": ""})
         raw, weights_from = _raw_weights(file, loss, same, photos, recipe.crop_size)
-        loss.config = raw.model_copy(update={"grid_weight": 0.0, "spectrum_weight": 0.0, "stability_weight": 0.0})  # terms for networks alone
+        loss.config = raw.for_pictures
         name = file.resolve().parent.name if file.stem == "model" else file.stem
         label = name if all(name != other.label for other in contenders) else f"{name} ({len(contenders) + 1})"
         contenders.append(Contender(label, file, network.to(device), info.step, recipe, style, loss, weights_from))

@@ -80,7 +80,7 @@ def main(argv=None) -> int:
                 cell = OptimizeConfig(
                     content=content_size,
                     style=style_size,
-                    loss=config.loss.model_copy(update={"strength": strength, "grid_weight": 0.0, "spectrum_weight": 0.0, "stability_weight": 0.0}),  # terms for networks alone
+                    loss=config.loss.for_pictures.model_copy(update={"strength": strength}),
                     optimize=DescentConfig(steps=args.steps, log_every=args.steps, clamp=True),
                 )
                 pictures = [to_pil(optimize_image(content, style, loss_network, cell)) for content in contents]
