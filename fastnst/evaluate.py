@@ -140,7 +140,7 @@ def evaluate(
             done += judging[size]
         findings["sizes"][str(size)] = {
             "enlarged": sum(side < size for side in smallest),
-            "photo": _columns([_appearance(square[None].float() / 255) for square in squares[size]]),
+            "photo": _columns([_floats(metrics.looks(square[None].float() / 255)) for square in squares[size]]),
             "models": {label: _gather(figures, passes[label], config.iterations, machine(device)) for label, figures in seen.items()},
         }
         pictures[size] = rows
@@ -188,24 +188,23 @@ def _judge_photo(one: Contender, photo: Tensor, runs: dict[str, OptimizerRun], j
     if not math.isfinite(objective):
         raise FloatingPointError(f"{one.file}: the objective of its picture is {objective}; is the model whole, and trained?")
 
-    def judged(picture: Tensor) -> dict[str, float]:
+    def judged(picture: Tensor, looks: dict[str, Tensor]) -> dict[str, float]:
         distances = {judge.name: judge.distances(photo, one.painting, picture) for judge in judges}
         by_kind = {f"{kind}/{name}": distances[name][kind] for kind in ("style", "content") for name in distances}
-        return by_kind | {"ssim": float(metrics.structural_similarity(photo, picture))} | _appearance(picture)
+        return by_kind | _floats({"ssim": metrics.structural_similarity(photo, picture)} | looks)
 
-    steadiness = {name: float(value) for name, value in metrics.judgement(one.network, photo, stylized).items()}
+    reached = {start: load_image(run.picture).to(photo.device) for start, run in runs.items()}
     return stylized, {
         "objective": objective,
-        "judged": judged(stylized) | steadiness,
+        "judged": judged(stylized, metrics.judgement(one.network, photo, stylized)),
         "worth": {start: worth(objective, run.objective) for start, run in runs.items()},
         "runs": runs,
-        "optimizer_judged": {start: judged(load_image(run.picture).to(photo.device)) for start, run in runs.items()},
+        "optimizer_judged": {start: judged(picture, metrics.looks(picture)) for start, picture in reached.items()},
     }
 
 
-def _appearance(picture: Tensor) -> dict[str, float]:
-    """The figures that need a picture alone."""
-    return {"frame": float(metrics.frame(picture)), "grid_2": float(metrics.grid_energy(picture, 2)), "grid_4": float(metrics.grid_energy(picture, 4)), "clipped": float(metrics.clipped(picture))}
+def _floats(figures: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in figures.items()}
 
 
 @torch.inference_mode()

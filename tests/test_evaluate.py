@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import synthetic_photo
 
+from fastnst import metrics
 from fastnst.checkpoint import load_model
 from fastnst.cli import run
 from fastnst.config import ConfigError, validate_config
@@ -175,6 +176,13 @@ def test_a_model_is_worth_the_iterations_that_reach_its_objective(model, held_ou
     # An optimizer that gives the photo back: nothing of style gained, nothing of content lost.
     judged = found["optimizer"]["noise"]["judged"]
     assert judged["style/vgg19_slim"] == pytest.approx([1, 1], abs=1e-5) and judged["ssim"] == pytest.approx([1, 1])
+
+
+def test_no_figure_of_a_picture_is_found_twice(model, held_out, painting, tmp_path, monkeypatch):
+    seen, clipped = [], metrics.clipped
+    monkeypatch.setattr(metrics, "clipped", lambda images: seen.append(images) or clipped(images))
+    judge(model, held_out, painting, tmp_path / "cache", fake_optimizer([1] * 4))
+    assert len(seen) == 2 * (1 + 1 + 2)  # photos; each itself, as stylized, and as reached from either start
 
 
 def test_a_stopped_evaluation_goes_on_where_it_stopped(model, held_out, painting, tmp_path):
