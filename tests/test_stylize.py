@@ -545,8 +545,8 @@ def test_numbered_output_among_the_input_is_refused(stylize_command, tmp_path, c
 
 
 def test_a_clip_of_unknown_length_is_stylized(stylize_command, tmp_path, capsys):
-    write_clip(tmp_path / "clip.h264", moving_frames(4))
-    assert stylize_command("--input", tmp_path / "clip.h264", "--output", tmp_path / "out.mp4") == 0
+    write_clip(tmp_path / "clip.h264", moving_frames(4)).rename(tmp_path / "clip.mp4")  # a bare stream tells no times
+    assert stylize_command("--input", tmp_path / "clip.mp4", "--output", tmp_path / "out.mp4") == 0
     assert capsys.readouterr().out.startswith("4 frames, ")
 
 
