@@ -15,7 +15,7 @@ from typing import Any
 
 from fastnst.checkpoint import STATE_NAME
 from fastnst.config import Config, ConfigError, flatten, load_config, to_yaml
-from fastnst.files import atomic_write, exclusive, remove_leftovers
+from fastnst.files import exclusive, remove_leftovers, write_text
 from fastnst.model import MODEL_NAME
 
 CONFIG_NAME = "config.yaml"
@@ -67,8 +67,7 @@ def hold(run_dir: Path, config: Config) -> Iterator[None]:
         with exclusive(run_dir):
             for name in (CONFIG_NAME, MODEL_NAME, STATE_NAME):
                 remove_leftovers(run_dir / name)
-            with atomic_write(run_dir / CONFIG_NAME) as temporary:
-                temporary.write_text(to_yaml(config), encoding="utf-8")
+            write_text(run_dir / CONFIG_NAME, to_yaml(config))
             yield
     except OSError as error:
         if error.errno == errno.ENOENT:

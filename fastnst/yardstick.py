@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastnst.files import atomic_write
+from fastnst.files import write_text
 from fastnst.image import save_image
 from fastnst.loss_network import LossNetwork
 from fastnst.losses import LossConfig, PerceptualLoss
@@ -98,8 +98,7 @@ class PlannedRun:
             return False
         save_image(picture, self.file.with_suffix(".png"))
         kept = {"objective": [objective[k] for k in range(self.iterations + 1)], "seconds": [0.0, *(seconds[k] for k in range(1, self.iterations + 1))]}
-        with atomic_write(self.file) as temporary:
-            temporary.write_text(json.dumps(kept | {"machine": machine(device)}), encoding="utf-8")
+        write_text(self.file, json.dumps(kept | {"machine": machine(device)}))
         return True
 
 

@@ -25,7 +25,7 @@ def main(argv=None) -> int:
     import torch
 
     from fastnst.benchmark_inference import default_engines, measure, measure_fresh_processes, to_json, to_markdown
-    from fastnst.files import atomic_write
+    from fastnst.files import write_text
     from fastnst.runtime import resolve_device
 
     resolve_device(args.device)  # raises where it is not there
@@ -41,8 +41,7 @@ def main(argv=None) -> int:
     print(table)
     if args.output:
         for suffix, text in ((".md", table), (".json", to_json(rows, fresh))):
-            with atomic_write(args.output.with_name(args.output.name + suffix)) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            write_text(args.output.with_name(args.output.name + suffix), text)
     return 0
 
 

@@ -37,7 +37,7 @@ def main(argv=None) -> int:
         setattr(args, flag, list(dict.fromkeys(getattr(args, flag))))
 
     from fastnst.benchmark_recipes import markdown
-    from fastnst.files import atomic_write
+    from fastnst.files import write_text
     from fastnst.judges import load_judge
     from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
     from fastnst.train import TrainingDiverged
@@ -78,8 +78,7 @@ def main(argv=None) -> int:
     head = f"{next(iter(seen.values())):,} photos seen, seeds {', '.join(map(str, args.seeds))}, judged on {len(paths)} held-out photos, on {machine(device)}{changes}."
     _sheets(args.output, folders)
     for file, text in (("recipes.json", json.dumps({"head": head, "diverged": diverged, "runs": runs}, indent=1)), ("recipes.md", markdown(runs, head, args.recipes, diverged))):
-        with atomic_write(args.output / file) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(args.output / file, text)
     print(args.output / "recipes.md")
     return 1 if diverged else 0
 
@@ -139,7 +138,7 @@ def _run(args, name, config, seed, first, judges, paths, device, stop):
     from fastnst.checkpoint import load_model
     from fastnst.config import to_yaml
     from fastnst.data import DataConfig, load_validation
-    from fastnst.files import atomic_write
+    from fastnst.files import write_text
     from fastnst.image import load_image, to_pil
     from fastnst.loss_network import load_loss_network
     from fastnst.losses import PerceptualLoss, calibrate
@@ -161,8 +160,7 @@ def _run(args, name, config, seed, first, judges, paths, device, stop):
         began = time.monotonic()
         result = train(config, folder, device, should_stop=stop)
         legs = {"finished": result.finished, "seconds": legs["seconds"] + time.monotonic() - began}
-        with atomic_write(clock) as temporary:
-            temporary.write_text(json.dumps(legs), encoding="utf-8")
+        write_text(clock, json.dumps(legs))
         if not result.finished:
             return None
     network = load_model(folder / "model.safetensors")[0].to(device)
@@ -184,8 +182,7 @@ def _run(args, name, config, seed, first, judges, paths, device, stop):
     for index, picture in enumerate(pictures):
         to_pil(photos[index][None].float() / 255).save(folder / f"photo_{index}.png")
         picture.save(folder / f"stylized_{index}.png")
-    with atomic_write(kept) as temporary:
-        temporary.write_text(json.dumps({"asked": asked, "figures": found}), encoding="utf-8")
+    write_text(kept, json.dumps({"asked": asked, "figures": found}))
     return folder, found
 
 

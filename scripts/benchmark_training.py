@@ -36,7 +36,7 @@ def main(argv=None) -> int:
 
     from fastnst.benchmark_training import Task, draw_photos, measure
     from fastnst.config import load_config
-    from fastnst.files import atomic_write, check_output
+    from fastnst.files import check_output, write_text
     from fastnst.loss_network import load_loss_network
     from fastnst.runtime import resolve_device
     from fastnst.train import TrainConfig
@@ -60,8 +60,7 @@ def main(argv=None) -> int:
         )
     print(report.as_markdown())
     if args.json:
-        with atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps(report.as_json(), indent=2, default=str) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(report.as_json(), indent=2, default=str) + "\n")
     for disagreement in report.disagreements:
         print(f"error: {disagreement}", file=sys.stderr)
     return 1 if report.disagreements else 0

@@ -38,7 +38,7 @@ def main(argv=None) -> int:
     from fastnst import report
     from fastnst.config import validate_config
     from fastnst.evaluate import EvaluateConfig, evaluate, iterations
-    from fastnst.files import atomic_write, check_output
+    from fastnst.files import atomic_write, check_output, write_text
     from fastnst.optimize import DescentConfig, OptimizeConfig, optimize_image
     from fastnst.picture import ImageSize
     from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
@@ -80,8 +80,7 @@ def main(argv=None) -> int:
         with atomic_write(args.output / f"sheet_{size}.jpg") as temporary:
             report.sheet(rows, height=min(size, 384)).save(temporary, quality=90)
     for name, text in (("report.md", report.markdown(found)), ("report.json", json.dumps(found, indent=1))):  # the last one marks a whole report
-        with atomic_write(args.output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(args.output / name, text)
     for reason in found["unreadable"]:
         print(f"skipped {reason}", file=sys.stderr)
     for size, at_size in found["sizes"].items():

@@ -29,11 +29,12 @@ def main(argv=None) -> int:
 
     from fastnst.blend import Blend
     from fastnst.config import load_config, to_yaml
-    from fastnst.files import atomic_write, check_output
+    from fastnst.files import check_output, write_text
     from fastnst.image import load_image, resize, save_image
     from fastnst.loss_network import load_loss_network
     from fastnst.optimize import OptimizeConfig, optimize_image
     from fastnst.picture import check_writable
+    from fastnst.run import CONFIG_NAME
     from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
 
     config = load_config(OptimizeConfig, cli.find_config(args.config), args.set)
@@ -49,14 +50,9 @@ def main(argv=None) -> int:
     content, style = (load_image(source).to(device) for source in (args.content, args.style))
     loss_network = load_loss_network(config.loss, config.loss.layers).to(device)
     history = []
-
-    def save_text(name, text):
-        with atomic_write(run_dir / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-
     for left in stale:
         left.unlink()
-    save_text("config.yaml", to_yaml(config))
+    write_text(run_dir / CONFIG_NAME, to_yaml(config))
     with StopRequest() as stop, SummaryWriter(str(run_dir)) as board, cli.Bar() as bar:
 
         def report(progress):
@@ -74,7 +70,7 @@ def main(argv=None) -> int:
     if args.keep_colors:
         image = Blend(keep_colors=True).tensors(resize(content, tuple(image.shape[-2:])), image)
     save_image(image, args.output)
-    save_text("history.json", json.dumps(history, indent=1))
+    write_text(run_dir / "history.json", json.dumps(history, indent=1))
     first, last = history[0]["loss/total"], history[-1]["loss/total"]
     print(f"{'stopped' if stop() else 'done'} at step {history[-1]['step']:,}: objective {first:.5g} -> {last:.5g} in {history[-1]['seconds']:.1f} s\n{args.output}")
     return stop.exit_code

@@ -103,15 +103,14 @@ def _write(path, args, strength, long_side, model) -> int:
     import yaml
 
     from fastnst.config import parse_config, parse_data
-    from fastnst.files import atomic_write
+    from fastnst.files import write_text
 
     picked = [cli.path_override("style.image", args.style), f"style.long_side={long_side}", f"loss.strength={strength}"]
     data = parse_data(model, path.read_text(encoding="utf-8"), picked, source=str(path))
     data["style"].pop("short_side", None)
     text = f"# {args.style.name}: row {args.pick.replace(',', ', column ')} of {args.output.name}, on top of {path.name}.\n{yaml.safe_dump(data, sort_keys=False)}"
     parse_config(model, text, ["data.content=.", *args.set], source=str(path))
-    with atomic_write(args.write) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(args.write, text)
     print(f"{args.write}\nTrain it: fastnst train --config {shlex.quote(str(args.write))} --content PHOTOS/" + "".join(f" --set {shlex.quote(change)}" for change in args.set))
     return 0
 
