@@ -142,6 +142,7 @@ def _run(args, name, config, seed, first, judges, paths, device, stop):
     from fastnst.image import load_image, to_pil
     from fastnst.loss_network import load_loss_network
     from fastnst.losses import PerceptualLoss, calibrate
+    from fastnst.model import MODEL_NAME
     from fastnst.train import train
 
     config = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed, "keep": "last"})})
@@ -163,7 +164,7 @@ def _run(args, name, config, seed, first, judges, paths, device, stop):
         write_text(clock, json.dumps(legs))
         if not result.finished:
             return None
-    network = load_model(folder / "model.safetensors")[0].to(device)
+    network = load_model(folder / MODEL_NAME)[0].to(device)
     painting = load_image(config.style.image, config.style).to(device)
     loss = PerceptualLoss(load_loss_network(first.loss, first.loss.layers).to(device), first.loss, painting)
 

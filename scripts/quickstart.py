@@ -24,6 +24,7 @@ def main(argv=None) -> int:
 
     from fastnst.files import atomic_write
     from fastnst.image import to_pil, to_tensor
+    from fastnst.model import MODEL_NAME
     from fastnst.picture import open_rgb
     from fastnst.runtime import keep_freed_memory
     from fastnst.sheet import contact_sheet
@@ -46,7 +47,7 @@ def main(argv=None) -> int:
         return code
 
     print("2. Applying it, and the styles that come with the project", flush=True)
-    models = {**cli.shipped_styles(), f"{run_dir.name}\n(just trained)": run_dir / "model.safetensors"}
+    models = {**cli.shipped_styles(), f"{run_dir.name}\n(just trained)": run_dir / MODEL_NAME}
     styles = [None, *models]
     rows = [photos]
     for name in styles[1:]:
@@ -58,7 +59,7 @@ def main(argv=None) -> int:
     path = args.output / "contact_sheet.jpg"
     with atomic_write(path) as temporary:
         sheet.save(temporary, quality=92)
-    model = run_dir / "model.safetensors"
+    model = run_dir / MODEL_NAME
     first = next(iter(cli.shipped_styles()), None)
     apply = f"fastnst stylize --style {first} --input MY_PHOTO.jpg --output out.jpg" if first else f"fastnst stylize --model {model} --input MY_PHOTO.jpg --output out.jpg"
     print(f"""

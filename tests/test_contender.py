@@ -12,7 +12,7 @@ from PIL import Image
 from fastnst.checkpoint import load_training_state, save_model
 from fastnst.cli import find_style
 from fastnst.config import ConfigError, validate_config
-from fastnst.contender import load_contenders
+from fastnst.contender import METRICS_NAME, load_contenders, note_weights
 from fastnst.data import DataConfig, load_validation
 from fastnst.image import load_image
 from fastnst.loss_network import load_loss_network
@@ -54,6 +54,15 @@ def test_raw_weights_of_a_published_style_are_those_of_its_metrics(run_dir, pain
     (run_dir / "metrics.json").write_text('{"raw_weights": {"content": "much"}}')
     with pytest.raises(ValueError, match="metrics.json"):
         load(run_dir, painting)
+
+
+def test_a_published_style_is_judged_as_its_run_was(run_dir, painting):
+    weights = note_weights(load(run_dir, painting).loss.config)
+    (run_dir / METRICS_NAME).write_text(json.dumps({"raw_weights": weights}))
+    (run_dir / "training_state.pt").unlink()
+    found = load(run_dir, painting)
+    assert found.weights_from == METRICS_NAME and found.loss.config.style_weight == 1
+    assert note_weights(found.loss.config) == weights
 
 
 def test_raw_weights_that_nobody_noted_or_that_are_overridden_are_measured_anew(run_dir, painting, photos):
