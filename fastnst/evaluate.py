@@ -13,7 +13,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field, field_validator
@@ -27,6 +26,7 @@ from fastnst.image import load_image, to_pil
 from fastnst.judges import Judge, load_judge
 from fastnst.loss_network import LossNetworkConfig
 from fastnst.picture import count_kinds, find_images, open_rgb
+from fastnst.report import iterations, quartiles
 from fastnst.yardstick import Optimize, OptimizerRun, PlannedRun, machine, read_run, worth
 
 STARTS = ("content", "noise")
@@ -133,7 +133,7 @@ def evaluate(
                 runs = {start: read_run(PlannedRun(square, one.painting, one.loss, start, config.iterations, cache).file) for start in STARTS}
                 stylized, figures = _judge_photo(one, photo, runs, judges)
                 seen[one.label].append(figures)
-                row.append((to_pil(stylized), f"{one.label}: {figures['objective']:.4g}, worth {iterations(figures['worth']['content'], config.iterations)}"))
+                row.append((to_pil(stylized), f"{one.label}: {figures['objective']:.4g}, worth {iterations(figures['worth']['content'], config.iterations)} iterations"))
                 reached = (to_pil(load_image(runs["content"].picture)), f"L-BFGS {config.iterations}, last: {runs['content'].objective[-1]:.4g}")
                 row += [reached] if reached not in row else []  # models of the same painting and loss share it
             rows += [row] if index < _SHOWN else []
@@ -146,18 +146,6 @@ def evaluate(
         pictures[size] = rows
     report(EvaluateProgress(total, total, "done"))
     return Evaluation(findings, pictures)
-
-
-def iterations(worth: float | None, most: int) -> str:
-    """A number of iterations in words; none or infinite: more than ``most``."""
-    if worth is None or math.isinf(worth):
-        return f"> {most} iterations"
-    return f"{worth:.{0 if worth >= 10 else 1}f} iterations"
-
-
-def quartiles(values: Sequence[float]) -> list[float]:
-    """The lower quartile, the median and the upper quartile; where some are infinite, values that occur."""
-    return np.quantile(values, [0.25, 0.5, 0.75], method="linear" if np.isfinite(values).all() else "nearest").tolist()
 
 
 def _choose_photos(folder: Path, count: int) -> tuple[list[Path], list[str]]:

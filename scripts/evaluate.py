@@ -37,7 +37,7 @@ def main(argv=None) -> int:
 
     from fastnst import report
     from fastnst.config import validate_config
-    from fastnst.evaluate import EvaluateConfig, evaluate, iterations
+    from fastnst.evaluate import EvaluateConfig, evaluate
     from fastnst.files import atomic_write, check_output, write_text
     from fastnst.optimize import DescentConfig, OptimizeConfig, optimize_image
     from fastnst.picture import ImageSize
@@ -85,8 +85,8 @@ def main(argv=None) -> int:
         print(f"skipped {reason}", file=sys.stderr)
     for size, at_size in found["sizes"].items():
         for label, of_model in at_size["models"].items():
-            worth = {start: iterations(of_start["worth_quartiles"][1], config.iterations) for start, of_start in of_model["optimizer"].items()}
-            print(f"{label}, {size} px: worth {worth['content']} of L-BFGS from the content image, {worth['noise']} from noise")
+            worth = {start: report.iterations(of_start["worth_quartiles"][1], config.iterations) for start, of_start in of_model["optimizer"].items()}
+            print(f"{label}, {size} px: worth {worth['content']} iterations of L-BFGS from the content image, {worth['noise']} from noise")
     print(args.output / "report.md")
     return 0
 

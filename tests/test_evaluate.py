@@ -14,7 +14,7 @@ from fastnst.cli import run
 from fastnst.config import ConfigError, validate_config
 from fastnst.contender import load_contenders
 from fastnst.data import DataConfig, load_validation
-from fastnst.evaluate import EvaluateConfig, evaluate, iterations, quartiles
+from fastnst.evaluate import EvaluateConfig, evaluate
 from fastnst.picture import find_images
 from fastnst.train import TrainConfig, train
 
@@ -224,10 +224,6 @@ def test_more_photos_take_in_those_of_fewer(model, tmp_path, painting):
     assert chosen[0] < chosen[1] < chosen[2] and [len(names) for names in chosen] == [2, 4, 6]
 
 
-def test_numbers_in_words_and_quartiles():
-    beyond = "> 500 iterations"
-    assert [iterations(value, 500) for value in (None, float("inf"), 3.14159, 31.4159)] == [beyond, beyond, "3.1 iterations", "31 iterations"]
-    assert quartiles([1, 2, 3, 4]) == [1.75, 2.5, 3.25]
-    assert quartiles([1, 2, 3, float("inf"), float("inf")]) == [2, 3, float("inf")]
+def test_a_size_is_judged_once():
     with pytest.raises(ConfigError, match="sizes.*once"):
         validate_config(EvaluateConfig, {"sizes": [32, 32]})
