@@ -40,7 +40,7 @@ def main(argv=None) -> int:
     from fastnst.files import write_text
     from fastnst.judges import load_judge
     from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
-    from fastnst.train import TrainingDiverged
+    from fastnst.training import TrainingDiverged
     from fastnst.yardstick import machine
 
     device = resolve_device(args.device)
@@ -104,7 +104,7 @@ def _config(recipe, args, painting):
     from fastnst.benchmark_recipes import OWN_TERMS, share_loss
     from fastnst.config import ConfigError, load_config, validate_config
     from fastnst.data import list_photos
-    from fastnst.train import TrainConfig
+    from fastnst.task import TrainConfig
 
     def load(text):
         name, *changes = re.split(r"\+(?=[\w.]+=)", text)

@@ -39,7 +39,7 @@ def main(argv=None) -> int:
     from fastnst.files import check_output, write_text
     from fastnst.loss_network import load_loss_network
     from fastnst.runtime import resolve_device
-    from fastnst.train import TrainConfig
+    from fastnst.task import TrainConfig
 
     if args.json:
         check_output(args.json, [cli.find_config(args.config), args.loss_weights], overwrite=True, flag="--json")

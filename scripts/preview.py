@@ -36,7 +36,7 @@ def main(argv=None) -> int:
 
     from fastnst.config import load_config, validate_config
     from fastnst.files import atomic_write, check_output
-    from fastnst.train import TrainConfig
+    from fastnst.task import TrainConfig
 
     path = cli.find_config(args.config)
     if args.pick:

@@ -31,7 +31,7 @@ def main(argv=None) -> int:
 
     from fastnst.ranks import RankLost, join_ranks
     from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
-    from fastnst.train import TrainingDiverged
+    from fastnst.training import TrainingDiverged
 
     names = [Path(name).stem for name in args.config]
     several = len(names) > 1
@@ -77,7 +77,8 @@ def main(argv=None) -> int:
 
 def _one(args, name, run_dir, ranks, device, stop) -> int:
     from fastnst.config import ConfigError, load_config, to_yaml
-    from fastnst.train import TrainConfig, check_data, plan, train
+    from fastnst.task import TrainConfig
+    from fastnst.train import check_data, plan, train
 
     paths = [cli.path_override(key, value) for key, value in (("data.content", args.content), ("style.image", args.style)) if value]
     try:

@@ -95,7 +95,7 @@ ALLOWED_TO_VERBS = {
     "export": {"checkpoint", "engine", "files", "onnx_graph"},
 }
 # Scripts that are no verb of their own: they put verbs together, or draw.
-COMPOSED = {"preview": {"train", "optimize"}, "publish": set(), "quickstart": {"stylize", "scripts"}, "draw_style": set(), "benchmark": set(), "benchmark_training": {"train"}, "benchmark_inference": set(), "benchmark_recipes": {"train"}}
+COMPOSED = {"preview": {"optimize"}, "publish": set(), "quickstart": {"stylize", "scripts"}, "draw_style": set(), "benchmark": set(), "benchmark_training": set(), "benchmark_inference": set(), "benchmark_recipes": {"train"}}
 # Scripts of a verb that hand it another verb's act.
 INJECTED = {"evaluate": {"evaluate", "optimize"}}
 
