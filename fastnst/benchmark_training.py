@@ -180,13 +180,13 @@ class CenterCrops(Dataset):
             return self.transform(file.convert("RGB"))
 
 
-def draw_photos(folder: Path, count: int, size: tuple[int, int] = (640, 480)) -> Path:
-    """``count`` JPEGs of COCO's usual size, soft shapes under a grain, into ``folder``; returns it."""
+def draw_photos(folder: Path, count: int) -> Path:
+    """``count`` JPEGs of COCO's usual size, 640x480, soft shapes under a grain, into ``folder``; returns it."""
     folder.mkdir(parents=True)
     for index in range(count):
         random = np.random.default_rng(index)
-        shapes = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
-        grain = random.normal(0, 8, (size[1], size[0], 1))
+        shapes = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
+        grain = random.normal(0, 8, (480, 640, 1))
         Image.fromarray(np.clip(np.asarray(shapes) + grain, 0, 255).astype(np.uint8)).save(folder / f"{index:04d}.jpg", quality=90)
     return folder
 
