@@ -70,7 +70,7 @@ NOUNS = {
     "optimizer": {"adam", "fused", "fused_adam"},
     "benchmark_inference": {"checkpoint", "engine", "network", "picture", "runtime", "stages"},
     "benchmark_training": {"data", "gradient", "losses", "loss_network", "model", "native_library", "network", "objective", "optimizer", "runtime", "winograd"},
-    "benchmark_recipes": {"image", "judges", "losses", "metrics", "report"},
+    "benchmark_recipes": {"checkpoint", "config", "data", "files", "image", "judges", "loss_network", "losses", "metrics", "model", "report", "task"},
     "checkpoint": {"files", "model", "network"},
     "sheet": set(),
     "metrics": set(),
