@@ -165,6 +165,8 @@ def default_engines(device: str) -> list[str]:
     """``ENGINE:PRECISION`` of all that are installed, what ``auto`` chooses first."""
     if device != "cpu" and torch.cuda.is_available():
         return ["torch:float16", "torch:bfloat16", "torch:float32"]
+    if device == "mps":
+        return ["torch:float32"]
     found = ["auto:auto"]
     found += ["native:float32"] if is_installed("native") else []
     found += ["openvino:auto", "openvino:float32"] if is_installed("openvino") else []

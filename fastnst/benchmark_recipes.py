@@ -1,7 +1,13 @@
 """Which recipe is better: networks trained by several on the same paintings, photos and seeds, judged by one loss and by neutral judges."""
 
+import hashlib
+import json
+import re
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,19 +15,93 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastnst import metrics
-from fastnst.image import to_pil
+from fastnst.checkpoint import load_model
+from fastnst.config import to_yaml
+from fastnst.data import DataConfig, load_validation
+from fastnst.files import write_text
+from fastnst.image import load_image, to_pil
 from fastnst.judges import Judge
-from fastnst.losses import PerceptualLoss
+from fastnst.loss_network import load_loss_network
+from fastnst.losses import NETWORK_TERMS, PerceptualLoss, calibrate
+from fastnst.model import MODEL_NAME
 from fastnst.report import LOOKS
+from fastnst.task import TrainConfig
 
 # Of the loss, what each recipe keeps for itself: terms that make networks better, by which none is judged.
-OWN_TERMS = ("tv_weight", "grid_weight", "spectrum_weight", "stability_weight")
+OWN_TERMS = ("tv_weight", *NETWORK_TERMS)
 _FIGURES = (("content", "its content", 1, 3), ("style", "its style", 1, 3), *LOOKS)
 
 
 def share_loss(settings: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
     """The loss settings of a recipe that is to lower the loss of the ``first``: all of that one's but the recipe's own terms."""
     return {**first, **{name: settings[name] for name in OWN_TERMS}}
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What all networks are judged on and by, besides the first recipe's loss: central squares of ``photos``, of each of ``sizes`` px, and ``judges``.
+
+    Trainings are kept in folders of ``runs``, each with what it took and what was found, so that nothing is done twice.
+    """
+
+    runs: Path
+    photos: Sequence[Path]
+    sizes: Sequence[int]
+    judges: Sequence[Judge]
+    device: torch.device
+
+    def run(
+        self, name: str, config: TrainConfig, seed: int, first: TrainConfig, train: Callable[..., Any], should_stop: Callable[[], bool]
+    ) -> tuple[Path, list[dict[str, Any]]] | None:
+        """The folder of one training, and its ``size``, ``seconds`` and ``figures`` (``judge_network``) at each size; None when stopped.
+
+        ``name`` is the recipe's; ``first`` is the config whose loss judges; ``train`` is that of ``fastnst.train``, handed in. Raises as it does.
+        """
+        config = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed, "keep": "last"})})
+        folder = self.runs / _folder_name(name, config)
+        clock, kept = folder / "seconds.json", folder / "figures.json"
+        by = json.loads(first.loss.model_dump_json()) | {"at": first.data.crop_size}  # the loss is calibrated at that size
+        judges = [judge.name if judge.config.weights == "auto" else f"{judge.name}={judge.config.weights}" for judge in self.judges]
+        asked = {"sizes": list(self.sizes), "photos": [[str(path), path.stat().st_size] for path in self.photos], "judges": judges, "loss": by}
+        if kept.is_file() and (read := json.loads(kept.read_text(encoding="utf-8")))["asked"] == asked:
+            return folder, read["figures"]
+
+        legs = json.loads(clock.read_text(encoding="utf-8")) if clock.is_file() else {"finished": False, "seconds": 0.0}
+        if not legs["finished"]:
+            began = time.monotonic()
+            result = train(config, folder, self.device, should_stop=should_stop)
+            legs = {"finished": result.finished, "seconds": legs["seconds"] + time.monotonic() - began}
+            write_text(clock, json.dumps(legs))
+            if not result.finished:
+                return None
+        network = load_model(folder / MODEL_NAME)[0].to(self.device)
+        painting = load_image(config.style.image, config.style).to(self.device)
+        loss = PerceptualLoss(load_loss_network(first.loss, first.loss.layers).to(self.device), first.loss, painting)
+        calibrated = calibrate(loss, self._squares(first.data.crop_size)[:8].to(self.device).float() / 255)
+        loss.config = calibrated.model_copy(update=dict.fromkeys(OWN_TERMS, 0.0))
+        found = []
+        for size in self.sizes:
+            if should_stop():
+                return None
+            photos = self._squares(size)
+            figures, pictures = judge_network(network, loss, painting, self.judges, photos)
+            found.append({"size": size, "seconds": legs["seconds"], "figures": figures})
+        for index, picture in enumerate(pictures):
+            to_pil(photos[index][None].float() / 255).save(folder / f"photo_{index}.png")
+            picture.save(folder / f"stylized_{index}.png")
+        write_text(kept, json.dumps({"asked": asked, "figures": found}))
+        return folder, found
+
+    def _squares(self, size: int) -> Tensor:
+        return load_validation(list(self.photos), DataConfig(content=Path("."), crop="center", crop_size=size))[0]
+
+
+def _folder_name(name: str, config: TrainConfig) -> str:
+    """Of recipe, painting and seed, and of all that decides, so that another config is another run."""
+    decides = config.model_copy(update={"data": config.data.model_copy(update={"workers": None, "cache": "auto", "cache_gb": None})})
+    digest = hashlib.sha256(to_yaml(decides).encode()).hexdigest()[:10]
+    safe = re.sub(r"[^\w.-]", "_", Path(name).name)[:60]
+    return f"{safe}_{config.style.image.stem}_{config.train.seed}_{digest}"
 
 
 @torch.inference_mode()

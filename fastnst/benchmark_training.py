@@ -72,7 +72,7 @@ class Way:
     name: str
     precision: str = "float32"
     keep_memory: bool = False
-    lean: bool = False  # our objective and network: nothing deeper than compared, a Gram's gradient once, the last convolution by fours
+    ours: bool = False  # our step: objective, network and everything compiled for them
     compile: bool = False
     channels_last: bool = False
     fused_adam: bool = False
@@ -80,10 +80,10 @@ class Way:
 
 
 PUBLISHED = Way("published")
-OURS = Way("ours", precision="auto", keep_memory=True, lean=True, fused_adam=True, kept_photos=True)
+OURS = Way("ours", precision="auto", keep_memory=True, ours=True, fused_adam=True, kept_photos=True)
 LEVERS = (
     Way("allocator keeps freed memory", keep_memory=True),
-    Way("our objective and last convolution", lean=True),
+    Way("our step alone, in float32", ours=True),
     Way("bfloat16", precision="bfloat16"),
     Way("torch.compile", compile=True),
     Way("channels-last", channels_last=True),
@@ -180,13 +180,13 @@ class CenterCrops(Dataset):
             return self.transform(file.convert("RGB"))
 
 
-def draw_photos(folder: Path, count: int, size: tuple[int, int] = (640, 480)) -> Path:
-    """``count`` JPEGs of COCO's usual size, soft shapes under a grain, into ``folder``; returns it."""
+def draw_photos(folder: Path, count: int) -> Path:
+    """``count`` JPEGs of COCO's usual size, 640x480, soft shapes under a grain, into ``folder``; returns it."""
     folder.mkdir(parents=True)
     for index in range(count):
         random = np.random.default_rng(index)
-        shapes = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
-        grain = random.normal(0, 8, (size[1], size[0], 1))
+        shapes = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
+        grain = random.normal(0, 8, (480, 640, 1))
         Image.fromarray(np.clip(np.asarray(shapes) + grain, 0, 255).astype(np.uint8)).save(folder / f"{index:04d}.jpg", quality=90)
     return folder
 
@@ -217,7 +217,7 @@ def serve(connection: Any, task: Task, way: Way, folder: Path) -> None:
     """The process of one way: answers ``("steps", n)``, ``("losses", batches)`` and ``("profile", n)`` until ``None`` comes."""
     if way.keep_memory:
         keep_freed_memory()
-    make = OurStep if way.lean else PublishedStep
+    make = OurStep if way.ours else PublishedStep
     step = make(task, way)
     try:
         with batches_of(task, way, folder) as batches:

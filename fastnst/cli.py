@@ -7,22 +7,30 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 VERBS = {
-    "train": "fit a network to one painting, on a folder of photos",
     "stylize": "apply a trained model to photos, videos or a camera",
-    "export": "write a model as ONNX, for other programs and machines without torch",
-    "optimize": "the reference: optimize a single picture, slowly (Gatys et al.)",
     "preview": "see how a painting will come out, before training",
+    "train": "fit a network to one painting, on a folder of photos",
+    "export": "write a model as ONNX, for other programs and machines without torch",
     "evaluate": "judge models: worth how many iterations of the reference, how fast, how clean",
     "publish": "turn a training run into a style to ship",
-    "benchmark": "measure ours against the published, side by side",
-    "distill": "make the embedded loss network anew from VGG-19",
+    "optimize": "the reference: optimize a single picture, slowly (Gatys et al.)",
+    "benchmark": "measure fastnst against pytorch/examples' fast_neural_style on this machine",
+    "distill": "make the loss network inside the package anew from VGG-19",
 }
+_USAGE = """\
+usage: fastnst VERB ...
+
+{verbs}
+
+Begin with: fastnst stylize --style wave --input photo.jpg --output out.jpg
+Flags of a verb: fastnst VERB --help"""
 
 
 def example_photo(name: str) -> Path:
@@ -46,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"fastnst {__version__}")
         sys.exit(0)
     verbs = "\n".join(f"  {verb:10} {what}" for verb, what in VERBS.items())
-    print(f"usage: fastnst VERB ...\n\n{verbs}\n\n`fastnst VERB --help` tells the rest.", file=sys.stdout if argv in ([], ["--help"], ["-h"]) else sys.stderr)
+    print(_USAGE.format(verbs=verbs), file=sys.stdout if argv in ([], ["--help"], ["-h"]) else sys.stderr)
     if argv and argv[0] not in ("--help", "-h"):
         print(f"fastnst: error: no verb {argv[0]!r}", file=sys.stderr)
     sys.exit(0 if argv and argv[0] in ("--help", "-h") else 2)
@@ -82,7 +90,8 @@ def complain(what: str, error: Exception) -> None:
 
 def parser(verb: str, description: str, epilog: str = "", device: bool = True) -> argparse.ArgumentParser:
     """A parser with the flag that nearly every command has."""
-    p = argparse.ArgumentParser(prog=f"fastnst {verb}", description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kind = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(prog=f"fastnst {verb}", description=description, epilog=epilog, formatter_class=kind, allow_abbrev=False)  # a new flag breaks no old command
     if device:
         p.add_argument("--device", default="auto", metavar="auto|cpu|cuda|mps", help="where to compute (auto: a GPU where there is one)")
     return p
@@ -112,11 +121,33 @@ def number(least: float, most: float) -> Callable[[str], float]:
     return parse
 
 
-def add_config_flags(p: argparse.ArgumentParser, several: bool = False) -> None:
-    """--config, of ``several`` files where the command takes them, and --set."""
+def add_config_flags(p: argparse.ArgumentParser, shipped: str, several: bool = False) -> None:
+    """--config, with words on the ``shipped`` ones, of ``several`` where the command takes them, and --set."""
     more = "; several: one after the other" if several else ""
-    p.add_argument("--config", required=True, nargs="+" if several else None, metavar="FILE", help=f"YAML config: a path, or the name of a shipped one{more}")
-    p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override any key of the config; may be repeated")
+    p.add_argument("--config", required=True, nargs="+" if several else None, metavar="CONFIG", help=f"a shipped config by name ({shipped}) or a YAML file{more}")
+    add_set_flag(p, "override any key of the config")
+
+
+def add_set_flag(p: argparse.ArgumentParser, what: str) -> None:
+    """--set; ``what`` it overrides."""
+    p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help=f"{what}; may be repeated")
+
+
+def add_model_flags(p: argparse.ArgumentParser, or_else: str = "") -> argparse._MutuallyExclusiveGroup:
+    """--model, which may be something ``or_else``, or --style; returns the group of which one is needed."""
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", metavar="FILE", help=f"a model.safetensors that `fastnst train` wrote{or_else}")
+    which.add_argument("--style", metavar="NAME", help=f"a style that comes with the project: {', '.join(shipped_styles())}")
+    return which
+
+
+def judges(given: Iterable[str]) -> list[Any]:
+    """The configs of loss networks that --judge NETWORK[=WEIGHTS] names. Raises ``ConfigError`` naming the flag."""
+    from fastnst.config import validate_config
+    from fastnst.loss_network import LossNetworkConfig
+
+    named = [judge.partition("=") for judge in given]
+    return [validate_config(LossNetworkConfig, {"network": network, "weights": weights or "auto"}, source="--judge") for network, _, weights in named]
 
 
 def path_override(key: str, path: str | Path) -> str:
@@ -175,6 +206,31 @@ def progress_bar(total: int | None, initial: int = 0, unit: str = "step", shown:
     if not shown or sys.stderr.isatty():
         return tqdm(disable=not shown, total=total, initial=initial, unit=unit, dynamic_ncols=True, mininterval=0.2, smoothing=0.1)
     return _PlainBar(total=total, initial=initial, unit=unit, mininterval=30, smoothing=0.1, ascii=True)
+
+
+class Bar:
+    """``progress_bar`` within a block, which begins when its length is first told."""
+
+    def __init__(self, unit: str = "step") -> None:
+        self._unit, self._bar = unit, None
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_error) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def to(self, done: int, total: int | None, text: str | None = None, first: int = 0) -> None:
+        """``done`` of ``total``, of which ``first`` were done before; ``text`` stands beside until there is another."""
+        if self._bar is None:
+            self._bar = progress_bar(total, first, self._unit)
+        if text is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def say(self, message: str) -> None:
+        say(self._bar, message)
 
 
 def say(bar: tqdm | None, message: str) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from fastnst.loss_network import LossNetwork, LossNetworkConfig, load_loss_netwo
 from fastnst.losses import LossConfig, PerceptualLoss, calibrate
 from fastnst.network import TransformNetwork
 from fastnst.picture import ImageSize
+
+
+METRICS_NAME = "metrics.json"
 
 
 class Painting(ImageSize):
@@ -77,27 +81,34 @@ def load_contenders(
         loss = PerceptualLoss(loss_networks[key], recipe.loss, style)
         same = recipe.loss.model_copy(update={"weights": ""}) == trained.loss.model_copy(update={"weights": ""})
         raw, weights_from = _raw_weights(file, loss, same, photos, recipe.crop_size)
-        loss.config = raw.model_copy(update={"grid_weight": 0.0, "spectrum_weight": 0.0, "stability_weight": 0.0})  # terms for networks alone
+        loss.config = raw.for_pictures
         name = file.resolve().parent.name if file.stem == "model" else file.stem
         label = name if all(name != other.label for other in contenders) else f"{name} ({len(contenders) + 1})"
         contenders.append(Contender(label, file, network.to(device), info.step, recipe, style, loss, weights_from))
     return contenders
 
 
+def note_weights(raw: LossConfig) -> dict[str, Any]:
+    """The weights of a calibrated loss as a published style's ``metrics.json`` holds them under ``raw_weights``, where ``load_contenders`` finds them."""
+    return {"content": raw.content_weight, "style": {layer: raw.style_weight * weight for layer, weight in raw.style_layers.items()}, "tv": raw.tv_weight}
+
+
+def _read_noted(noted: dict[str, Any], asked: LossConfig) -> LossConfig:
+    layers = {layer: float(weight) for layer, weight in noted["style"].items()}
+    return asked.model_copy(update={"strength": None, "content_weight": float(noted["content"]), "style_weight": 1.0, "style_layers": layers, "tv_weight": float(noted["tv"])})
+
+
 def _raw_weights(file: Path, loss: PerceptualLoss, as_trained: bool, photos: Sequence[Path], crop_size: int) -> tuple[LossConfig, str]:
     """What ``loss.strength`` stood for in training: as the run noted it, else measured anew, as training does."""
     if loss.config.strength is None:
         return loss.config, "the recipe"
-    state, published = file.parent / STATE_NAME, file.parent / "metrics.json"
+    state, published = file.parent / STATE_NAME, file.parent / METRICS_NAME
     if as_trained and state.is_file() and (noted := load_training_state(state).get("loss")):
         return LossConfig(**{**noted, "weights": loss.config.weights}), state.name
     if as_trained and published.is_file():
         try:
-            raw = json.loads(published.read_text(encoding="utf-8"))["raw_weights"]
-            layers = {layer: float(weight) for layer, weight in raw["style"].items()}
-            update = {"strength": None, "content_weight": float(raw["content"]), "style_weight": 1.0, "style_layers": layers, "tv_weight": float(raw["tv"])}
+            return _read_noted(json.loads(published.read_text(encoding="utf-8"))["raw_weights"], loss.config), published.name
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{published}: no raw_weights to judge by ({error!r}); mend or remove it") from error
-        return loss.config.model_copy(update=update), published.name
     crops, _ = load_validation(list(photos[:8]), DataConfig(content=Path("."), crop_size=crop_size))
     return calibrate(loss, crops.to(loss.loss_network.mean.device).float() / 255), "measured anew on these photos"

@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from fastnst.checkpoint import STATE_NAME, load_training_state, restore, save_training_state, snapshot
-from fastnst.config import Config, flatten, load_config, to_yaml
+from fastnst.config import Config
 from fastnst.data import DataConfig, PhotoStream, keep_photos, list_photos, load_validation, training_batches
-from fastnst.files import atomic_write, exclusive
+from fastnst.files import atomic_write, remove_leftovers
 from fastnst.loss_network import SLIM_HEADS, LossNetwork, LossNetworkConfig, load_loss_network
 from fastnst.losses import gram_matrix
+from fastnst.run import find_run, hold
 from fastnst.runtime import autocast, resolve_precision
 from fastnst.schedule import LearningRate, learning_rate_at
 
-CONFIG_NAME, SLIM_NAME = "config.yaml", "vgg19_slim.safetensors"
+SLIM_NAME = "vgg19_slim.safetensors"
 _EXACT_LAYERS = ("relu1_1", "relu1_2", "relu2_1", "relu2_2", "relu3_1", "relu3_2", "relu3_3", "relu3_4")
 _INITIAL_PHOTOS = 24
 _STUDENT_STD = (0.25, 0.25, 0.25)  # photos then come in at about unit size
@@ -129,12 +130,8 @@ def distill(
     A resumed run starts with a fresh pool of pulled pictures, so it is like the uninterrupted one, not equal to it.
     """
     loop, run_dir = config.distill, Path(run_dir)
-    resuming = (run_dir / STATE_NAME).exists()
-    if resuming:
-        old, new = flatten(load_config(DistillConfig, run_dir / CONFIG_NAME)), flatten(config)
-        changed = [key for key in new if old[key] != new[key] and key not in ("distill.steps", "data.workers", "data.cache", "data.cache_gb")]
-        if changed:
-            raise ValueError(f"{run_dir} holds a run with other {', '.join(changed)}; choose another --run-dir")
+    prolongs = set() if loop.learning_rate.decay == "cosine" else {"distill.steps"}  # every rate of a cosine depends on how many there are
+    resuming = find_run(config, run_dir, {"data.workers", "data.cache", "data.cache_gb", *prolongs})
     photos = list_photos(config.data)
     validation, _ = load_validation(photos.validation, config.data)
     if len(validation) < 2:
@@ -164,9 +161,8 @@ def distill(
     window: list[Tensor] = []
     names: list[str] = []
     first = step
-    with exclusive(run_dir), loading as batches, SummaryWriter(str(run_dir), purge_step=step + 1 if resuming else None) as board:
-        with atomic_write(run_dir / CONFIG_NAME) as temporary:
-            temporary.write_text(to_yaml(config), encoding="utf-8")
+    with hold(run_dir, config), loading as batches, SummaryWriter(str(run_dir), purge_step=step + 1 if resuming else None) as board:
+        remove_leftovers(run_dir / SLIM_NAME)
         while True:
             stopping = step >= loop.steps or should_stop()
             saving = step > first and (step % loop.save_every == 0 or stopping)

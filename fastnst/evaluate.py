@@ -13,7 +13,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field, field_validator
@@ -27,6 +26,7 @@ from fastnst.image import load_image, to_pil
 from fastnst.judges import Judge, load_judge
 from fastnst.loss_network import LossNetworkConfig
 from fastnst.picture import count_kinds, find_images, open_rgb
+from fastnst.report import iterations, quartiles
 from fastnst.yardstick import Optimize, OptimizerRun, PlannedRun, machine, read_run, worth
 
 STARTS = ("content", "noise")
@@ -133,31 +133,19 @@ def evaluate(
                 runs = {start: read_run(PlannedRun(square, one.painting, one.loss, start, config.iterations, cache).file) for start in STARTS}
                 stylized, figures = _judge_photo(one, photo, runs, judges)
                 seen[one.label].append(figures)
-                row.append((to_pil(stylized), f"{one.label}: {figures['objective']:.4g}, worth {iterations(figures['worth']['content'], config.iterations)}"))
+                row.append((to_pil(stylized), f"{one.label}: {figures['objective']:.4g}, worth {iterations(figures['worth']['content'], config.iterations)} iterations"))
                 reached = (to_pil(load_image(runs["content"].picture)), f"L-BFGS {config.iterations}, last: {runs['content'].objective[-1]:.4g}")
                 row += [reached] if reached not in row else []  # models of the same painting and loss share it
             rows += [row] if index < _SHOWN else []
             done += judging[size]
         findings["sizes"][str(size)] = {
             "enlarged": sum(side < size for side in smallest),
-            "photo": _columns([_appearance(square[None].float() / 255) for square in squares[size]]),
+            "photo": _columns([_floats(metrics.looks(square[None].float() / 255)) for square in squares[size]]),
             "models": {label: _gather(figures, passes[label], config.iterations, machine(device)) for label, figures in seen.items()},
         }
         pictures[size] = rows
     report(EvaluateProgress(total, total, "done"))
     return Evaluation(findings, pictures)
-
-
-def iterations(worth: float | None, most: int) -> str:
-    """A number of iterations in words; none or infinite: more than ``most``."""
-    if worth is None or math.isinf(worth):
-        return f"> {most} iterations"
-    return f"{worth:.{0 if worth >= 10 else 1}f} iterations"
-
-
-def quartiles(values: Sequence[float]) -> list[float]:
-    """The lower quartile, the median and the upper quartile; where some are infinite, values that occur."""
-    return np.quantile(values, [0.25, 0.5, 0.75], method="linear" if np.isfinite(values).all() else "nearest").tolist()
 
 
 def _choose_photos(folder: Path, count: int) -> tuple[list[Path], list[str]]:
@@ -188,24 +176,23 @@ def _judge_photo(one: Contender, photo: Tensor, runs: dict[str, OptimizerRun], j
     if not math.isfinite(objective):
         raise FloatingPointError(f"{one.file}: the objective of its picture is {objective}; is the model whole, and trained?")
 
-    def judged(picture: Tensor) -> dict[str, float]:
+    def judged(picture: Tensor, looks: dict[str, Tensor]) -> dict[str, float]:
         distances = {judge.name: judge.distances(photo, one.painting, picture) for judge in judges}
         by_kind = {f"{kind}/{name}": distances[name][kind] for kind in ("style", "content") for name in distances}
-        return by_kind | {"ssim": float(metrics.structural_similarity(photo, picture))} | _appearance(picture)
+        return by_kind | _floats({"ssim": metrics.structural_similarity(photo, picture)} | looks)
 
-    steadiness = {name: float(value) for name, value in metrics.judgement(one.network, photo, stylized).items()}
+    reached = {start: load_image(run.picture).to(photo.device) for start, run in runs.items()}
     return stylized, {
         "objective": objective,
-        "judged": judged(stylized) | steadiness,
+        "judged": judged(stylized, metrics.judgement(one.network, photo, stylized)),
         "worth": {start: worth(objective, run.objective) for start, run in runs.items()},
         "runs": runs,
-        "optimizer_judged": {start: judged(load_image(run.picture).to(photo.device)) for start, run in runs.items()},
+        "optimizer_judged": {start: judged(picture, metrics.looks(picture)) for start, picture in reached.items()},
     }
 
 
-def _appearance(picture: Tensor) -> dict[str, float]:
-    """The figures that need a picture alone."""
-    return {"frame": float(metrics.frame(picture)), "grid_2": float(metrics.grid_energy(picture, 2)), "grid_4": float(metrics.grid_energy(picture, 4)), "clipped": float(metrics.clipped(picture))}
+def _floats(figures: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in figures.items()}
 
 
 @torch.inference_mode()

@@ -8,11 +8,9 @@ import numpy as np
 import torch
 
 from fastnst.checkpoint import load_model
-from fastnst.engine import Pixels
+from fastnst.engine import Pixels, load_network
 from fastnst.files import atomic_write, check_output
-from fastnst.model import read_model
 from fastnst.onnx_graph import save_onnx
-from fastnst.stages import fold
 
 PARITY_SIZES = ((64, 64), (123, 201), (257, 130))  # height and width; odd ones among them
 _LEVELS = 1.0  # of 255: where a value lies between two, float32 may round it either way
@@ -44,7 +42,7 @@ def export(model: str | Path, output: str | Path, pixels: Pixels = "uint8", over
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     with atomic_write(output) as temporary:  # what differs never takes the place of what was there
-        save_onnx(temporary, fold(*read_model(model)), pixels)
+        save_onnx(temporary, load_network(model), pixels)
         session = onnxruntime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
         found = [_compare(network, session, pixels, *size) for size in PARITY_SIZES]
         worst = max(found, key=lambda parity: parity.difference)

@@ -61,6 +61,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """The whole text, in UTF-8, or nothing. Raises as ``atomic_write``."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def remove_leftovers(path: str | Path) -> None:
     """Remove what ``atomic_write`` to ``path`` left beside it when its process was killed; only for who holds the folder alone."""
     path = Path(path)

@@ -42,6 +42,6 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp_(0, 1)
 
 
-def save_image(image: Tensor, path: str | Path, quality: int = 95) -> None:
+def save_image(image: Tensor, path: str | Path) -> None:
     """Write ``(1, 3, H, W)`` in [0, 1], atomically, in the format of the suffix. Raises as ``save_picture``."""
-    save_picture(to_pil(image), path, quality=quality)
+    save_picture(to_pil(image), path)

@@ -24,6 +24,7 @@ from fastnst.texture import SPECTRUM_SIDE, log_spectrum, regular_grid, spectrum_
 LayerWeights = dict[str, Annotated[float, Field(ge=0)]]
 Distance = Literal["mse", "sse", "rmse"]
 Gram = Literal["chw", "hw", "sqrt_chw", "none"]
+NETWORK_TERMS = ("grid_weight", "spectrum_weight", "stability_weight")  # for networks alone
 
 
 class LossConfig(LossNetworkConfig):
@@ -78,6 +79,11 @@ class LossConfig(LossNetworkConfig):
     def layers(self) -> list[str]:
         """Every layer whose features are needed."""
         return list(dict.fromkeys([*self.content_layers, *self.style_layers]))
+
+    @property
+    def for_pictures(self) -> "LossConfig":
+        """Without the terms that are for networks alone."""
+        return self.model_copy(update=dict.fromkeys(NETWORK_TERMS, 0.0))
 
     @property
     def bare(self) -> "LossConfig":

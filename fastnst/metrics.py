@@ -30,11 +30,12 @@ def judgement(stylize: Stylize, content: Tensor, stylized: Tensor) -> dict[str, 
         "flicker": flicker(clamped, content, stylized),
         "noise_gain": noise_gain(clamped, content, stylized),
         "border": border_error(clamped, content, stylized),
-        "frame": frame(stylized),
-        "grid_2": grid_energy(stylized, 2),
-        "grid_4": grid_energy(stylized, 4),
-        "clipped": clipped(stylized),
-    }
+    } | looks(stylized)
+
+
+def looks(images: Tensor) -> dict[str, Tensor]:
+    """The figures that need a picture alone."""
+    return {"frame": frame(images), "grid_2": grid_energy(images, 2), "grid_4": grid_energy(images, 4), "clipped": clipped(images)}
 
 
 def flicker(stylize: Stylize, content: Tensor, stylized: Tensor) -> Tensor:

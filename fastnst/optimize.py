@@ -49,7 +49,7 @@ class DescentConfig(Config):
     save_every: int | None = Field(None, ge=1, description="steps between intermediate images; none: no such images")
 
     @model_validator(mode="after")
-    def _betas_in_range(self):
+    def _settings_fit(self):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: got {list(self.betas)}, need two numbers from 0 to below 1")
         if self.units == "network" and self.optimizer == "lbfgs":

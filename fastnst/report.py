@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fastnst.files import atomic_write
@@ -29,6 +30,16 @@ content; both averaged over a judge's layers. A judge marked * is the network th
 SSIM: of luminance, against the photo. flicker: RMS change of the output, in levels of 255, when the photo moves by 1 px, beyond moving along.
 noise gain: RMS change of the output over that of the input under noise of 2 levels; the photo itself has 1. border: RMS of what
 padding does to the outer 16 px, beyond the middle. frame: share of the colour that the outer 3 px lack. grid: RMS of a regular grid of 2 or 4 px period. clipped: pixels of which a channel is 0 or 255."""
+
+
+def iterations(worth: float | None, most: int) -> str:
+    """A number of iterations in words; none or infinite: more than ``most``."""
+    return f"> {most}" if worth is None or math.isinf(worth) else f"{worth:.{0 if worth >= 10 else 1}f}"
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """The lower quartile, the median and the upper quartile; where some are infinite, values that occur."""
+    return np.quantile(values, [0.25, 0.5, 0.75], method="linear" if np.isfinite(values).all() else "nearest").tolist()
 
 
 def markdown(findings: dict[str, Any]) -> str:
@@ -90,7 +101,7 @@ def curves(findings: dict[str, Any], path: Path) -> None:
                 panel.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
                 if of_start["worth_quartiles"][1] is not None:
                     panel.axvline(max(1, of_start["worth_quartiles"][1]), color=color, linestyle=":")
-            low, middle, high = _quartiles(of_model["objective"])
+            low, middle, high = quartiles(of_model["objective"])
             panel.axhline(middle, color="black", label="the model")
             panel.axhspan(low, high, color="black", alpha=0.12, linewidth=0)
             panel.set(xscale="log", yscale="log", title=f"{label}, {size} px", xlabel="iterations", ylabel="objective")
@@ -161,12 +172,8 @@ def _judged(name: str, judged: dict[str, Sequence[float]], columns: Sequence[str
 
 
 def _spread(worths: Sequence[float | None], most: int) -> str:
-    low, middle, high = ("> " + str(most) if worth is None else f"{worth:.{0 if worth >= 10 else 1}f}" for worth in worths)
+    low, middle, high = (iterations(worth, most) for worth in worths)
     return f"{middle} ({low} to {high})"
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, ...]:
-    return tuple(statistics.quantiles(values, n=4, method="inclusive")) if len(values) > 1 else (values[0],) * 3
 
 
 def _number(value: float) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastnst.checkpoint import STATE_NAME
 from fastnst.config import Config, ConfigError, flatten, load_config, to_yaml
-from fastnst.files import atomic_write, exclusive, remove_leftovers
+from fastnst.files import exclusive, remove_leftovers, write_text
 from fastnst.model import MODEL_NAME
 
 CONFIG_NAME = "config.yaml"
@@ -39,7 +39,8 @@ def find_run(config: Config, run_dir: Path, may_change: Iterable[str]) -> bool:
             raise ValueError(f"{run_dir} holds a run with another config; choose another --run-dir, or undo the change of {'; '.join(changed)}")
         return True
     if (run_dir / MODEL_NAME).exists():
-        raise ValueError(f"{run_dir} holds a finished {MODEL_NAME} without the {STATE_NAME} to resume from, and would lose it; choose another --run-dir")
+        another = run_dir.parent / f"my_{run_dir.name}"
+        raise ValueError(f"{run_dir} holds a finished {MODEL_NAME} without the {STATE_NAME} to resume from, and would lose it; choose another, such as --run-dir {another}")
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"{run_dir} is a file; choose another --run-dir")
     return False
@@ -66,8 +67,7 @@ def hold(run_dir: Path, config: Config) -> Iterator[None]:
         with exclusive(run_dir):
             for name in (CONFIG_NAME, MODEL_NAME, STATE_NAME):
                 remove_leftovers(run_dir / name)
-            with atomic_write(run_dir / CONFIG_NAME) as temporary:
-                temporary.write_text(to_yaml(config), encoding="utf-8")
+            write_text(run_dir / CONFIG_NAME, to_yaml(config))
             yield
     except OSError as error:
         if error.errno == errno.ENOENT:

@@ -174,14 +174,14 @@ def validate(network: TransformNetwork, loss: PerceptualLoss, photos: Tensor, ba
     for batch in photos.split(batch_size):
         content = batch.to(device).float().div_(255)
         stylized = network(content)
-        scalars = loss(stylized, loss.content_targets(content)).scalars()
-        looks = {f"loss_look/{name}": each.mean() for name, each in judgement(network, content, stylized).items()}
-        for name, value in (scalars | looks).items():
+        terms = {name.replace("loss", "validation", 1): term for name, term in loss(stylized, loss.content_targets(content)).scalars().items()}
+        looks = {f"validation_look/{name}": each.mean() for name, each in judgement(network, content, stylized).items()}
+        for name, value in (terms | looks).items():
             sums[name] = sums.get(name, 0) + value * len(batch)
         if len(pairs) < 4:
             pairs += [torch.cat(pair, dim=2) for pair in zip(content, stylized.clamp(0, 1))]
     network.train()
-    means = {name.replace("loss", "validation", 1): float(value) / len(photos) for name, value in sums.items()}
+    means = {name: float(value) / len(photos) for name, value in sums.items()}
     return means, torch.cat(pairs[:4], dim=1).cpu()
 
 

@@ -10,13 +10,14 @@ import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastnst.files import atomic_write
+from fastnst.files import write_text
 from fastnst.image import save_image
 from fastnst.loss_network import LossNetwork
 from fastnst.losses import LossConfig, PerceptualLoss
@@ -62,7 +63,7 @@ class PlannedRun:
     iterations: int
     cache: Path
 
-    @property
+    @cached_property
     def file(self) -> Path:
         loss, network = self.loss.config.model_dump(exclude={"weights"}), self.loss.loss_network
         for name in ("grid_weight", "spectrum_weight", "stability_weight", "padding"):  # runs from before there were these are found as ever
@@ -95,11 +96,9 @@ class PlannedRun:
         picture = optimize(content, self.painting, self.loss.loss_network, self.loss.config, self.start, self.iterations, watch, should_stop)
         if self.iterations not in objective:
             return False
-        file = self.file
-        save_image(picture, file.with_suffix(".png"))
+        save_image(picture, self.file.with_suffix(".png"))
         kept = {"objective": [objective[k] for k in range(self.iterations + 1)], "seconds": [0.0, *(seconds[k] for k in range(1, self.iterations + 1))]}
-        with atomic_write(file) as temporary:
-            temporary.write_text(json.dumps(kept | {"machine": machine(device)}), encoding="utf-8")
+        write_text(self.file, json.dumps(kept | {"machine": machine(device)}))
         return True
 
 

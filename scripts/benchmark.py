@@ -1,4 +1,4 @@
-"""Measure ours against the published, side by side on this machine: speed, and what comes out."""
+"""Measure fastnst against pytorch/examples' fast_neural_style on this machine."""
 
 import importlib
 import sys
@@ -7,10 +7,11 @@ from fastnst import cli
 
 EPILOG = """\
 examples:
-  fastnst benchmark --training
-  fastnst benchmark --training --help
+  fastnst benchmark --inference --style wave
+  fastnst benchmark --training --also lean
+  fastnst benchmark --recipes own pytorch_examples --set train.steps=2000 --style paintings/ --content photos/ --held-out others/ --output recipes/
 
-Each part has flags of its own, which its own help tells."""
+Flags of a part: fastnst benchmark --inference --help, and likewise."""
 PARTS = {"--inference": "benchmark_inference", "--training": "benchmark_training", "--recipes": "benchmark_recipes"}
 
 
@@ -20,7 +21,8 @@ def main(argv=None) -> int:
         if flag in argv:
             argv.remove(flag)
             return importlib.import_module(f"fastnst.scripts.{part}").main(argv)
-    p = cli.parser("benchmark", __doc__, EPILOG)
+    p = cli.parser("benchmark", __doc__, EPILOG, device=False)
+    p.usage = "fastnst benchmark (--inference | --training | --recipes) [flags of that part]"
     parts = p.add_mutually_exclusive_group(required=True)
     for flag, part in PARTS.items():
         parts.add_argument(flag, action="store_true", help=importlib.import_module(f"fastnst.scripts.{part}").__doc__)

@@ -13,9 +13,7 @@ examples:
 
 def main(argv=None) -> int:
     p = cli.parser("benchmark --inference", __doc__, EPILOG)
-    which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="FILE", help="a model.safetensors that `fastnst train` wrote")
-    which.add_argument("--style", metavar="NAME", help="a style that comes with the project")
+    cli.add_model_flags(p)
     p.add_argument("--photo", type=Path, metavar="PHOTO", help="what to stylize (default: a photo that scikit-image carries)")
     p.add_argument("--sizes", nargs="+", metavar="N|WxH", help="default: 256 512 1024, on a GPU also 1920x1080 3840x2160")
     p.add_argument("--engines", nargs="+", metavar="ENGINE:PRECISION", help="default: all that are installed")
@@ -27,7 +25,7 @@ def main(argv=None) -> int:
     import torch
 
     from fastnst.benchmark_inference import default_engines, measure, measure_fresh_processes, to_json, to_markdown
-    from fastnst.files import atomic_write
+    from fastnst.files import write_text
     from fastnst.runtime import resolve_device
 
     resolve_device(args.device)  # raises where it is not there
@@ -35,24 +33,15 @@ def main(argv=None) -> int:
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     sizes = [size_of(p, text) for text in args.sizes or ["256", "512", "1024", *(["1920x1080", "3840x2160"] if on_gpu else [])]]
     photo = args.photo or cli.example_photo("astronaut")
-    bar = None
-
-    def report(progress):
-        nonlocal bar
-        bar = bar or cli.progress_bar(progress.total, unit="pass")
-        bar.set_postfix_str(progress.message, refresh=False)
-        bar.update(progress.done - bar.n)
-
-    rows = measure(model, photo, sizes, args.engines or default_engines(args.device), args.device, args.rounds, report)
-    if bar is not None:
-        bar.close()
+    engines = args.engines or default_engines(args.device)
+    with cli.Bar("pass") as bar:
+        rows = measure(model, photo, sizes, engines, args.device, args.rounds, lambda progress: bar.to(progress.done, progress.total, progress.message))
     fresh = measure_fresh_processes(model, photo, [size_of(p, text) for text in args.fresh])
     table = to_markdown(rows, fresh)
     print(table)
     if args.output:
         for suffix, text in ((".md", table), (".json", to_json(rows, fresh))):
-            with atomic_write(args.output.with_name(args.output.name + suffix)) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            write_text(args.output.with_name(args.output.name + suffix), text)
     return 0
 
 

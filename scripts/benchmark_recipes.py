@@ -1,10 +1,8 @@
 """Train recipes on the same paintings, photos and seeds, for as many photos, and judge their networks by one loss."""
 
-import hashlib
 import json
 import re
 import sys
-import time
 from pathlib import Path
 
 from fastnst import cli
@@ -29,17 +27,19 @@ def main(argv=None) -> int:
     p.add_argument("--seeds", nargs="+", type=cli.whole(0, 2**31), default=[0, 1, 2], metavar="N", help="of weights, photos and crops (default: 0 1 2)")
     p.add_argument("--sizes", nargs="+", type=cli.whole(32, 8192), default=[256], metavar="PX", help="sides of the squares judged (default: 256)")
     p.add_argument("--photos", type=cli.whole(1, 100_000), default=24, metavar="N", help="how many to judge on (default: 24)")
-    p.add_argument("--judge", action="append", default=[], metavar="NETWORK[=WEIGHTS]", help="a neutral judge, such as squeezenet1_1; may be repeated")
-    p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override any key of all recipes; may be repeated")
+    p.add_argument("--judge", action="append", default=[], metavar="NETWORK[=WEIGHTS]", help="a neutral judge, such as squeezenet1_1; may be repeated (default: none)")
+    cli.add_set_flag(p, "override any key of all recipes")
     p.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where runs and report go")
     args = p.parse_args(argv)
     for flag in ("recipes", "seeds", "sizes", "judge"):
         setattr(args, flag, list(dict.fromkeys(getattr(args, flag))))
 
-    from fastnst.benchmark_recipes import markdown
-    from fastnst.files import atomic_write
+    from fastnst.benchmark_recipes import Contest, markdown
+    from fastnst.files import write_text
+    from fastnst.judges import load_judge
     from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
-    from fastnst.train import TrainingDiverged
+    from fastnst.train import train
+    from fastnst.training import TrainingDiverged
     from fastnst.yardstick import machine
 
     device = resolve_device(args.device)
@@ -51,14 +51,15 @@ def main(argv=None) -> int:
     if len(set(seen.values())) > 1:
         told = ", ".join(f"{name}: {count:,}" for name, count in seen.items())
         raise ValueError(f"the recipes see different numbers of photos ({told}): give --set train.steps=N, or +train.steps=N, so that steps x batch_size are equal")
-    judges, paths = _judges(args, device), _held_out(args)
+    photos, judges = _held_out(args), [load_judge(judge, device) for judge in cli.judges(args.judge)]
+    contest = Contest(args.output / "runs", photos, args.sizes, judges, device)
     runs, folders, diverged = [], {}, []
     plan = [(index, name, seed) for seed in args.seeds for index in range(len(paintings)) for name in configs]
     with StopRequest() as stop, cli.progress_bar(len(plan), unit="run") as bar:
         for index, name, seed in plan:
             bar.set_postfix_str(f"{name}, {paintings[index].stem}, seed {seed}")
             try:
-                found = _run(args, name, configs[name][index], seed, firsts[index], judges, paths, device, stop)
+                found = contest.run(name, configs[name][index], seed, firsts[index], train, stop)
             except TrainingDiverged as error:
                 diverged.append(f"{name}, {paintings[index].stem}, seed {seed}: {error}")
                 cli.say(bar, f"error: {diverged[-1]}")
@@ -74,11 +75,10 @@ def main(argv=None) -> int:
     if not runs:
         raise ValueError(f"every run diverged; the first: {diverged[0]}")
     changes = f"; --set {' '.join(args.set)}" if args.set else ""
-    head = f"{next(iter(seen.values())):,} photos seen, seeds {', '.join(map(str, args.seeds))}, judged on {len(paths)} held-out photos, on {machine(device)}{changes}."
+    head = f"{next(iter(seen.values())):,} photos seen, seeds {', '.join(map(str, args.seeds))}, judged on {len(photos)} held-out photos, on {machine(device)}{changes}."
     _sheets(args.output, folders)
     for file, text in (("recipes.json", json.dumps({"head": head, "diverged": diverged, "runs": runs}, indent=1)), ("recipes.md", markdown(runs, head, args.recipes, diverged))):
-        with atomic_write(args.output / file) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(args.output / file, text)
     print(args.output / "recipes.md")
     return 1 if diverged else 0
 
@@ -104,7 +104,7 @@ def _config(recipe, args, painting):
     from fastnst.benchmark_recipes import OWN_TERMS, share_loss
     from fastnst.config import ConfigError, load_config, validate_config
     from fastnst.data import list_photos
-    from fastnst.train import TrainConfig
+    from fastnst.task import TrainConfig
 
     def load(text):
         name, *changes = re.split(r"\+(?=[\w.]+=)", text)
@@ -125,76 +125,11 @@ def _config(recipe, args, painting):
     return config
 
 
-def _judges(args, device):
-    from fastnst.config import validate_config
-    from fastnst.judges import load_judge
-    from fastnst.loss_network import LossNetworkConfig
-
-    given = [judge.partition("=") for judge in args.judge]
-    return [load_judge(validate_config(LossNetworkConfig, {"network": name, "weights": weights or "auto"}, source="--judge"), device) for name, _, weights in given]
-
-
 def _held_out(args):
     from fastnst.picture import find_images
 
     paths = sorted(find_images(args.held_out))
     return paths[:: max(1, len(paths) // args.photos)][: args.photos]
-
-
-def _run(args, name, config, seed, first, judges, paths, device, stop):
-    """The folder of one training and its figures at each size; trained and judged where it is not yet. None when stopped."""
-    from fastnst.benchmark_recipes import OWN_TERMS, judge_network
-    from fastnst.checkpoint import load_model
-    from fastnst.config import to_yaml
-    from fastnst.data import DataConfig, load_validation
-    from fastnst.files import atomic_write
-    from fastnst.image import load_image, to_pil
-    from fastnst.loss_network import load_loss_network
-    from fastnst.losses import PerceptualLoss, calibrate
-    from fastnst.train import train
-
-    config = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed, "keep": "last"})})
-    decides = config.model_copy(update={"data": config.data.model_copy(update={"workers": None, "cache": "auto", "cache_gb": None})})
-    digest = hashlib.sha256(to_yaml(decides).encode()).hexdigest()[:10]  # so that another config is another run
-    safe = re.sub(r"[^\w.-]", "_", Path(name).name)[:60]
-    folder = args.output / "runs" / f"{safe}_{config.style.image.stem}_{seed}_{digest}"
-    clock, kept = folder / "seconds.json", folder / "figures.json"
-    by = json.loads(first.loss.model_dump_json()) | {"at": first.data.crop_size}  # the loss is calibrated at that size
-    asked = {"sizes": args.sizes, "photos": [[str(path), path.stat().st_size] for path in paths], "judges": args.judge, "loss": by}
-    if kept.is_file() and (read := json.loads(kept.read_text(encoding="utf-8")))["asked"] == asked:
-        return folder, read["figures"]
-
-    legs = json.loads(clock.read_text(encoding="utf-8")) if clock.is_file() else {"finished": False, "seconds": 0.0}
-    if not legs["finished"]:
-        began = time.monotonic()
-        result = train(config, folder, device, should_stop=stop)
-        legs = {"finished": result.finished, "seconds": legs["seconds"] + time.monotonic() - began}
-        with atomic_write(clock) as temporary:
-            temporary.write_text(json.dumps(legs), encoding="utf-8")
-        if not result.finished:
-            return None
-    network = load_model(folder / "model.safetensors")[0].to(device)
-    painting = load_image(config.style.image, config.style).to(device)
-    loss = PerceptualLoss(load_loss_network(first.loss, first.loss.layers).to(device), first.loss, painting)
-
-    def squares(size):
-        return load_validation(paths, DataConfig(content=args.held_out, crop="center", crop_size=size))[0]
-
-    calibrated = calibrate(loss, squares(first.data.crop_size)[:8].to(device).float() / 255)
-    loss.config = calibrated.model_copy(update=dict.fromkeys(OWN_TERMS, 0.0))
-    found = []
-    for size in args.sizes:
-        if stop():
-            return None
-        photos = squares(size)
-        figures, pictures = judge_network(network, loss, painting, judges, photos)
-        found.append({"size": size, "seconds": legs["seconds"], "figures": figures})
-    for index, picture in enumerate(pictures):
-        to_pil(photos[index][None].float() / 255).save(folder / f"photo_{index}.png")
-        picture.save(folder / f"stylized_{index}.png")
-    with atomic_write(kept) as temporary:
-        temporary.write_text(json.dumps({"asked": asked, "figures": found}), encoding="utf-8")
-    return folder, found
 
 
 def _sheets(output, folders):

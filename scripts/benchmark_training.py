@@ -15,30 +15,31 @@ examples:
   OMP_NUM_THREADS=2 fastnst benchmark --training --content photos/ --loss-weights vgg16.pth --levers --json training.json
 
 Network, loss network, photos, size and batch are the same on both sides. Each runs in a process of its own, with its own
-allocator, and they take turns. The exit code is 1 where the losses of the same photos do not agree."""
+allocator, and they take turns. The floor: what a step's arithmetic alone would take, at the highest rate of this machine.
+The exit code is 1 where the losses of the same photos do not agree."""
 
 
 def main(argv=None) -> int:
     p = cli.parser("benchmark --training", __doc__, EPILOG)
     p.add_argument("--config", default="pytorch_examples", metavar="FILE", help="network and loss to train (default: as pytorch/examples)")
-    p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override any key of the config; may be repeated")
+    cli.add_set_flag(p, "override any key of the config")
     p.add_argument("--content", type=Path, metavar="FOLDER", help="folder of photos (default: 64 made up ones of 640x480)")
     p.add_argument("--loss-weights", default="random", metavar="FILE|random", help="weights of the loss network (default: random; the speed is the same)")
     p.add_argument("--size", type=cli.whole(16, 8192), default=256, metavar="PX", help="side of the photos (default: 256)")
     p.add_argument("--batch", type=cli.whole(1, 10_000), default=4, metavar="N", help="photos a step (default: 4)")
     p.add_argument("--repeats", type=cli.whole(1, 10_000), default=5, metavar="N", help="turns of each side (default: 5)")
     p.add_argument("--steps", type=cli.whole(1, 10_000), default=1, metavar="N", help="steps a turn (default: 1)")
-    p.add_argument("--levers", action="store_true", help="measure each lever alone, too")
+    p.add_argument("--levers", action="store_true", help="measure each lever, a single change to the published step, too")
     p.add_argument("--also", action="append", default=[], metavar="CONFIG", help="measure ours with that config's network, and with its loss, too; may be repeated")
     p.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
     args = p.parse_args(argv)
 
     from fastnst.benchmark_training import Task, draw_photos, measure
     from fastnst.config import load_config
-    from fastnst.files import atomic_write, check_output
+    from fastnst.files import check_output, write_text
     from fastnst.loss_network import load_loss_network
     from fastnst.runtime import resolve_device
-    from fastnst.train import TrainConfig
+    from fastnst.task import TrainConfig
 
     if args.json:
         check_output(args.json, [cli.find_config(args.config), args.loss_weights], overwrite=True, flag="--json")
@@ -59,8 +60,7 @@ def main(argv=None) -> int:
         )
     print(report.as_markdown())
     if args.json:
-        with atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps(report.as_json(), indent=2, default=str) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(report.as_json(), indent=2, default=str) + "\n")
     for disagreement in report.disagreements:
         print(f"error: {disagreement}", file=sys.stderr)
     return 1 if report.disagreements else 0

@@ -1,4 +1,4 @@
-"""Distill the embedded loss network vgg19_slim from VGG-19 weights, on a folder of photos."""
+"""Make vgg19_slim, the loss network inside the package, from VGG-19 weights and a folder of photos. Only needed for a loss network of your own."""
 
 import sys
 from pathlib import Path
@@ -9,13 +9,14 @@ EPILOG = """\
 examples:
   fastnst distill --config distill --set teacher.vgg19=vgg19.safetensors --set data.content=photos/
 
+The package's own took about 75 minutes on one CPU core: 3,500 steps on 1,260 photos; the default of 12,000 steps is for a GPU.
 The same command again resumes. The result is RUN_DIR/vgg19_slim.safetensors; use it with
   --set loss.network=vgg19_slim --set loss.weights=RUN_DIR/vgg19_slim.safetensors"""
 
 
 def main(argv=None) -> int:
     p = cli.parser("distill", __doc__, EPILOG)
-    cli.add_config_flags(p)
+    cli.add_config_flags(p, "distill")
     p.add_argument("--run-dir", type=Path, default=Path("runs/distill"), metavar="FOLDER", help="where weights, state and logs go (default: runs/distill)")
     args = p.parse_args(argv)
 
@@ -25,21 +26,16 @@ def main(argv=None) -> int:
 
     config = load_config(DistillConfig, cli.find_config(args.config), args.set)
     keep_freed_memory()
-    bar = None
 
     def report(progress):
-        nonlocal bar
-        bar = bar or cli.progress_bar(progress.steps, progress.step)
-        if progress.losses:
-            bar.set_postfix_str("  ".join(f"{name.removeprefix('loss/')} {value:.3g}" for name, value in progress.losses.items()), refresh=False)
+        losses = "  ".join(f"{name.removeprefix('loss/')} {value:.3g}" for name, value in progress.losses.items())
+        bar.to(progress.step, progress.steps, losses or None, first=progress.step)
         if progress.validation:
-            cli.say(bar, f"step {progress.step:,}: " + "  ".join(f"{name.removeprefix('validation')} {value:.3g}" for name, value in progress.validation.items()))
-        bar.update(progress.step - bar.n)
+            errors = "  ".join(f"{name.removeprefix('validation')[1:]} {value:.3g}" for name, value in progress.validation.items())
+            bar.say(f"step {progress.step:,}: validation {errors}")
 
-    with StopRequest() as stop:
+    with StopRequest() as stop, cli.Bar() as bar:
         weights = distill(config, args.run_dir, resolve_device(args.device), report, stop)
-    if bar is not None:
-        bar.close()
     print(f"{'stopped, saved' if stop() else 'done'}: {weights}")
     return stop.exit_code
 

@@ -1,4 +1,4 @@
-"""Draw the project's own style image, `checkpoints/mosaic_sun/style.png`: a sun of glass tiles over water, made of numbers only."""
+"""Draw the project's own style image, `checkpoints/mosaic_sun/mosaic_sun.png`: a sun of glass tiles over water, made of numbers only."""
 
 import argparse
 from pathlib import Path
@@ -64,7 +64,7 @@ def draw(side: int = 768, seed: int = 7) -> Image.Image:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "checkpoints" / "mosaic_sun" / "style.png")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "checkpoints" / "mosaic_sun" / "mosaic_sun.png")
     parser.add_argument("--side", type=int, default=768, help="pixels")
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)

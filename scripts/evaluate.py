@@ -1,4 +1,4 @@
-"""Judge models: worth how many iterations of the reference, how much faster, and what neutral judges say."""
+"""Judge models: how many iterations of the reference one pass is worth, how much faster it is, and what other loss networks say. Needs fastnst[evaluate]."""
 
 import importlib.util
 import json
@@ -21,12 +21,12 @@ def main(argv=None) -> int:
     p = cli.parser("evaluate", __doc__, EPILOG)
     p.add_argument("--model", required=True, nargs="+", metavar="MODEL", help="model files, or names of styles that come with the project")
     p.add_argument("--content", required=True, type=Path, metavar="FOLDER", help="photos that the models were not trained on")
-    p.add_argument("--style", type=Path, metavar="PAINTING|FOLDER", help="the painting, or a folder of several by their names (default: beside the model)")
+    p.add_argument("--style", type=Path, metavar="PAINTING|FOLDER", help="the painting, or a folder that holds each model's painting under its name in the recipe (default: the model's own folder)")
     p.add_argument("--sizes", nargs="+", type=int, default=[256, 512, 1024], metavar="PX", help="sides of the squares judged (default: 256 512 1024)")
     p.add_argument("--photos", type=int, default=50, metavar="N", help="how many of the photos (default: 50)")
-    p.add_argument("--iterations", type=int, default=500, metavar="N", help="of the optimizer (default: 500)")
+    p.add_argument("--iterations", type=int, default=500, metavar="N", help="of L-BFGS on each photo (default: 500; on a CPU start with 50)")
     p.add_argument("--judge", action="append", default=[], metavar="NETWORK[=WEIGHTS]", help="a further judge beside vgg19_slim; may be repeated")
-    p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override the recipes: loss.weights=FILE says where they lie here")
+    cli.add_set_flag(p, "override the models' recipes; loss.weights=FILE where the loss network's file lies elsewhere here")
     p.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the report's folder")
     p.add_argument("--cache", type=Path, metavar="FOLDER", help="the optimizer's runs, to be shared by reports (default: OUTPUT/optimizer_runs)")
     p.add_argument("--overwrite", action="store_true", help="replace a report that exists; the optimizer's runs are kept")
@@ -37,9 +37,8 @@ def main(argv=None) -> int:
 
     from fastnst import report
     from fastnst.config import validate_config
-    from fastnst.evaluate import EvaluateConfig, evaluate, iterations
-    from fastnst.files import atomic_write, check_output
-    from fastnst.loss_network import LossNetworkConfig
+    from fastnst.evaluate import EvaluateConfig, evaluate
+    from fastnst.files import atomic_write, check_output, write_text
     from fastnst.optimize import DescentConfig, OptimizeConfig, optimize_image
     from fastnst.picture import ImageSize
     from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
@@ -49,9 +48,7 @@ def main(argv=None) -> int:
     cache = args.cache or args.output / "optimizer_runs"
     if any(folder.resolve().is_relative_to(args.content.resolve()) for folder in (args.output, cache)):
         raise ValueError(f"--output and --cache must lie outside of --content {args.content}: their pictures would be judged as photos")
-    named = [judge.partition("=") for judge in ("vgg19_slim", *args.judge)]
-    asked = {"sizes": args.sizes, "photos": args.photos, "iterations": args.iterations}
-    asked["judges"] = [validate_config(LossNetworkConfig, {"network": network, "weights": weights or "auto"}, source=f"--judge {network}") for network, _, weights in named]
+    asked = {"sizes": args.sizes, "photos": args.photos, "iterations": args.iterations, "judges": cli.judges(["vgg19_slim", *args.judge])}
     config = validate_config(EvaluateConfig, asked, source="--judge, --sizes, --photos or --iterations")
     shipped = cli.shipped_styles()
     models = [shipped.get(model, Path(model)) for model in args.model]
@@ -62,25 +59,18 @@ def main(argv=None) -> int:
         check_output(args.output / name, [*models, *([args.style] if args.style else [])], overwrite=True)
     device = resolve_device(args.device)
     keep_freed_memory()
-    bar = None
 
     def optimize(content, style, loss_network, loss, start, iterations, watch, should_stop):
         descent = DescentConfig(init=start, steps=iterations, log_every=1, clamp=True)
         config = OptimizeConfig(content=ImageSize(), style=ImageSize(), loss=loss, optimize=descent)
         return optimize_image(content, style, loss_network, config, watch, should_stop)
 
-    def show(progress):
-        nonlocal bar
-        bar = bar or cli.progress_bar(progress.total, unit="kpx")
-        bar.set_postfix_str(progress.message, refresh=False)
-        bar.update(progress.done - bar.n)
+    with StopRequest() as stop, cli.Bar("kpx") as bar:
 
-    try:
-        with StopRequest() as stop:
-            evaluation = evaluate(models, args.content, config, optimize, cache, args.style, args.set, device, show, stop)
-    finally:
-        if bar is not None:
-            bar.close()
+        def show(progress):
+            bar.to(progress.done, progress.total, progress.message)
+
+        evaluation = evaluate(models, args.content, config, optimize, cache, args.style, args.set, device, show, stop)
     if evaluation is None:
         print(f"stopped; the optimizer's runs made so far are in {cache}, the same command goes on from there")
         return stop.exit_code
@@ -90,14 +80,13 @@ def main(argv=None) -> int:
         with atomic_write(args.output / f"sheet_{size}.jpg") as temporary:
             report.sheet(rows, height=min(size, 384)).save(temporary, quality=90)
     for name, text in (("report.md", report.markdown(found)), ("report.json", json.dumps(found, indent=1))):  # the last one marks a whole report
-        with atomic_write(args.output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(args.output / name, text)
     for reason in found["unreadable"]:
         print(f"skipped {reason}", file=sys.stderr)
     for size, at_size in found["sizes"].items():
         for label, of_model in at_size["models"].items():
-            worth = {start: iterations(of_start["worth_quartiles"][1], config.iterations) for start, of_start in of_model["optimizer"].items()}
-            print(f"{label}, {size} px: worth {worth['content']} of L-BFGS from the content image, {worth['noise']} from noise")
+            worth = {start: report.iterations(of_start["worth_quartiles"][1], config.iterations) for start, of_start in of_model["optimizer"].items()}
+            print(f"{label}, {size} px: worth {worth['content']} iterations of L-BFGS from the content image, {worth['noise']} from noise")
     print(args.output / "report.md")
     return 0
 

@@ -1,4 +1,4 @@
-"""Write a model as an ONNX file, for other programs and for machines without torch."""
+"""Write a model as an ONNX file, for other programs and for machines without torch. Needs fastnst[onnxruntime]."""
 
 import sys
 from pathlib import Path
@@ -10,15 +10,13 @@ examples:
   fastnst export --style wave --output wave.onnx
   fastnst stylize --model wave.onnx --input photo.jpg --output out.jpg      # needs no torch
 
-The file takes any number of pictures of any size. `--pixels uint8`: (N, H, W, 3) RGB of 0..255, in and out;
-`--pixels float`: (N, 3, H, W) RGB in [0, 1]. It ends by running the file and comparing it with torch."""
+The file takes any number of pictures of any size: input `pixels`, output `stylized`, opset 17.
+`--pixels uint8`: (N, H, W, 3) RGB of 0..255, in and out; `--pixels float`: (N, 3, H, W) RGB in [0, 1]. It ends by running the file and comparing it with torch."""
 
 
 def main(argv=None) -> int:
     p = cli.parser("export", __doc__, EPILOG, device=False)
-    which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="FILE", help="a model.safetensors that `fastnst train` wrote")
-    which.add_argument("--style", metavar="NAME", help="a style that comes with the project")
+    cli.add_model_flags(p)
     p.add_argument("--output", required=True, type=Path, metavar="FILE", help="the .onnx file to write")
     p.add_argument("--pixels", choices=("uint8", "float"), default="uint8", help="what goes in and comes out (default: uint8)")
     p.add_argument("--overwrite", action="store_true", help="replace a file that exists")

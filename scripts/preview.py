@@ -12,16 +12,17 @@ examples:
   fastnst preview --style painting.jpg --output sheet.jpg --pick 2,1 --write configs/mine.yaml
   fastnst train --config configs/mine.yaml --content photos/
 
-Each cell is a picture optimized under the loss that training would use, but for its terms for networks alone. --pick counts from 1 and only writes."""
+Each cell is a picture optimized under the loss that training would use, without the grid, spectrum and stability terms,
+which only networks need. --pick counts from 1 and only writes."""
 
 
 def main(argv=None) -> int:
     p = cli.parser("preview", __doc__, EPILOG)
-    p.add_argument("--style", required=True, type=Path, metavar="PAINTING")
-    p.add_argument("--content", nargs="+", type=Path, default=[], metavar="PHOTO", help="photos to try it on (default: one that scikit-image carries)")
+    p.add_argument("--style", required=True, type=Path, metavar="PAINTING", help="the painting, a picture file")
+    p.add_argument("--content", nargs="+", type=Path, default=[], metavar="PHOTO", help="photos to try it on (default: one of scikit-image's: pip install 'fastnst[evaluate]')")
     p.add_argument("--output", required=True, type=Path, metavar="FILE", help="the sheet to write")
     p.add_argument("--config", default="own", metavar="FILE", help="the training config to start from (default: own)")
-    p.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override any key of that config")
+    cli.add_set_flag(p, "override any key of that config")
     p.add_argument("--strengths", nargs="+", type=cli.number(0, 10), default=[2, 5, 8], metavar="0-10", help="rows (default: 2 5 8)")
     p.add_argument("--style-sizes", nargs="+", type=cli.whole(1, 65_535), default=[192, 384, 768], metavar="PX", help="columns: long side of the painting (default: 192 384 768)")
     p.add_argument("--side", type=cli.whole(16, 8192), default=160, metavar="PX", help="short side of the photos; the painting is scaled along (default: 160)")
@@ -35,7 +36,7 @@ def main(argv=None) -> int:
 
     from fastnst.config import load_config, validate_config
     from fastnst.files import atomic_write, check_output
-    from fastnst.train import TrainConfig
+    from fastnst.task import TrainConfig
 
     path = cli.find_config(args.config)
     if args.pick:
@@ -48,8 +49,6 @@ def main(argv=None) -> int:
             p.error(f"--pick: got {args.pick}, need ROW,COLUMN from 1,1 to {len(args.strengths)},{len(args.style_sizes)}")
         check_output(args.write, [args.style, *args.content, path, args.output], args.overwrite, "--write")
         return _write(path, args, strength, long_side, TrainConfig)
-
-    from tqdm import tqdm
 
     from fastnst.image import load_image, to_pil
     from fastnst.loss_network import load_loss_network
@@ -74,14 +73,14 @@ def main(argv=None) -> int:
         _check_size(loss_network, style, style_sizes[-1], flags)
     rows = []
     steps = len(args.strengths) * len(args.style_sizes) * len(contents) * args.steps
-    with tqdm(total=steps, unit="step") as bar:
+    with cli.progress_bar(steps) as bar:
         for strength in args.strengths:
             row = []
             for style_size in style_sizes:
                 cell = OptimizeConfig(
                     content=content_size,
                     style=style_size,
-                    loss=config.loss.model_copy(update={"strength": strength, "grid_weight": 0.0, "spectrum_weight": 0.0, "stability_weight": 0.0}),  # terms for networks alone
+                    loss=config.loss.for_pictures.model_copy(update={"strength": strength}),
                     optimize=DescentConfig(steps=args.steps, log_every=args.steps, clamp=True),
                 )
                 pictures = [to_pil(optimize_image(content, style, loss_network, cell)) for content in contents]
@@ -104,15 +103,14 @@ def _write(path, args, strength, long_side, model) -> int:
     import yaml
 
     from fastnst.config import parse_config, parse_data
-    from fastnst.files import atomic_write
+    from fastnst.files import write_text
 
     picked = [cli.path_override("style.image", args.style), f"style.long_side={long_side}", f"loss.strength={strength}"]
     data = parse_data(model, path.read_text(encoding="utf-8"), picked, source=str(path))
     data["style"].pop("short_side", None)
     text = f"# {args.style.name}: row {args.pick.replace(',', ', column ')} of {args.output.name}, on top of {path.name}.\n{yaml.safe_dump(data, sort_keys=False)}"
     parse_config(model, text, ["data.content=.", *args.set], source=str(path))
-    with atomic_write(args.write) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(args.write, text)
     print(f"{args.write}\nTrain it: fastnst train --config {shlex.quote(str(args.write))} --content PHOTOS/" + "".join(f" --set {shlex.quote(change)}" for change in args.set))
     return 0
 

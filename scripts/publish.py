@@ -1,7 +1,6 @@
-"""Turn a finished training run into a style to ship: a small model, a preview, the config and its figures."""
+"""Turn a finished training run into a style to ship: a small model, a preview, the config and its figures. Needs fastnst[evaluate], whose photos it shows."""
 
 import json
-import platform
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,8 +9,9 @@ from fastnst import cli
 
 EPILOG = """\
 examples:
-  fastnst publish --run-dir runs/wave --output checkpoints/wave --validation photos_not_trained_on/
+  fastnst publish --run-dir runs/mine --output checkpoints/mine --validation held_out/
 
+With --output checkpoints/NAME of this repository, `stylize --style NAME` finds it.
 The model is stored in half precision, after checking that no pixel of three photos changes by more than 1 of 255.
 Where anything fails, nothing is written."""
 
@@ -32,6 +32,7 @@ def main(argv=None) -> int:
 
     from fastnst.checkpoint import STATE_NAME, load_model, load_training_state, save_model
     from fastnst.config import load_config
+    from fastnst.contender import METRICS_NAME, note_weights
     from fastnst.data import list_photos, load_validation
     from fastnst.files import atomic_write, check_output
     from fastnst.image import load_image, to_pil, to_tensor
@@ -43,9 +44,10 @@ def main(argv=None) -> int:
     from fastnst.runtime import keep_freed_memory, resolve_device
     from fastnst.sheet import contact_sheet
     from fastnst.task import TrainConfig, validate
+    from fastnst.yardstick import machine
 
     config = load_config(TrainConfig, args.run_dir / CONFIG_NAME)
-    names = (MODEL_NAME, "config.yaml", "metrics.json", "preview.jpg")
+    names = (MODEL_NAME, CONFIG_NAME, METRICS_NAME, "preview.jpg")
     for name in names:
         check_output(args.output / name, [*(args.run_dir / own for own in (MODEL_NAME, CONFIG_NAME, STATE_NAME)), config.style.image], args.overwrite)
     device = resolve_device(args.device)
@@ -82,13 +84,13 @@ def main(argv=None) -> int:
             "held_out_photos": len(held_out) if found.held_out else 0,
             "objective": {name.removeprefix("validation/"): round(value, 6) for name, value in measured.items() if not name.startswith("validation_look")},
             "look": {name.removeprefix("validation_look/"): round(value, 4) for name, value in measured.items() if name.startswith("validation_look")},
-            "raw_weights": {"content": loss_config.content_weight, "style": {k: loss_config.style_weight * w for k, w in loss_config.style_layers.items()}, "tv": loss_config.tv_weight},
+            "raw_weights": note_weights(loss_config),
             "half_precision_largest_difference": round(largest, 6),
-            "machine": f"{torch.cuda.get_device_name() if device.type == 'cuda' else platform.machine() + ' CPU'}",
+            "machine": machine(device),
         }
         contact_sheet([photos, stylized], height=320).save(written["preview.jpg"], quality=88)
-        written["config.yaml"].write_text(yaml.safe_dump(info.recipe, sort_keys=False), encoding="utf-8")
-        written["metrics.json"].write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        written[CONFIG_NAME].write_text(yaml.safe_dump(info.recipe, sort_keys=False), encoding="utf-8")
+        written[METRICS_NAME].write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     print(f"{args.output}: {(args.output / MODEL_NAME).stat().st_size / 1e6:.2f} MB, half precision changes a pixel by at most {largest * 255:.2f} of 255")
     return 0
 

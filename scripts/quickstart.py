@@ -15,7 +15,7 @@ def main(argv=None) -> int:
     p.add_argument("--style", type=Path, help="your painting (default: the project's own, mosaic_sun)")
     p.add_argument("--output", type=Path, default=Path("quickstart"), metavar="FOLDER", help="where everything goes (default: quickstart)")
     args = p.parse_args(argv)
-    style = args.style or cli.shipped_folder("checkpoints") / "mosaic_sun" / "style.png"
+    style = args.style or cli.shipped_folder("checkpoints") / "mosaic_sun" / "mosaic_sun.png"
     if not style.is_file():
         raise FileNotFoundError(f"--style (STYLE=...): no picture at {style}")
 
@@ -24,6 +24,7 @@ def main(argv=None) -> int:
 
     from fastnst.files import atomic_write
     from fastnst.image import to_pil, to_tensor
+    from fastnst.model import MODEL_NAME
     from fastnst.picture import open_rgb
     from fastnst.runtime import keep_freed_memory
     from fastnst.sheet import contact_sheet
@@ -39,26 +40,26 @@ def main(argv=None) -> int:
         photo.save(args.output / "photos" / f"{name}.jpg", quality=95)
         photos.append(photo)
 
-    run_dir = args.output / style.resolve().parent.name if style.name == "style.png" else args.output / style.stem
+    run_dir = args.output / style.stem
     print(f"1. Training a small style from {style} on {len(photos)} photos; TensorBoard: tensorboard --logdir {args.output}", flush=True)
     code = train.main(["--config", "quickstart", "--content", str(args.output / "photos"), "--style", str(style), "--run-dir", str(run_dir)])
     if code:
         return code
 
     print("2. Applying it, and the styles that come with the project", flush=True)
-    models = {**cli.shipped_styles(), f"{run_dir.name}\n(just trained)": run_dir / "model.safetensors"}
+    models = {**cli.shipped_styles(), f"{run_dir.name}\n(just trained)": run_dir / MODEL_NAME}
     styles = [None, *models]
     rows = [photos]
     for name in styles[1:]:
         stylizer = Stylizer.from_file(models[name])
         rows.append([to_pil(stylizer(to_tensor(photo))) for photo in photos])
-    paintings = [model.with_name("style.png") for model in [*models.values()][:-1]] + [style]  # those of others are not the project's to show
+    paintings = [model.with_name(f"{model.parent.name}.png") for model in [*models.values()][:-1]] + [style]  # those of others are not the project's to show
     emblems = [None, *(open_rgb(painting)[0] if painting.is_file() else None for painting in paintings)]
     sheet = contact_sheet(rows, ["photo", *models], PHOTOS, marked_row=len(rows) - 1, emblems=emblems)
     path = args.output / "contact_sheet.jpg"
     with atomic_write(path) as temporary:
         sheet.save(temporary, quality=92)
-    model = run_dir / "model.safetensors"
+    model = run_dir / MODEL_NAME
     first = next(iter(cli.shipped_styles()), None)
     apply = f"fastnst stylize --style {first} --input MY_PHOTO.jpg --output out.jpg" if first else f"fastnst stylize --model {model} --input MY_PHOTO.jpg --output out.jpg"
     print(f"""

@@ -8,7 +8,7 @@ from fastnst import cli
 EPILOG = """\
 examples:
   fastnst stylize --style wave --input photo.jpg --output out.jpg
-  fastnst stylize --model checkpoints/wave/model.safetensors --input photos/ 'more/*.png' --output stylized/
+  fastnst stylize --model checkpoints/mine/model.safetensors --input photos/ 'more/*.png' --output stylized/
   fastnst stylize --style wave --input clip.mp4 --output out.mp4 --stabilize
   fastnst stylize --style wave --input photo.jpg --output out.jpg --keep-colors --opacity 0.8
   fastnst stylize --style wave --camera 0 --short-side 360
@@ -17,14 +17,12 @@ examples:
 
 def main(argv=None) -> int:
     p = cli.parser("stylize", __doc__, EPILOG)
-    which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="FILE", help="a model.safetensors that `fastnst train` wrote, or an .onnx of `fastnst export`")
-    which.add_argument("--style", metavar="NAME", help="a style that comes with the project")
+    which = cli.add_model_flags(p, ", or an .onnx of `fastnst export`")
     which.add_argument("--list-styles", action="store_true", help="name the styles that come with the project, and stop")
     source = p.add_mutually_exclusive_group()
     source.add_argument("--input", nargs="+", metavar="PHOTO|FOLDER|GLOB|VIDEO", help="what to stylize; folders are searched recursively")
     source.add_argument("--camera", metavar="N|DEVICE|URL", help="stylize a camera live, on a page of this machine")
-    p.add_argument("--output", metavar="FILE|FOLDER", help="a file for one photo or video, else a folder; the suffix chooses the format")
+    p.add_argument("--output", metavar="FILE|FOLDER", help="a file for one photo or video, else a folder; the suffix chooses the format (photos: .jpg .png .webp .bmp .tif; others read become .png in a folder)")
     p.add_argument("--opacity", type=cli.number(0, 1), default=1.0, metavar="0-1", help="of the stylized picture over the photo: 0.7 leaves 0.3 of the photo (default: 1)")
     p.add_argument("--keep-colors", action="store_true", help="the photo's colors stay, the style's light, dark and strokes come in")
     p.add_argument("--short-side", type=cli.whole(1, 65_535), metavar="N", help="scale so that the short side has N pixels (default: the photo's size); strokes keep theirs, so they look larger on a smaller picture")
@@ -32,9 +30,9 @@ def main(argv=None) -> int:
     existing = p.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     existing.add_argument("--skip-existing", action="store_true", help="go on where an interrupted run stopped: photos, videos and numbered pictures whose output exists are not made again")
-    p.add_argument("--engine", default="auto", metavar="auto|native|openvino|onnxruntime|torch", help="what computes (auto: the fastest that is installed)")
-    p.add_argument("--precision", default="auto", metavar="auto|float32|bfloat16|float16|int8", help="auto: the fastest that the eye cannot tell from float32; int8 is faster, some 50 dB for photos, but 33 for a few things on a plain ground such as text; strips of it are bfloat16, or float32 where the CPU has none")
-    p.add_argument("--tile", default="auto", metavar="auto|off|ROWS", help="strip by strip, with the same result but for rounding: where memory is short, never, or always")
+    p.add_argument("--engine", default="auto", metavar="auto|native|openvino|onnxruntime|torch", help="what computes (auto: the one measured fastest of those installed)")
+    p.add_argument("--precision", default="auto", metavar="auto|float32|bfloat16|float16|int8", help="auto: the fastest of at least 45 dB against float32 on photos. int8 (CPU with OpenVINO): faster; about 50 dB on photos, down to 33 on text and other things on plain ground")
+    p.add_argument("--tile", default="auto", metavar="auto|off|ROWS", help="strip by strip: auto where memory is short, off never, ROWS always in strips of so many rows; the same result but for rounding")
     video = p.add_argument_group("video and camera (pip install 'fastnst[video]')")
     video.add_argument("--stabilize", action="store_true", help="less flicker: blend frames along the motion")
     video.add_argument("--codec", default="auto", help="h264, hevc, av1, vp9 or an encoder of FFmpeg (auto: H.264, VP9 in .webm)")
@@ -168,15 +166,8 @@ def clip(args, stylizer, finish, stop) -> int:
     if args.skip_existing and Path(args.output).exists():
         print(f"there already: {args.output}")
         return 0
-    bar = None
-
-    def report(progress):
-        nonlocal bar
-        bar = bar or cli.progress_bar(progress.total, unit="frame")
-        bar.update(progress.done + progress.there - bar.n)
-
-    stylizer.notice = lambda message: cli.say(bar, message)
-    try:
+    with cli.Bar("frame") as bar:
+        stylizer.notice = bar.say
         found = stylize_video(
             args.input[0],
             args.output,
@@ -190,13 +181,10 @@ def clip(args, stylizer, finish, stop) -> int:
             overwrite=args.overwrite,
             skip_existing=args.skip_existing,
             finish_in_order=args.stabilize,
-            on_progress=report,
-            say=lambda message: cli.say(bar, message),
+            on_progress=lambda progress: bar.to(progress.done + progress.there, progress.total),
+            say=bar.say,
             should_stop=stop,
         )
-    finally:
-        if bar:
-            bar.close()
     broken = f", {found.broken} broken ones left out" if found.broken else ""
     there = f", {found.there} there already" if found.there else ""
     print(f"{found.done} frames{' (stopped)' if stop() else ''}{there}{broken}, {found.frames_per_second:.1f} a second; output: {args.output}")

@@ -9,8 +9,9 @@ from fastnst import cli
 
 EPILOG = """\
 examples:
-  fastnst train --config wave --content photos/ --style wave.jpg
-  fastnst train --config wave --content photos/ --style wave.jpg --set train.steps=10000 --set data.crop_size=128
+  fastnst train --config own --content photos/ --style painting.jpg --run-dir checkpoints/mine
+  fastnst train --config own --content photos/ --style painting.jpg --run-dir checkpoints/strong --set loss.strength=7 --set train.steps=4000
+  fastnst train --config wave --content photos/ --style wave.jpg --run-dir checkpoints/my_wave   # downloads VGG-16, 528 MB
   fastnst train --config a.yaml b.yaml c.yaml --content photos/       # one after the other
   torchrun --nproc-per-node=8 scripts/train.py --config wave ...      # on 8 GPUs; on several hosts as torchrun --help says
 
@@ -19,18 +20,18 @@ The same command again resumes an interrupted run exactly, on any number of GPUs
 
 def main(argv=None) -> int:
     p = cli.parser("train", __doc__, EPILOG)
-    cli.add_config_flags(p, several=True)
+    cli.add_config_flags(p, "own: for your painting, no download; all: configs/", several=True)
     p.add_argument("--content", metavar="FOLDER", help="folder of photos; short for --set data.content=FOLDER")
     p.add_argument("--style", metavar="PAINTING", help="the style image; short for --set style.image=PAINTING")
     where = "where model, state and logs go; with several configs a folder of such folders (default: checkpoints/<name of the config>)"
     p.add_argument("--run-dir", type=Path, metavar="FOLDER", help=where)
     p.add_argument("--dry-run", action="store_true", help="print the complete config and what would happen, and stop")
-    p.add_argument("--check-data", action="store_true", help="read every photo, try two steps, say what was found and what the training would take, and stop")
+    p.add_argument("--check-data", action="store_true", help="read every photo, try four steps, say what was found and what the training would take, and stop")
     args = p.parse_args(argv)
 
     from fastnst.ranks import RankLost, join_ranks
     from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
-    from fastnst.train import TrainingDiverged
+    from fastnst.training import TrainingDiverged
 
     names = [Path(name).stem for name in args.config]
     several = len(names) > 1
@@ -76,7 +77,8 @@ def main(argv=None) -> int:
 
 def _one(args, name, run_dir, ranks, device, stop) -> int:
     from fastnst.config import ConfigError, load_config, to_yaml
-    from fastnst.train import TrainConfig, check_data, plan, train
+    from fastnst.task import TrainConfig
+    from fastnst.train import check_data, plan, train
 
     paths = [cli.path_override(key, value) for key, value in (("data.content", args.content), ("style.image", args.style)) if value]
     try:
@@ -87,31 +89,21 @@ def _one(args, name, run_dir, ranks, device, stop) -> int:
         if ranks.main:
             print(f"{to_yaml(config)}\n{plan(config, run_dir, device)}")
         return 0
-    bar = None
-
-    def advance(done: int, total: int, unit: str = "step", first: int = 0) -> None:
-        nonlocal bar
-        bar = bar or cli.progress_bar(total, first, unit)
-        bar.update(done - bar.n)
 
     def report(progress) -> None:
-        advance(progress.step, progress.steps, first=progress.step)
+        speed = f"loss {progress.losses['loss/total']:.4g}, {progress.photos_per_second:.1f} photos/s" if progress.losses else None
+        bar.to(progress.step, progress.steps, speed, first=progress.step)
         if progress.message:
-            cli.say(bar, progress.message)
+            bar.say(progress.message)
         if progress.validation:
             terms = "  ".join(f"{name.removeprefix('validation/')} {value:.4g}" for name, value in progress.validation.items() if "_" not in name)
-            cli.say(bar, f"step {progress.step:,}: validation {terms}")
-        if progress.losses:
-            bar.set_postfix_str(f"loss {progress.losses['loss/total']:.4g}, {progress.photos_per_second:.1f} photos/s", refresh=False)
+            bar.say(f"step {progress.step:,}: validation {terms}")
 
-    try:
+    with cli.Bar("photo" if args.check_data else "step") as bar:
         if args.check_data:
-            result = check_data(config, run_dir, device, lambda done, total: advance(done, total, "photo")) if ranks.main else ""
+            result = check_data(config, run_dir, device, bar.to) if ranks.main else ""
         else:
             result = train(config, run_dir, device, report, stop, ranks)
-    finally:
-        if bar is not None:
-            bar.close()
     if ranks.main:
         print(result if args.check_data else _summary(config, run_dir, result))
     return 0 if args.check_data or result.finished else stop.exit_code or 143  # the signal may have come to another rank

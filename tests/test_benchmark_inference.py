@@ -54,6 +54,11 @@ def test_what_is_asked_for_by_two_names_is_measured_once(model):
     assert len(ways) == len(set(ways)) and {PUBLISHED, "torch float32", "native float32", "openvino float32", "onnxruntime float32"} < set(ways)
 
 
+def test_on_an_apple_gpu_no_engine_of_cpus_is_measured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert benchmark_inference.default_engines("mps") == ["torch:float32"]
+
+
 def test_on_a_device_pictures_stay_there_and_are_compared_with_those_that_stay(model, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
     moved, sleeps = [], {PUBLISHED: 0.04, PUBLISHED + ON_DEVICE: 0.02, "ours": 0.01, "ours" + ON_DEVICE: 0.005}

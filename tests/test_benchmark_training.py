@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from fastnst import cli
-from fastnst.benchmark_training import OURS, PUBLISHED, CenterCrops, OurStep, PublishedStep, Report, Row, Task, batches_of, count_flops, draw_photos
+from fastnst.benchmark_training import LEVERS, OURS, PUBLISHED, CenterCrops, OurStep, PublishedStep, Report, Row, Task, batches_of, count_flops, draw_photos
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import LossConfig
 from fastnst.model import NetworkConfig
@@ -33,6 +33,10 @@ def test_both_steps_lower_the_same_loss_alike(task, tmp_path):
     losses = [[float(step(batch)) for batch in trial] for step in (PublishedStep(task, PUBLISHED), OurStep(task, replace(OURS, precision="float32")))]
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def test_a_lever_says_where_the_whole_step_is_ours():
+    assert {lever.name for lever in LEVERS if lever.ours} == {"our step alone, in float32", "ours in float32", "ours with torch.compile"}
 
 
 def test_what_is_native_is_counted_with_the_multiplications_that_are_left(task):
@@ -145,6 +149,13 @@ def test_a_part_must_be_named(capsys):
         main([])
     assert ended.value.code == 2
     assert "--training" in capsys.readouterr().err
+
+
+def test_half_a_flag_is_told_to_be_none(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--train"])
+    assert ended.value.code == 2
+    assert "error: one of the arguments --inference --training --recipes is required" in capsys.readouterr().err
 
 
 def test_too_few_photos_for_a_batch_are_named(photos):

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY
+from fastnst.scripts import benchmark
 from PIL import Image
 
 import fastnst
@@ -51,13 +53,34 @@ def test_help_tells_flags_and_an_example(way, verb, tmp_path):
     done = run([*command(way, verb), "--help"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"usage: fastnst {verb}" in done.stdout
-    assert ("--device" in done.stdout or verb == "export") and "examples:" in done.stdout
+    assert ("--device" in done.stdout or verb in ("export", "benchmark")) and "examples:" in done.stdout
+
+
+class Parsed(Exception):
+    """The command has read its flags."""
+
+
+@pytest.mark.parametrize("part", [*cli.VERBS, *benchmark.PARTS.values()])
+def test_an_example_is_a_command(part, monkeypatch):
+    read = argparse.ArgumentParser.parse_args
+
+    def parsed(parser, argv):
+        read(parser, argv)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    lines = importlib.import_module(f"fastnst.scripts.{part}").EPILOG.splitlines()
+    examples = [shlex.split(line, comments=True) for line in lines if line.startswith("  fastnst ") and "..." not in line]
+    assert examples
+    for _, verb, *flags in examples:
+        with pytest.raises(Parsed):
+            importlib.import_module(f"fastnst.scripts.{verb}").main(flags)
 
 
 @pytest.mark.parametrize(
     "arguments, code, stream, expected",
     [
-        (["--help"], 0, "out", ["usage: fastnst VERB", *cli.VERBS]),
+        (["--help"], 0, "out", ["usage: fastnst VERB", *cli.VERBS, "Begin with: fastnst stylize --style wave"]),
         ([], 2, "out", ["usage: fastnst VERB"]),
         (["--version"], 0, "out", [f"fastnst {fastnst.__version__}"]),
         (["trian"], 2, "err", ["no verb 'trian'", *cli.VERBS]),
@@ -236,6 +259,34 @@ def test_a_painting_too_large_for_the_memory_names_its_size(train_main, photos, 
     assert capsys.readouterr().err == f"error: style.{key}: got {size}, at which {painting} does not fit in the memory of cpu; set it lower, 512 is the default\n"
 
 
+# How far it is
+
+
+def test_a_bar_in_a_log_is_lines_and_is_closed_however_its_block_ends(capsys):
+    with pytest.raises(ValueError), cli.Bar("photo") as bar:
+        bar.to(3, 9, "first", first=3)
+        bar.say("said")
+        bar.to(4, 9)
+        raise ValueError
+    printed = capsys.readouterr().err
+    assert "\r" not in printed and printed.endswith("\n")
+    lines = printed.splitlines()
+    assert "3/9" in lines[0] and lines[1] == "said" and "4/9" in lines[2] and lines[2].endswith("first]")
+
+
+def test_what_is_of_unknown_length_has_a_bar_too(capsys):
+    with cli.Bar("frame") as bar:
+        for done in (1, 2):
+            bar.to(done, None)
+    assert "2frame" in capsys.readouterr().err
+
+
+def test_a_bar_that_never_began_prints_nothing(capsys):
+    with cli.Bar():
+        pass
+    assert capsys.readouterr().err == ""
+
+
 # Several configs
 
 
@@ -364,6 +415,19 @@ def test_a_dry_run_tells_where_a_run_would_resume(train_main, photos, painting, 
     assert cli.run(train_main, [*arguments, "--set", "train.steps=6", "--dry-run"]) == 0
     assert "resume" in (printed := capsys.readouterr().out) and "at step 4 of 6" in printed
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_shipped_model_is_kept_and_another_folder_named(train_main, photos, painting, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shipped = tmp_path / "checkpoints" / "smoke" / "model.safetensors"
+    shipped.parent.mkdir(parents=True)
+    shipped.write_bytes(b"precious")
+    given = [*QUICK, "--content", str(photos), "--style", str(painting)]
+    assert cli.run(train_main, given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: checkpoints/smoke holds a finished model.safetensors without") and shipped.read_bytes() == b"precious"
+    assert cli.run(train_main, [*given, *error.split("such as ")[1].split()]) == 0
+    assert (tmp_path / "checkpoints" / "my_smoke" / "model.safetensors").is_file()
 
 
 def test_what_a_recipe_still_needs_is_named_by_its_flag(train_main, capsys):

@@ -55,10 +55,11 @@ def test_every_shipped_style_is_small_whole_and_free_of_paintings():
 # Preview
 
 
-def test_a_preview_has_a_cell_for_each_strength_and_size(tmp_path, painting, photos):
+def test_a_preview_has_a_cell_for_each_strength_and_size(tmp_path, painting, photos, capsys):
     sheet = tmp_path / "sheet.png"
     arguments = ["--style", str(painting), "--content", str(photos / "photo_00.jpg"), "--output", str(sheet), "--side", "24", "--steps", "2"]
     assert cli.run(preview.main, [*arguments, *TOY, "--strengths", "2", "8", "--style-sizes", "64"]) == 0
+    assert "4/4" in (printed := capsys.readouterr().err) and "\r" not in printed  # a log has lines
     whole = Image.open(sheet)
     assert cli.run(preview.main, [*arguments, *TOY, "--strengths", "2", "--style-sizes", "64"]) == 2  # exists
     assert cli.run(preview.main, [*arguments, *TOY, "--overwrite", "--strengths", "2", "--style-sizes", "64"]) == 0
@@ -267,7 +268,7 @@ def test_a_missing_painting_is_named(tmp_path, capsys):
 
 
 def test_our_style_image_is_what_the_script_draws():
-    shipped = np.asarray(Image.open(cli.shipped_folder("checkpoints") / "mosaic_sun" / "style.png").convert("RGB")).astype(int)
+    shipped = np.asarray(Image.open(cli.shipped_folder("checkpoints") / "mosaic_sun" / "mosaic_sun.png").convert("RGB")).astype(int)
     drawn = np.asarray(draw_style.draw(512)).astype(int)
     assert shipped.shape == drawn.shape
     assert np.abs(shipped - drawn).mean() < 1  # antialiasing may differ a little between versions of Pillow

@@ -10,8 +10,9 @@ from conftest import TOY_LOSS
 from PIL import Image
 
 from fastnst.checkpoint import load_training_state, save_model
+from fastnst.cli import find_style
 from fastnst.config import ConfigError, validate_config
-from fastnst.contender import load_contenders
+from fastnst.contender import METRICS_NAME, load_contenders, note_weights
 from fastnst.data import DataConfig, load_validation
 from fastnst.image import load_image
 from fastnst.loss_network import load_loss_network
@@ -55,6 +56,15 @@ def test_raw_weights_of_a_published_style_are_those_of_its_metrics(run_dir, pain
         load(run_dir, painting)
 
 
+def test_a_published_style_is_judged_as_its_run_was(run_dir, painting):
+    weights = note_weights(load(run_dir, painting).loss.config)
+    (run_dir / METRICS_NAME).write_text(json.dumps({"raw_weights": weights}))
+    (run_dir / "training_state.pt").unlink()
+    found = load(run_dir, painting)
+    assert found.weights_from == METRICS_NAME and found.loss.config.style_weight == 1
+    assert note_weights(found.loss.config) == weights
+
+
 def test_raw_weights_that_nobody_noted_or_that_are_overridden_are_measured_anew(run_dir, painting, photos):
     for overrides in (["loss.strength=8"], []):
         found = load(run_dir, painting, photos, overrides)
@@ -80,6 +90,13 @@ def test_the_painting_may_lie_beside_the_model_or_in_a_folder_of_paintings(run_d
     shutil.copy(painting, run_dir)
     assert torch.equal(load(run_dir, None).painting, expected)
     assert load(run_dir, folder / "another.png").painting.shape == (1, 3, 32, 64)
+
+
+def test_the_shipped_style_whose_painting_is_the_project_s_own_has_it_beside_it():
+    model = find_style("mosaic_sun")
+    (found,) = load_contenders([model], None, [], [])
+    assert (found.recipe.style.image.name, found.weights_from) == ("mosaic_sun.png", "metrics.json")
+    assert torch.equal(load_contenders([model], model.parent, [], [])[0].painting, found.painting)
 
 
 def test_models_side_by_side_share_a_loss_network_and_have_names_of_their_own(run_dir, painting, tmp_path):

@@ -1,12 +1,18 @@
 """Distillation: the start from the teacher, what is saved, resuming."""
 
+import importlib
+
 import pytest
 import torch
+import yaml
 from conftest import synthetic_photo
 from safetensors.torch import save_file
 
+from fastnst import cli
+from fastnst.checkpoint import STATE_NAME
 from fastnst.config import validate_config
 from fastnst.distill import (
+    SLIM_NAME,
     DistillConfig,
     _spanning_channels,
     distill,
@@ -90,6 +96,17 @@ def test_distilling_writes_a_loss_network_in_the_teachers_units(config, tmp_path
     assert {"validation/gradient", "validation_gram/relu3_4"} <= set(found[-1].validation or next(p.validation for p in reversed(found) if p.validation))
 
 
+def test_the_command_tells_each_error_by_its_name(config, tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config | {"distill": config["distill"] | {"steps": 2}}))
+    main = importlib.import_module("fastnst.scripts.distill").main
+    assert cli.run(main, ["--config", str(tmp_path / "tiny.yaml"), "--run-dir", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"done: {tmp_path / 'run' / SLIM_NAME}\n"
+    (line,) = [line for line in printed.err.splitlines() if "validation" in line]
+    names = line.removeprefix("step 2: validation ").split()[::2]
+    assert names[:2] == ["feature/relu1_1", "gram/relu1_1"] and names[-1] == "gradient"
+
+
 def test_it_stops_and_resumes(config, tmp_path):
     stops = iter([False, False, True])
     distill(validate_config(DistillConfig, config), tmp_path / "run", should_stop=lambda: next(stops))
@@ -104,6 +121,36 @@ def test_another_config_is_refused_by_name(config, tmp_path):
     config["distill"]["gram_weight"] = 3.0
     with pytest.raises(ValueError, match="distill.gram_weight"):
         distill(validate_config(DistillConfig, config), tmp_path / "run")
+
+
+def test_the_same_folder_by_another_name_is_resumed(config, tmp_path, monkeypatch):
+    distill(validate_config(DistillConfig, config), tmp_path / "run")
+    config["data"]["content"] = "photos"
+    monkeypatch.chdir(tmp_path)
+    assert distill(validate_config(DistillConfig, config), tmp_path / "run") == tmp_path / "run" / SLIM_NAME
+
+
+@pytest.mark.parametrize("decay", ["constant", "cosine"])
+def test_a_run_is_prolonged_where_its_rate_is_constant(config, tmp_path, decay):
+    config["distill"] |= {"steps": 2, "learning_rate": {"initial": 3e-4, "decay": decay}}
+    distill(validate_config(DistillConfig, config), tmp_path / "run")
+    config["distill"]["steps"] = 4
+    if decay == "cosine":
+        with pytest.raises(ValueError, match="distill.steps: 2 in the run, 4 asked for"):
+            distill(validate_config(DistillConfig, config), tmp_path / "run")
+    else:
+        distill(validate_config(DistillConfig, config), tmp_path / "run")
+        assert torch.load(tmp_path / "run" / STATE_NAME, weights_only=True)["step"] == 4
+
+
+@pytest.mark.parametrize("name", [STATE_NAME, SLIM_NAME])
+def test_what_a_killed_one_left_half_written_is_removed(config, tmp_path, name):
+    stem, suffix = name.split(".")
+    left = tmp_path / "run" / f".{stem}-fastnst-abcdefgh.{suffix}"
+    left.parent.mkdir()
+    left.touch()
+    distill(validate_config(DistillConfig, config), tmp_path / "run")
+    assert not left.exists()
 
 
 def test_too_few_validation_photos_are_refused(config, tmp_path):

@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import synthetic_photo
 
+from fastnst import metrics
 from fastnst.checkpoint import load_model
 from fastnst.cli import run
 from fastnst.config import ConfigError, validate_config
 from fastnst.contender import load_contenders
 from fastnst.data import DataConfig, load_validation
-from fastnst.evaluate import EvaluateConfig, evaluate, iterations, quartiles
+from fastnst.evaluate import EvaluateConfig, evaluate
 from fastnst.picture import find_images
 from fastnst.train import TrainConfig, train
 
@@ -177,6 +178,13 @@ def test_a_model_is_worth_the_iterations_that_reach_its_objective(model, held_ou
     assert judged["style/vgg19_slim"] == pytest.approx([1, 1], abs=1e-5) and judged["ssim"] == pytest.approx([1, 1])
 
 
+def test_no_figure_of_a_picture_is_found_twice(model, held_out, painting, tmp_path, monkeypatch):
+    seen, clipped = [], metrics.clipped
+    monkeypatch.setattr(metrics, "clipped", lambda images: seen.append(images) or clipped(images))
+    judge(model, held_out, painting, tmp_path / "cache", fake_optimizer([1] * 4))
+    assert len(seen) == 2 * (1 + 1 + 2)  # photos; each itself, as stylized, and as reached from either start
+
+
 def test_a_stopped_evaluation_goes_on_where_it_stopped(model, held_out, painting, tmp_path):
     made = []
 
@@ -216,10 +224,6 @@ def test_more_photos_take_in_those_of_fewer(model, tmp_path, painting):
     assert chosen[0] < chosen[1] < chosen[2] and [len(names) for names in chosen] == [2, 4, 6]
 
 
-def test_numbers_in_words_and_quartiles():
-    beyond = "> 500 iterations"
-    assert [iterations(value, 500) for value in (None, float("inf"), 3.14159, 31.4159)] == [beyond, beyond, "3.1 iterations", "31 iterations"]
-    assert quartiles([1, 2, 3, 4]) == [1.75, 2.5, 3.25]
-    assert quartiles([1, 2, 3, float("inf"), float("inf")]) == [2, 3, float("inf")]
+def test_a_size_is_judged_once():
     with pytest.raises(ConfigError, match="sizes.*once"):
         validate_config(EvaluateConfig, {"sizes": [32, 32]})

@@ -112,6 +112,19 @@ def test_a_file_with_weights_that_are_no_numbers_is_named(model, tmp_path):
         load_onnx(tmp_path / "model.onnx")
 
 
+def test_a_model_with_weights_that_are_no_numbers_is_named(model, tmp_path, capsys):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(model[0], framework="pt") as file:
+        weights, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    weights["layers.0.weight"].view(-1)[0] = torch.nan
+    save_file(weights, tmp_path / "broken.safetensors", metadata)
+    main = importlib.import_module("fastnst.scripts.export").main
+    assert run(main, ["--model", str(tmp_path / "broken.safetensors"), "--output", str(tmp_path / "model.onnx")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'broken.safetensors'}: ")
+
+
 def test_a_failed_export_keeps_the_old_file(model, tmp_path, monkeypatch):
     (tmp_path / "model.onnx").write_bytes(b"precious")
     monkeypatch.setattr(export_module, "_LEVELS", -1.0)

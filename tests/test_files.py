@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from fastnst.files import atomic_write, check_output, exclusive, remove_leftovers, without_leftovers
+from fastnst.files import atomic_write, check_output, exclusive, remove_leftovers, without_leftovers, write_text
 
 
 @pytest.mark.parametrize("name, overwrite", [("new/out.png", False), ("old.png", True), ("link.png", True)])
@@ -170,3 +170,8 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     with pytest.raises(OSError, match="cannot write in .*file"):
         with exclusive(tmp_path / "file"):
             pass
+
+
+def test_text_is_written_whole_and_in_utf_8(tmp_path):
+    write_text(tmp_path / "new" / "a.txt", "\u2192\n")
+    assert (tmp_path / "new" / "a.txt").read_bytes() == b"\xe2\x86\x92\n" and len(list((tmp_path / "new").iterdir())) == 1

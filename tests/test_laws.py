@@ -72,7 +72,7 @@ NOUNS = {
     "optimizer": {"adam", "fused", "fused_adam"},
     "benchmark_inference": {"checkpoint", "engine", "network", "picture", "runtime", "stages"},
     "benchmark_training": {"data", "gradient", "losses", "loss_network", "model", "native_library", "network", "objective", "optimizer", "runtime", "winograd"},
-    "benchmark_recipes": {"image", "judges", "losses", "metrics", "report"},
+    "benchmark_recipes": {"checkpoint", "config", "data", "files", "image", "judges", "loss_network", "losses", "metrics", "model", "report", "task"},
     "checkpoint": {"files", "model", "network", "runtime"},
     "sheet": set(),
     "metrics": set(),
@@ -94,10 +94,10 @@ ALLOWED_TO_VERBS = {
     "evaluate": set(NOUNS),
     "distill": set(NOUNS),
     "stylize": {"blend", "engine", "jobs", "model", "picture", "runtime", "stages", "tiles"},
-    "export": {"checkpoint", "engine", "files", "model", "onnx_graph", "stages"},
+    "export": {"checkpoint", "engine", "files", "onnx_graph"},
 }
 # Scripts that are no verb of their own: they put verbs together, or draw.
-COMPOSED = {"preview": {"train", "optimize"}, "publish": set(), "quickstart": {"stylize", "scripts"}, "draw_style": set(), "benchmark": set(), "benchmark_training": {"train"}, "benchmark_inference": set(), "benchmark_recipes": {"train"}}
+COMPOSED = {"preview": {"optimize"}, "publish": set(), "quickstart": {"stylize", "scripts"}, "draw_style": set(), "benchmark": set(), "benchmark_training": set(), "benchmark_inference": set(), "benchmark_recipes": {"train"}}
 # Scripts of a verb that hand it another verb's act.
 INJECTED = {"evaluate": {"evaluate", "optimize"}}
 

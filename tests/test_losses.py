@@ -10,6 +10,7 @@ from fastnst import losses, self_product
 from fastnst.config import ConfigError, validate_config
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import (
+    NETWORK_TERMS,
     LossConfig,
     LossTerms,
     PerceptualLoss,
@@ -277,6 +278,12 @@ def test_grams_of_bfloat16_features_are_float32(shape, matrix_unit, monkeypatch)
     assert (features.grad.double() - expected).abs().max() < 2e-2 * expected.abs().max()  # which is bfloat16's
     features.data[0, 0, 0, 0] = torch.nan
     assert gram_matrix(features, "none")[0, 0].isnan().any()
+
+
+def test_terms_for_networks_alone_are_none_of_pictures():
+    config = LossConfig(strength=3, tv_weight=2.0)
+    own = config.model_copy(update=dict.fromkeys(NETWORK_TERMS, 1.0))
+    assert own.for_pictures == config != own
 
 
 @pytest.mark.parametrize("options", [{}, {"tv_weight": 1.0, "grid_weight": 2.0}, {"content_layers": {}}], ids=str)

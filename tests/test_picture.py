@@ -13,7 +13,7 @@ from conftest import synthetic_photo
 from PIL import Image, ImageCms, features
 
 from fastnst.config import ConfigError, validate_config
-from fastnst.image import load_image, save_image, to_tensor
+from fastnst.image import load_image, save_image
 from fastnst.picture import ImageSize, _can_read_heif, check_writable, count_kinds, find_images, open_rgb, save_picture
 
 
@@ -303,9 +303,8 @@ def test_jpeg_keeps_full_chroma_resolution(tmp_path):
 
 
 def test_quality_changes_the_size(tmp_path):
-    image = to_tensor(synthetic_photo(3))
     for quality in (30, 95):
-        save_image(image, tmp_path / f"{quality}.jpg", quality=quality)
+        save_picture(synthetic_photo(3), tmp_path / f"{quality}.jpg", quality=quality)
     assert (tmp_path / "30.jpg").stat().st_size < (tmp_path / "95.jpg").stat().st_size / 2
 
 

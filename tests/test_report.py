@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastnst.report import curves, markdown, sheet
+from fastnst.report import curves, iterations, markdown, quartiles, sheet
 
 JUDGED = {"style/vgg19_slim": [0.2, 0.4], "content/vgg19_slim": [0.5, 0.5], "ssim": [0.5, 0.7]}
 JUDGED |= {"frame": [0.25, 0.35], "grid_2": [1 / 255, 3 / 255], "grid_4": [0, 0], "clipped": [0.01, 0.03]}
@@ -97,3 +97,9 @@ def test_the_sheet_has_a_line_under_each_picture():
     assert is_red.sum() == 3 * 80 * 80
     below = pixels[np.flatnonzero(is_red.any(axis=1))[79] + 1 :][:24]  # the two lines' height under the first row
     assert (below.sum(axis=2) < 300).any()
+
+
+def test_numbers_in_words_and_quartiles():
+    assert [iterations(value, 500) for value in (None, float("inf"), 3.14159, 31.4159)] == ["> 500", "> 500", "3.1", "31"]
+    assert quartiles([1, 2, 3, 4]) == [1.75, 2.5, 3.25] and quartiles([7]) == [7, 7, 7]
+    assert quartiles([1, 2, 3, float("inf"), float("inf")]) == [2, 3, float("inf")]

@@ -565,6 +565,12 @@ def test_numbered_output_among_the_input_is_refused(stylize_command, tmp_path, c
     assert {path: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
 
 
+def test_a_clip_of_unknown_length_is_stylized(stylize_command, tmp_path, capsys):
+    write_clip(tmp_path / "clip.h264", moving_frames(4)).rename(tmp_path / "clip.mp4")  # a bare stream tells no times
+    assert stylize_command("--input", tmp_path / "clip.mp4", "--output", tmp_path / "out.mp4") == 0
+    assert capsys.readouterr().out.startswith("4 frames, ")
+
+
 def test_an_mp4_file_that_is_cut_off_is_told(stylize_command, tmp_path, capsys):
     """Its table of frames tells of 40; it is to come first, else nothing of it can be read."""
     import av

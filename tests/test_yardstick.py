@@ -95,6 +95,13 @@ def test_a_run_is_named_after_all_that_decides_it_and_no_path(tmp_path):
     assert planned(tmp_path).file == run.file
 
 
+def test_a_run_s_name_is_found_out_once(tmp_path, monkeypatch):
+    run = planned(tmp_path)
+    name = run.file
+    monkeypatch.setattr(run.loss.loss_network, "state_dict", lambda: pytest.fail("hashed again"))
+    assert run.file is name
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", json.dumps({"objective": [1]})])
 def test_a_damaged_run_is_named(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
