@@ -121,10 +121,10 @@ def number(least: float, most: float) -> Callable[[str], float]:
     return parse
 
 
-def add_config_flags(p: argparse.ArgumentParser, shipped: str, several: bool = False) -> None:
-    """--config, with words on the ``shipped`` ones, of ``several`` where the command takes them, and --set."""
-    more = "; several: one after the other" if several else ""
-    p.add_argument("--config", required=True, nargs="+" if several else None, metavar="CONFIG", help=f"a shipped config by name ({shipped}) or a YAML file{more}")
+def add_config_flags(p: argparse.ArgumentParser, shipped: str, default: list[str] | None = None) -> None:
+    """--config, with words on the ``shipped`` ones, of several where the command takes them, which then has a ``default``, and --set."""
+    several, more = ("+", f"; several: one after the other (default: {' '.join(default)})") if default else (None, "")
+    p.add_argument("--config", required=not default, default=default, nargs=several, metavar="CONFIG", help=f"a shipped config by name ({shipped}) or a YAML file{more}")
     add_set_flag(p, "override any key of the config")
 
 
@@ -190,6 +190,8 @@ def find_config(name: str) -> Path:
 
 class _PlainBar(tqdm):
     """A progress bar for logs: a line of its own each time, no carriage returns."""
+
+    last_print_t = start_t = 0.0  # which tqdm has behind its first line alone: for who stops it in between
 
     @staticmethod
     def status_printer(file):

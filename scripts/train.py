@@ -9,8 +9,8 @@ from fastnst import cli
 
 EPILOG = """\
 examples:
-  fastnst train --config own --content photos/ --style painting.jpg --run-dir checkpoints/mine
-  fastnst train --config own --content photos/ --style painting.jpg --run-dir checkpoints/strong --set loss.strength=7 --set train.steps=4000
+  fastnst train --content photos/ --style painting.jpg --run-dir checkpoints/mine
+  fastnst train --content photos/ --style painting.jpg --run-dir checkpoints/strong --set loss.strength=7 --set train.steps=4000
   fastnst train --config wave --content photos/ --style wave.jpg --run-dir checkpoints/my_wave   # downloads VGG-16, 528 MB
   fastnst train --config a.yaml b.yaml c.yaml --content photos/       # one after the other
   torchrun --nproc-per-node=8 scripts/train.py --config wave ...      # on 8 GPUs; on several hosts as torchrun --help says
@@ -20,7 +20,7 @@ The same command again resumes an interrupted run exactly, on any number of GPUs
 
 def main(argv=None) -> int:
     p = cli.parser("train", __doc__, EPILOG)
-    cli.add_config_flags(p, "own: for your painting, no download; all: configs/", several=True)
+    cli.add_config_flags(p, "own: for your painting, no download; all: configs/", ["own"])
     p.add_argument("--content", metavar="FOLDER", help="folder of photos; short for --set data.content=FOLDER")
     p.add_argument("--style", metavar="PAINTING", help="the style image; short for --set style.image=PAINTING")
     where = "where model, state and logs go; with several configs a folder of such folders (default: checkpoints/<name of the config>)"

@@ -192,7 +192,7 @@ def test_any_other_is_told_with_its_range(kind, text):
 
 @pytest.mark.parametrize("missing", ["--config", "--model"])
 def test_a_flag_that_is_needed_is_named(missing, capsys):
-    main = importlib.import_module("fastnst.scripts.train" if missing == "--config" else "fastnst.scripts.stylize").main
+    main = importlib.import_module("fastnst.scripts.optimize" if missing == "--config" else "fastnst.scripts.stylize").main
     with pytest.raises(SystemExit) as ended:
         cli.run(main, [])
     assert ended.value.code == 2
@@ -394,6 +394,15 @@ def test_check_data_tells_and_writes_nothing(train_main, photos, painting, tmp_p
 # A dry run
 
 
+def test_own_is_the_config_by_default(train_main, photos, painting, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    printed = []
+    for config in (["--config", "own"], []):
+        assert cli.run(train_main, [*config, "--content", str(photos), "--style", str(painting), "--dry-run"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and "vgg19_slim" in printed[0] and str(Path("checkpoints", "own")) in printed[0]
+
+
 def test_a_dry_run_prints_the_complete_config_and_writes_nothing(train_main, photos, painting, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -430,8 +439,9 @@ def test_a_shipped_model_is_kept_and_another_folder_named(train_main, photos, pa
     assert (tmp_path / "checkpoints" / "my_smoke" / "model.safetensors").is_file()
 
 
-def test_what_a_recipe_still_needs_is_named_by_its_flag(train_main, capsys):
-    assert cli.run(train_main, ["--config", "own"]) == 2
+@pytest.mark.parametrize("config", [["--config", "own"], []])
+def test_what_a_recipe_still_needs_is_named_by_its_flag(train_main, capsys, config):
+    assert cli.run(train_main, config) == 2
     errors = capsys.readouterr().err
     assert "style.image: not given; write it in the file or use --style PAINTING" in errors and "use --content FOLDER" in errors
 
