@@ -432,6 +432,6 @@ def test_unreadable_photos_are_replaced_and_named_as_without_a_cache(grays):
     (grays / "3.png").write_bytes(b"")
     source, said = stream(grays, shuffle=False), []
     cached = PhotoStream(source.photos, source.config, source.seed, keep_photos(source.photos, source.config, 2, said.append))
-    assert list(cached.cache.unreadable) == ["3.png"] and "8 of 9 photos, 1 cannot be read" in said[-1]
+    assert list(cached.cache.unreadable) == [str(grays / "3.png")] and "8 of 9 photos, 1 cannot be read" in said[-1]
     assert levels(cached, 2, 1) == [40]
     assert cached[2][1] == source[2][1]
