@@ -191,8 +191,6 @@ def find_config(name: str) -> Path:
 class _PlainBar(tqdm):
     """A progress bar for logs: a line of its own each time, no carriage returns."""
 
-    last_print_t = start_t = 0.0  # which tqdm has behind its first line alone: for who stops it in between
-
     @staticmethod
     def status_printer(file):
         def write_line(status: str) -> None:
@@ -201,6 +199,10 @@ class _PlainBar(tqdm):
                 file.flush()
 
         return write_line
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # of a bar that was stopped within its first line
+            super().__del__()
 
 
 def progress_bar(total: int | None, initial: int = 0, unit: str = "step", shown: bool = True) -> tqdm:

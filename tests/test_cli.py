@@ -1,6 +1,7 @@
 """The commands as a user runs them, and errors that a user can act on."""
 
 import argparse
+import gc
 import importlib
 import os
 import shlex
@@ -260,6 +261,17 @@ def test_a_painting_too_large_for_the_memory_names_its_size(train_main, photos, 
 
 
 # How far it is
+
+
+def test_a_bar_stopped_within_its_first_line_goes_in_silence(monkeypatch, capsys):
+    def stopped(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli._PlainBar, "refresh", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cli.progress_bar(10, shown=True)
+    gc.collect()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_bar_in_a_log_is_lines_and_is_closed_however_its_block_ends(capsys):
