@@ -34,10 +34,11 @@ def main(argv=None) -> int:
     p.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
     args = p.parse_args(argv)
 
-    from fastnst.benchmark_training import Task, draw_photos, measure
+    from fastnst.benchmark_training import draw_photos, measure
     from fastnst.config import load_config
     from fastnst.files import check_output, write_text
     from fastnst.loss_network import load_loss_network
+    from fastnst.published import Task
     from fastnst.runtime import resolve_device
     from fastnst.task import TrainConfig
 
