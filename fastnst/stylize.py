@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from fastnst.blend import Blend
+from fastnst.blend import Blend, read_mask
 from fastnst.engine import Engine, load_engine, load_network
 from fastnst.jobs import Job
 from fastnst.model import ModelInfo
@@ -54,9 +54,10 @@ class Stylizer:
         tile: str | int = "auto",
         opacity: float = 1.0,
         keep_colors: bool = False,
+        mask: str | Path | np.ndarray | None = None,
     ) -> Stylizer:
-        """Load a model file, ``.safetensors`` or ``.onnx``; raises as ``load_network``, ``load_engine`` and ``Blend``."""
-        blend = Blend(opacity, keep_colors)
+        """Load a model file, ``.safetensors`` or ``.onnx``; raises as ``load_network``, ``load_engine``, ``Blend`` and, for a ``mask`` that is a file, ``read_mask``."""
+        blend = Blend(opacity, keep_colors, read_mask(mask) if isinstance(mask, (str, Path)) else mask)
         return cls(load_engine(load_network(model), device, engine, precision), tile, blend=blend)
 
     def __call__(self, image: Any) -> Any:

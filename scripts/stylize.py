@@ -11,6 +11,7 @@ examples:
   fastnst stylize --model checkpoints/mine/model.safetensors --input photos/ 'more/*.png' --output stylized/
   fastnst stylize --style wave --input clip.mp4 --output out.mp4 --stabilize
   fastnst stylize --style wave --input photo.jpg --output out.jpg --keep-colors --opacity 0.8
+  fastnst stylize --style wave --input photo.jpg --output out.jpg --mask background.png
   fastnst stylize --style wave --camera 0 --short-side 360
   torchrun --nproc-per-node=4 scripts/stylize.py --style wave --input photos/ --output stylized/   # a folder over four GPUs"""
 
@@ -25,6 +26,7 @@ def main(argv=None) -> int:
     p.add_argument("--output", metavar="FILE|FOLDER", help="a file for one photo or video, else a folder; the suffix chooses the format (photos: .jpg .png .webp .bmp .tif; others read become .png in a folder)")
     p.add_argument("--opacity", type=cli.number(0, 1), default=1.0, metavar="0-1", help="of the stylized picture over the photo: 0.7 leaves 0.3 of the photo (default: 1)")
     p.add_argument("--keep-colors", action="store_true", help="the photo's colors stay, the style's light, dark and strokes come in")
+    p.add_argument("--mask", metavar="FILE", help="where the style goes, a picture scaled to each photo: white takes it, black leaves the photo; of one with transparency, what is opaque takes it")
     p.add_argument("--short-side", type=cli.whole(1, 65_535), metavar="N", help="scale so that the short side has N pixels (default: the photo's size); strokes keep theirs, so they look larger on a smaller picture")
     p.add_argument("--quality", type=cli.whole(1, 100), default=95, metavar="1-100", help="of JPEG and WebP (default: 95)")
     existing = p.add_mutually_exclusive_group()
@@ -48,7 +50,7 @@ def main(argv=None) -> int:
     if not args.camera and not (args.input and args.output):
         p.error("--input and --output are needed, or --camera")
 
-    from fastnst.blend import Blend
+    from fastnst.blend import Blend, read_mask
     from fastnst.engine import load_engine, load_network
     from fastnst.ranks import join_ranks
     from fastnst.runtime import StopRequest
@@ -57,7 +59,7 @@ def main(argv=None) -> int:
     with join_ranks(args.device) as (ranks, device), StopRequest(repeats=ranks.size > 1) as stop:
         network = load_network(args.model or cli.find_style(args.style))
         stylizer = Stylizer(load_engine(network, device, args.engine, args.precision), args.tile)
-        blend = Blend(args.opacity, args.keep_colors)
+        blend = Blend(args.opacity, args.keep_colors, None if args.mask is None else read_mask(args.mask))
         if args.camera:
             return camera(args, stylizer, finishing(args, blend), stop)
         if is_clip(args.input, args.output):

@@ -7,7 +7,7 @@ from conftest import synthetic_photo
 from PIL import Image
 
 from fastnst import Stylizer
-from fastnst.blend import Blend
+from fastnst.blend import Blend, read_mask
 from fastnst.checkpoint import save_model
 from fastnst.model import NetworkConfig
 from fastnst.network import TransformNetwork
@@ -60,13 +60,17 @@ def test_an_opacity_out_of_range_is_named(model, opacity):
         Stylizer.from_file(model, opacity=opacity)
 
 
-@pytest.mark.parametrize("options", [{"opacity": 0.4}, {"keep_colors": True}, {"opacity": 0.7, "keep_colors": True}], ids=str)
+MASK = np.random.default_rng(1).integers(0, 256, (5, 4), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("options", [{"opacity": 0.4}, {"keep_colors": True}, {"opacity": 0.7, "keep_colors": True, "mask": MASK}], ids=lambda options: "+".join(options))
 @pytest.mark.parametrize("engine", ["torch", "openvino", "native"])
 def test_every_kind_of_picture_is_blended_alike(model, engine, options):
     plain, blended = (Stylizer.from_file(model, "cpu", engine, "float32", **more) for more in ({}, options))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 130, 37, 3), dtype=np.uint8)
     kept = pixels.copy()
-    exact = np.clip(Blend(**options)(pixels.astype(float), plain(pixels).astype(float)), 0, 255)
+    share = np.asarray(Image.fromarray(MASK).resize((37, 130), Image.Resampling.BILINEAR))[..., None] / 255 if "mask" in options else 1.0
+    exact = np.clip(Blend(**options)(pixels.astype(float), plain(pixels).astype(float), share), 0, 255)
     found = blended(pixels)
     assert np.abs(found - exact).max() <= 0.5001 and np.array_equal(pixels, kept)
     assert np.array_equal(np.asarray(blended(Image.fromarray(pixels[0]))), found[0])
@@ -74,6 +78,31 @@ def test_every_kind_of_picture_is_blended_alike(model, engine, options):
     assert np.abs(blended(tensor).permute(0, 2, 3, 1).numpy() * 255 - exact).max() < 1
     strips = Stylizer.from_file(model, "cpu", engine, "float32", tile=16, **options)
     assert np.abs(strips.pictures(pixels, in_place=True).astype(int) - found).max() <= 1
+
+
+def test_a_mask_says_where():
+    photo, stylized = np.full((1, 2, 5, 3), 100, np.uint8), np.full((1, 2, 5, 3), 200, np.uint8)
+    half = Blend(mask=np.array([[0, 51, 128, 204, 255]] * 2, np.uint8))
+    assert half and half.pictures(photo, stylized.copy())[0, 0, :, 0].tolist() == [100, 120, 150, 180, 200]  # 51 is a fifth of 255; 128 gives 150.2
+    assert Blend(0.5, mask=half.mask).pictures(photo, stylized.copy())[0, 1, :, 1].tolist() == [100, 110, 125, 140, 150]
+    scaled = Blend(mask=np.array([[0, 255]], np.uint8)).pictures(np.repeat(photo, 2, 2), np.repeat(stylized, 2, 2))[0, :, :, 2]
+    assert (np.diff(scaled.astype(int), axis=1) >= 0).all() and scaled[0, 0] == 100 and scaled[0, -1] == 200
+
+
+def test_a_mask_of_another_kind_is_told(model):
+    with pytest.raises(ValueError, match=r"mask: got float64 of shape \(2, 2\), need uint8 \(H, W\)"):
+        Stylizer.from_file(model, mask=np.ones((2, 2)))
+    with pytest.raises(FileNotFoundError, match="no image file at .*none.png"):
+        Stylizer.from_file(model, mask="none.png")
+
+
+def test_a_mask_file_is_its_alpha_or_how_light_it_is(tmp_path):
+    Image.new("RGB", (2, 1), "white").save(tmp_path / "white.png")
+    assert read_mask(tmp_path / "white.png").tolist() == [[255, 255]]
+    cut_out = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
+    cut_out.putpixel((1, 0), (255, 255, 255, 0))
+    cut_out.save(tmp_path / "cut_out.png")
+    assert read_mask(tmp_path / "cut_out.png").tolist() == [[255, 0]]
 
 
 def test_alpha_stays(model):
@@ -96,3 +125,21 @@ def test_the_command_blends(model, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(main, [*flags, "--output", str(tmp_path / "other.png"), "--opacity", "1.5"])
     assert "argument --opacity: got 1.5, need a number from 0 to 1" in capsys.readouterr().err
+
+
+def test_the_command_takes_a_mask(model, tmp_path, capsys):
+    from fastnst.scripts.stylize import main
+
+    from fastnst.cli import run
+
+    synthetic_photo(0, 64, 48).save(tmp_path / "in.png")
+    mask = Image.new("L", (64, 48), 0)
+    mask.paste(255, (32, 0, 64, 48))
+    mask.save(tmp_path / "mask.png")
+    flags = ["--model", str(model), "--device", "cpu", "--input", str(tmp_path / "in.png"), "--output"]
+    assert run(main, [*flags, str(tmp_path / "whole.png")]) == 0
+    assert run(main, [*flags, str(tmp_path / "right.png"), "--mask", str(tmp_path / "mask.png")]) == 0
+    photo, whole, right = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("in", "whole", "right"))
+    assert np.array_equal(right[:, :32], photo[:, :32]) and np.array_equal(right[:, 32:], whole[:, 32:]) and not np.array_equal(photo, whole)
+    assert run(main, [*flags, str(tmp_path / "other.png"), "--mask", str(tmp_path / "none.png")]) == 2
+    assert "none.png" in capsys.readouterr().err

@@ -55,7 +55,7 @@ NOUNS = {
     "torch_engine": {"fused", "nvidia", "recording", "runtime", "stages"},
     "engine": {"graph_engine", "model", "native", "native_library", "onnx_graph", "runtime", "stages", "torch_engine"},
     "tiles": {"engine", "moments", "runtime", "stages"},
-    "blend": set(),
+    "blend": {"picture"},
     "jobs": {"picture"},
     "winograd": {"native_library"},
     "native_norm": {"native_library", "stages"},
