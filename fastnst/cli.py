@@ -85,7 +85,9 @@ def complain(what: str, error: Exception) -> None:
     """One line on stderr; ``FASTNST_DEBUG=1`` raises instead."""
     if os.environ.get("FASTNST_DEBUG"):
         raise error
-    print(f"error: {what}{error}", file=sys.stderr, flush=True)
+    from fastnst.runtime import in_words
+
+    print(f"error: {what}{in_words(error)}", file=sys.stderr, flush=True)
 
 
 def parser(verb: str, description: str, epilog: str = "", device: bool = True) -> argparse.ArgumentParser:

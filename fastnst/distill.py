@@ -131,7 +131,8 @@ def distill(
     """
     loop, run_dir = config.distill, Path(run_dir)
     prolongs = set() if loop.learning_rate.decay == "cosine" else {"distill.steps"}  # every rate of a cosine depends on how many there are
-    resuming = find_run(config, run_dir, {"data.workers", "data.cache", "data.cache_gb", *prolongs})
+    watched = {f"distill.{key}" for key in ("log_every", "validate_every", "save_every")}
+    resuming = find_run(config, run_dir, {"data.workers", "data.cache", "data.cache_gb", *watched, *prolongs})
     photos = list_photos(config.data)
     validation, _ = load_validation(photos.validation, config.data)
     if len(validation) < 2:

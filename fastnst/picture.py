@@ -16,9 +16,10 @@ from pydantic import Field, model_validator
 
 from fastnst.config import Config
 from fastnst.files import atomic_write
+from fastnst.runtime import in_one_line
 
 WRITABLE = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-_FROM_PHONES = (".heic", ".heif")
+_FROM_PHONES, _PHONES_BRANDS = (".heic", ".heif"), (b"heic", b"heix", b"hevc", b"mif1", b"msf1")  # by name, and as such files begin
 READABLE = (*WRITABLE, ".gif", ".avif", *_FROM_PHONES)
 MOST_PIXELS = 2**29  # of a picture: 1.6 GB in 8 bits; strips take so many
 _WITH_ALPHA = (".png", ".webp", ".tif", ".tiff")
@@ -62,35 +63,41 @@ def open_rgb(path: str | Path, at_least: int | None = None) -> tuple[Image.Image
         raise PermissionError(f"{path}: no permission to look into the folder")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, need an image file")
-    if path.suffix.lower() in _FROM_PHONES:
-        _can_read_heif()
+    is_heif = path.suffix.lower() in _FROM_PHONES
     try:
         # A stream, as Pillow maps a named, uncompressed TIFF into memory and then turns it wrongly.
-        with open(path, "rb") as file, Image.open(file) as image:
-            if at_least:
-                image.draft("RGB", (at_least, at_least))
-            image.load()
-            image = ImageOps.exif_transpose(image)
+        with open(path, "rb") as file:
+            begin = file.peek(12)
+            is_heif |= begin[4:8] == b"ftyp" and begin[8:12] in _PHONES_BRANDS  # many are sent on as .jpg
+            if is_heif:
+                _can_read_heif()
+            with Image.open(file) as image:
+                if at_least:
+                    image.draft("RGB", (at_least, at_least))
+                image.load()
+                image = ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"no image file at {path}") from None
     except UnidentifiedImageError:
-        raise OSError(f"{path}: {_why_unreadable(path)}") from None
+        raise OSError(f"{path}: {_why_unreadable(path, is_heif)}") from None
     except PermissionError:
         raise PermissionError(f"{path}: no permission to read it") from None
     except Image.DecompressionBombError:
         raise OSError(f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels; make it smaller") from None
+    except MemoryError as error:
+        raise OSError(f"{path}: not enough memory to decode it") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... for damaged files
-        raise OSError(f"{path}: damaged or unsupported image ({error})") from error
+        raise OSError(f"{path}: damaged or unsupported image ({in_one_line(error)})") from error
     try:
         return to_rgb(image)
     except Exception as error:
         raise OSError(f"{path}: cannot convert {image.mode} pixels to RGB ({error})") from error
 
 
-def _why_unreadable(path: Path) -> str:
+def _why_unreadable(path: Path, is_heif: bool) -> str:
     if path.stat().st_size == 0:
         return "the file is empty"
-    if path.suffix.lower() in _FROM_PHONES and not _can_read_heif():
+    if is_heif and not _can_read_heif():
         return "HEIC photos need pillow-heif: pip install 'fastnst[heic]', or convert them to JPEG"
     if path.suffix.lower() == ".avif" and not features.check("avif"):
         return "AVIF needs Pillow 11.3 or newer, with its support"

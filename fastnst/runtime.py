@@ -140,9 +140,13 @@ def in_one_line(error: BaseException, most: int = 200) -> str:
     return " ".join(str(error).split())[:most]
 
 
+def in_words(error: BaseException) -> str:
+    """What it says, or what it is where it says nothing."""
+    return str(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
+
+
 def first_line(error: BaseException) -> str:
-    """Of what it says; its kind where it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return in_words(error).splitlines()[0]
 
 
 def largest_that_fits(attempt: Callable[[int], object], too_large: int) -> int:

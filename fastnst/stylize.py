@@ -18,7 +18,7 @@ from fastnst.engine import Engine, load_engine, load_network
 from fastnst.jobs import Job
 from fastnst.model import ModelInfo
 from fastnst.picture import MOST_PIXELS, ImageSize, open_rgb, save_picture, to_rgb
-from fastnst.runtime import is_out_of_memory
+from fastnst.runtime import in_words, is_out_of_memory
 from fastnst.stages import minds_ground
 from fastnst.tiles import plan_rows, stylize_tiled
 
@@ -301,7 +301,7 @@ def _written(job: Job, future: Future) -> Done:
 
 def _named(error: Exception, job: Job) -> Exception:
     """The error, naming the file it is about."""
-    text = str(error) or type(error).__name__
+    text = in_words(error)
     return error if str(job.source) in text or str(job.target) in text else OSError(f"{job.source}: {text}")
 
 

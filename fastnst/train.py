@@ -33,7 +33,7 @@ from fastnst.watchdog import Watchdog
 
 # Keys that a resumed run may change: they alter how long, how watched or how divided it is, not what any step computes.
 _MAY_CHANGE = {f"train.{key}" for key in ("steps", "accumulate", "log_every", "validate_every", "save_every", "keep", "rollbacks", "compile")}
-_MAY_CHANGE |= {"data.workers", "data.cache", "data.cache_gb"}
+_MAY_CHANGE |= {"data.workers", "data.cache", "data.cache_gb", "style.image"}  # where the painting lies: itself is compared, by `check_same_style`
 
 
 @dataclass(frozen=True)

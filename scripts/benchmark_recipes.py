@@ -57,7 +57,7 @@ def main(argv=None) -> int:
     plan = [(index, name, seed) for seed in args.seeds for index in range(len(paintings)) for name in configs]
     with StopRequest() as stop, cli.progress_bar(len(plan), unit="run") as bar:
         for index, name, seed in plan:
-            bar.set_postfix_str(f"{name}, {paintings[index].stem}, seed {seed}")
+            bar.set_postfix_str(f"{name}, {paintings[index].stem}, seed {seed}", refresh=False)
             try:
                 found = contest.run(name, configs[name][index], seed, firsts[index], train, stop)
             except TrainingDiverged as error:

@@ -36,7 +36,7 @@ def main(argv=None) -> int:
 
     with StopRequest() as stop, cli.Bar() as bar:
         weights = distill(config, args.run_dir, resolve_device(args.device), report, stop)
-    print(f"{'stopped, saved' if stop() else 'done'}: {weights}")
+    print(f"{'stopped, saved' if stop() else 'done'}: {weights}" if weights.exists() else "stopped before the first step: nothing to save")
     return stop.exit_code
 
 

@@ -9,8 +9,8 @@ from fastnst import cli
 EPILOG = """\
 examples:
   fastnst preview --style painting.jpg --output sheet.jpg
-  fastnst preview --style painting.jpg --output sheet.jpg --pick 2,1 --write configs/mine.yaml
-  fastnst train --config configs/mine.yaml --content photos/
+  fastnst preview --style painting.jpg --output sheet.jpg --pick 2,1 --write configs/picked.yaml
+  fastnst train --config configs/picked.yaml --content photos/
 
 Each cell is a picture optimized under the loss that training would use, without the grid, spectrum and stability terms,
 which only networks need. --pick counts from 1 and only writes."""
@@ -95,7 +95,7 @@ def main(argv=None) -> int:
     )
     with atomic_write(args.output) as temporary:
         sheet.save(temporary, quality=92)
-    print(f"{args.output}\nPick a cell: the same command with --pick ROW,COLUMN --write configs/mine.yaml")
+    print(f"{args.output}\nPick a cell: the same command with --pick ROW,COLUMN --write configs/picked.yaml")
     return 0
 
 

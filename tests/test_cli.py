@@ -207,6 +207,7 @@ def test_a_flag_that_is_needed_is_named(missing, capsys):
         (FileNotFoundError("no file"), 2, "error: no file\n"),
         (FloatingPointError("not finite"), 2, "error: not finite\n"),
         (MemoryError("use --short-side"), 2, "error: use --short-side\n"),
+        (MemoryError(), 2, "error: not enough memory\n"),
         (KeyboardInterrupt(), 130, "stopped\n"),
         (KeyboardInterrupt(143), 143, "stopped\n"),
     ],

@@ -8,7 +8,7 @@ import yaml
 from conftest import synthetic_photo
 from safetensors.torch import save_file
 
-from fastnst import cli
+from fastnst import cli, runtime
 from fastnst.checkpoint import STATE_NAME
 from fastnst.config import validate_config
 from fastnst.distill import (
@@ -114,6 +114,19 @@ def test_it_stops_and_resumes(config, tmp_path):
     steps = []
     distill(validate_config(DistillConfig, config), tmp_path / "run", report=lambda progress: steps.append(progress.step))
     assert sorted(set(steps)) == [3, 4]
+
+
+def test_a_stop_ahead_of_the_first_step_says_that_nothing_is_saved(config, tmp_path, capsys, monkeypatch):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(runtime.StopRequest, "__call__", lambda self: True)
+    cli.run(importlib.import_module("fastnst.scripts.distill").main, ["--config", str(tmp_path / "tiny.yaml"), "--run-dir", str(tmp_path / "run"), "--device", "cpu"])
+    assert capsys.readouterr().out == "stopped before the first step: nothing to save\n"
+
+
+def test_how_a_run_is_watched_may_change(config, tmp_path):
+    distill(validate_config(DistillConfig, config), tmp_path / "run")
+    config["distill"] |= {"log_every": 7, "save_every": 8, "validate_every": 9}
+    distill(validate_config(DistillConfig, config), tmp_path / "run")
 
 
 def test_another_config_is_refused_by_name(config, tmp_path):

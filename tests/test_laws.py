@@ -20,7 +20,7 @@ NOUNS = {
     "background": set(),
     "ranks": {"runtime"},
     "schedule": {"config"},
-    "picture": {"config", "files"},
+    "picture": {"config", "files", "runtime"},
     "image": {"picture"},
     "video_input": {"picture"},
     "video_output": {"config", "files", "picture", "video_input"},

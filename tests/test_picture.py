@@ -87,6 +87,31 @@ def test_photos_of_phones_are_read_upright_and_in_srgb(tmp_path, suffix):
     assert find_images(tmp_path) == [tmp_path / f"photo{suffix}"]
 
 
+def test_a_photo_of_a_phone_is_known_by_how_it_begins(tmp_path):
+    """In a process of its own: Pillow knows the plugin in this one by now."""
+    pytest.importorskip("pillow_heif", reason="needs pillow-heif: pip install 'fastnst[heic]'").register_heif_opener()
+    solid((200, 0, 0), size=(64, 48)).save(tmp_path / "a.heic")
+    (tmp_path / "a.heic").rename(tmp_path / "a.jpg")  # as many are sent on
+    script = "import sys; from fastnst.picture import open_rgb; print(open_rgb(sys.argv[1])[0].size)"
+    for hide, code, told in (("", 0, "(64, 48)"), ("import sys; sys.modules['pillow_heif'] = None; ", 1, "a.jpg: HEIC photos need pillow-heif")):
+        ended = subprocess.run([sys.executable, "-c", hide + script, str(tmp_path / "a.jpg")], capture_output=True, text=True)
+        assert ended.returncode == code and told in ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(
+    "error, told", [(MemoryError(), "not enough memory to decode it"), (OSError("points to\nposition 379\n"), r"damaged or unsupported image \(points to position 379\)")]
+)
+def test_what_decoders_raise_is_one_line(tmp_path, monkeypatch, error, told):
+    solid(0).save(tmp_path / "a.png")
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(OSError, match=rf"a\.png: {told}$"):
+        open_rgb(tmp_path / "a.png")
+
+
 def test_a_photo_of_a_phone_tells_what_reads_it(tmp_path, monkeypatch):
     path = tmp_path / "IMG_1.HEIC"
     path.write_bytes(bytes(100))  # which the plugin, of which another test may have told Pillow, does not take for its own

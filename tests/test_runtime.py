@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastnst import runtime
-from fastnst.runtime import StopRequest, autocast, first_line, in_one_line, keep_freed_memory, resolve_device, resolve_precision
+from fastnst.runtime import StopRequest, autocast, first_line, in_one_line, in_words, keep_freed_memory, resolve_device, resolve_precision
 
 
 @pytest.fixture
@@ -190,3 +190,4 @@ def test_what_an_error_says_is_short():
     error = RuntimeError("failed:\n    no such\tkernel\n  frame #0")
     assert (in_one_line(error), in_one_line(error, 10)) == ("failed: no such kernel frame #0", "failed: no")
     assert (first_line(error), first_line(EOFError())) == ("failed:", "EOFError")
+    assert (in_words(MemoryError()), in_words(MemoryError("7 GB"))) == ("not enough memory", "7 GB")

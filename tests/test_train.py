@@ -272,6 +272,12 @@ def test_another_painting_of_the_same_name_is_refused(train_data, tmp_path, pain
     assert fit(train_data, run_dir).finished
 
 
+def test_a_painting_that_was_moved_is_the_same(train_data, tmp_path, painting):
+    fit(train_data, tmp_path / "run", stop_at=2)
+    painting = painting.rename(tmp_path / "moved.png")
+    assert fit(train_data, tmp_path / "run", style__image=str(painting)).finished
+
+
 def test_a_state_of_an_older_version_that_does_not_tell_the_painting_resumes(train_data, tmp_path):
     fit(train_data, tmp_path / "run", stop_at=2)
     state = torch.load(tmp_path / "run" / "training_state.pt", weights_only=True)
