@@ -137,7 +137,7 @@ def distill(
     validation, _ = load_validation(photos.validation, config.data)
     if len(validation) < 2:
         raise ValueError(f"data.validation: got {len(validation)} held-out photo, need 2 or more to compare; give a folder or more photos")
-    teacher = load_loss_network(LossNetworkConfig(network="vgg19", weights=str(config.teacher.vgg19)), _EXACT_LAYERS).to(device)
+    teacher = load_loss_network(LossNetworkConfig(network="vgg19", weights=str(config.teacher.vgg19)), _EXACT_LAYERS, "teacher.vgg19").to(device)
     deep = None if config.teacher.deep is None else DeepTeacher(load_file(config.teacher.deep)).to(device)
     layers = [layer for layer in SLIM_HEADS if layer in _EXACT_LAYERS or deep is not None]
     stream = PhotoStream(photos.train, config.data, loop.seed)

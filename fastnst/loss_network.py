@@ -233,8 +233,8 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def load_loss_network(config: LossNetworkConfig, layers: Iterable[str]) -> LossNetwork:
-    """A ``LossNetwork`` with the weights that ``config`` names.
+def load_loss_network(config: LossNetworkConfig, layers: Iterable[str], asked_by: str = "loss.weights") -> LossNetwork:
+    """A ``LossNetwork`` with the weights that ``config`` names, as the key or flag ``asked_by`` has it.
 
     Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for a file that is no state dict of tensors or lacks a
     layer that is needed, and ``OSError`` with advice where a download is impossible.
@@ -246,7 +246,7 @@ def load_loss_network(config: LossNetworkConfig, layers: Iterable[str]) -> LossN
     elif weights in DOWNLOADS:
         state, mean, std = _download(config.network, weights)
     else:
-        state, mean, std = _read_state(SLIM_WEIGHTS if weights == "embedded" else Path(weights).expanduser())
+        state, mean, std = _read_state(SLIM_WEIGHTS if weights == "embedded" else Path(weights).expanduser(), asked_by)
     network = LossNetwork(config.network, layers, config.mean or mean or IMAGENET_MEAN, config.std or std or IMAGENET_STD, config.pooling, config.padding)
     if state is None:
         generator = torch.Generator().manual_seed(0)
@@ -282,9 +282,9 @@ def _extent(state: dict[str, Tensor], names: list[str]) -> str:
     return f"convolutions up to {names[max(held)]}" if held else f"{len(state)} other tensors, none named features.N.*"
 
 
-def _read_state(path: Path) -> tuple[dict[str, Tensor], Triple | None, Triple | None]:
+def _read_state(path: Path, asked_by: str) -> tuple[dict[str, Tensor], Triple | None, Triple | None]:
     if not path.is_file():
-        raise FileNotFoundError(f"loss.weights: no file at {path}; give auto, imagenet, imagenet_features (vgg16), embedded (vgg19_slim), random or the path of a .pth or .safetensors file")
+        raise FileNotFoundError(f"{asked_by}: no file at {path}; give auto, imagenet, imagenet_features (vgg16), embedded (vgg19_slim), random or the path of a .pth or .safetensors file")
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
@@ -297,7 +297,7 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], Triple | None, Triple | 
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged or unsafe files
         why = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"  # torch then advises to load it as code
-        raise ValueError(f"loss.weights: {path} is not a state dict of tensors, or damaged{why}; need a .pth or .safetensors file, whole pickled modules are not loaded") from error
+        raise ValueError(f"{asked_by}: {path} is not a state dict of tensors, or damaged{why}; need a .pth or .safetensors file, whole pickled modules are not loaded") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

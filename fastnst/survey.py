@@ -28,7 +28,7 @@ class Survey:
     gray: list[str]
 
     def __str__(self) -> str:
-        how = "all of them decoded" if self.thorough else f"headers of {self.looked_at:,} read"
+        how = "every one looked at" if self.thorough else f"headers of {self.looked_at:,} read"
         lines = [f"photos: {self.found:,} found, {how}"]
         for names, what in (
             (self.unreadable, "cannot be read and will be skipped"),

@@ -400,7 +400,7 @@ def test_check_data_tells_and_writes_nothing(train_main, photos, painting, tmp_p
     arguments = [*QUICK, "--content", str(photos), "--style", str(painting), "--run-dir", str(tmp_path / "run"), "--check-data"]
     assert cli.run(train_main, arguments) == 0
     printed = capsys.readouterr().out
-    assert "photos: 12 found, all of them decoded" in printed and "time: about" in printed and "disk: about" in printed
+    assert "photos: 12 found, every one looked at" in printed and "time: about" in printed and "disk: about" in printed
     assert not (tmp_path / "run").exists()
 
 

@@ -129,6 +129,12 @@ def test_how_a_run_is_watched_may_change(config, tmp_path):
     distill(validate_config(DistillConfig, config), tmp_path / "run")
 
 
+def test_a_teacher_that_is_not_there_is_named(config, tmp_path):
+    config["teacher"]["vgg19"] = str(tmp_path / "none.pth")
+    with pytest.raises(FileNotFoundError, match="teacher.vgg19: no file at .*none.pth"):
+        distill(validate_config(DistillConfig, config), tmp_path / "run")
+
+
 def test_another_config_is_refused_by_name(config, tmp_path):
     distill(validate_config(DistillConfig, config), tmp_path / "run")
     config["distill"]["gram_weight"] = 3.0

@@ -25,3 +25,8 @@ def test_style_falls_and_content_grows_on_the_way_from_photo_to_painting():
     photo, painting = to_tensor(synthetic_photo(1, 64, 64)), to_tensor(synthetic_photo(2, 64, 64))
     style, content = zip(*(judge.distances(photo, painting, torch.lerp(photo, painting, share)).values() for share in (0, 0.3, 0.7, 1)))
     assert list(style) == sorted(style, reverse=True) and list(content) == sorted(content)
+
+
+def test_a_judge_without_its_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="judge squeezenet1_0: no file at .*none.pth"):
+        load_judge(LossNetworkConfig(network="squeezenet1_0", weights=str(tmp_path / "none.pth")))

@@ -666,7 +666,7 @@ def test_check_data_decodes_everything_and_estimates(train_data, tmp_path, photo
         validate_config(TrainConfig, train_data), tmp_path / "run", torch.device("cpu"), lambda count, total: done.append((count, total))
     )
     assert done == [(count, 13) for count in range(1, 14)]
-    assert "13 found, all of them decoded" in text and "1 cannot be read" in text and "truncated.jpg" in text
+    assert "13 found, every one looked at" in text and "1 cannot be read" in text and "truncated.jpg" in text
     assert "time: about" in text and "for 6 steps" in text and "disk: about" in text
     assert not (tmp_path / "run").exists()
 
