@@ -31,7 +31,9 @@ class Blend:
         if not isinstance(self.opacity, Real) or not 0 <= self.opacity <= 1:
             raise ValueError(f"opacity: got {self.opacity!r}, need a number from 0, the photo, to 1, the stylized picture")
         if self.mask is not None and (not isinstance(self.mask, np.ndarray) or self.mask.dtype != np.uint8 or self.mask.ndim != 2 or not self.mask.size):
-            raise ValueError(f"mask: got {getattr(self.mask, 'dtype', type(self.mask).__name__)} of shape {np.shape(self.mask)}, need uint8 (H, W)")
+            raise ValueError(f"mask: got {getattr(self.mask, 'dtype', type(self.mask).__name__)} of shape {np.shape(self.mask)}, need a numpy array of uint8, (H, W)")
+        if self.mask is not None:
+            object.__setattr__(self, "mask", self.mask.copy())  # what is scaled of it is kept
 
     def __bool__(self) -> bool:
         """Whether it changes anything."""

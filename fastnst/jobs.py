@@ -15,7 +15,7 @@ class Job:
     target: Path
 
 
-def plan_jobs(inputs: list[str], output: str) -> list[Job]:
+def plan_jobs(inputs: list[str], output: str, mask: str | None = None) -> list[Job]:
     """What ``--input`` and ``--output`` mean: a list of files to read and write.
 
     Each input is a file, a folder (searched recursively, names below it kept) or a glob pattern. ``output`` is a file for a
@@ -52,7 +52,7 @@ def plan_jobs(inputs: list[str], output: str) -> list[Job]:
         jobs = [Job(source, folder / (name if name.suffix.lower() in WRITABLE else name.with_suffix(".png"))) for source, name in found]
 
     taken: dict[Path, Path] = {}
-    sources = {job.source.resolve() for job in jobs}
+    sources = {Path(source).resolve() for source in [*(job.source for job in jobs), *([mask] if mask else [])]}
     for job in jobs:
         if job.target.resolve() in sources:
             raise ValueError(f"--output would overwrite the input {job.target}; choose another --output")

@@ -50,4 +50,4 @@ def load_judge(config: LossNetworkConfig, device: torch.device = torch.device("c
     content, style = JUDGE_LAYERS[config.network]
     # Calibration at strength 5 multiplies style by 10: 0.1 makes the photo's own distance 1.
     loss = LossConfig(**config.model_dump(), strength=5, style_weight=0.1, content_layers={content: 1.0}, style_layers=dict.fromkeys(style, 1.0))
-    return Judge(loss, load_loss_network(loss, loss.layers, f"judge {config.network}").to(device))
+    return Judge(loss, load_loss_network(loss, loss.layers, f"--judge {config.network}").to(device))

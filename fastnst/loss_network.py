@@ -244,7 +244,7 @@ def load_loss_network(config: LossNetworkConfig, layers: Iterable[str], asked_by
     if weights == "random":
         state, mean, std = None, None, None
     elif weights in DOWNLOADS:
-        state, mean, std = _download(config.network, weights)
+        state, mean, std = _download(config.network, weights, asked_by)
     else:
         state, mean, std = _read_state(SLIM_WEIGHTS if weights == "embedded" else Path(weights).expanduser(), asked_by)
     network = LossNetwork(config.network, layers, config.mean or mean or IMAGENET_MEAN, config.std or std or IMAGENET_STD, config.pooling, config.padding)
@@ -318,7 +318,7 @@ def _triple(metadata: dict[str, str], key: str, path: Path) -> Triple | None:
     return red, green, blue
 
 
-def _download(network: str, name: str) -> tuple[dict[str, Tensor], Triple, Triple]:
+def _download(network: str, name: str, asked_by: str) -> tuple[dict[str, Tensor], Triple, Triple]:
     from torchvision.models import get_model_weights
 
     weights = get_model_weights(network)["IMAGENET1K_FEATURES" if name == "imagenet_features" else "IMAGENET1K_V1"]
@@ -327,7 +327,7 @@ def _download(network: str, name: str) -> tuple[dict[str, Tensor], Triple, Tripl
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
         raise OSError(
             f"could not download the {network} weights from {weights.url} ({error}). Fetch that file on a machine with a connection and put it "
-            f"in {Path(torch.hub.get_dir()) / 'checkpoints'}, or give its path with --set loss.weights=PATH"
+            f"in {Path(torch.hub.get_dir()) / 'checkpoints'}, or give its path: {asked_by}=PATH"
         ) from error
     except (EOFError, pickle.UnpicklingError) as error:
         raise OSError(f"{Path(torch.hub.get_dir()) / 'checkpoints' / Path(weights.url).name} is damaged ({error}); remove it and run again") from error

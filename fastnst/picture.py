@@ -19,7 +19,7 @@ from fastnst.files import atomic_write
 from fastnst.runtime import in_one_line
 
 WRITABLE = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-_FROM_PHONES, _PHONES_BRANDS = (".heic", ".heif"), (b"heic", b"heix", b"hevc", b"mif1", b"msf1")  # by name, and as such files begin
+_FROM_PHONES, _PHONES_BRANDS = (".heic", ".heif"), (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")  # by name, and as files begin
 READABLE = (*WRITABLE, ".gif", ".avif", *_FROM_PHONES)
 MOST_PIXELS = 2**29  # of a picture: 1.6 GB in 8 bits; strips take so many
 _WITH_ALPHA = (".png", ".webp", ".tif", ".tiff")
@@ -111,6 +111,7 @@ def _can_read_heif() -> bool:
         from pillow_heif import register_heif_opener
     except ImportError:
         return False
+    Image.init()  # then Pillow asks its own AVIF first, and hands on what begins likewise
     register_heif_opener()
     return True
 

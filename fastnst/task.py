@@ -233,7 +233,7 @@ def digest(path: Path) -> str:
 def check_same_style(image: Path, now: str, state: dict[str, Any]) -> None:
     """Raise ``ValueError`` where ``image``, whose digest is ``now``, is another picture than that of a training state; older states do not tell."""
     if state.get("style") not in (None, now):
-        raise ValueError(f"style.image: {image} is another picture than when the run began; choose another --run-dir, or put the old picture back")
+        raise ValueError(f"style.image: {image} is another picture than when the run began; choose another --run-dir, or give the old picture, wherever it lies now")
 
 
 def check_same_photos(task: Task) -> None:

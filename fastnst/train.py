@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class TrainResult:
 
 def plan(config: TrainConfig, run_dir: Path, device: torch.device) -> str:
     """What ``train`` would do, in words, with the inputs looked at but nothing written or downloaded."""
-    state = load_training_state(run_dir / STATE_NAME) if find_run(config, run_dir, _may_change(config)) else None
+    state = _find_state(config, run_dir)
     with as_large_as_fits(config.style, device):
         style = load_image(config.style.image, config.style)
     if state is not None:
@@ -105,7 +106,7 @@ def train(
     began, loop, run_dir = time.monotonic(), config.train, Path(run_dir)
     report = report if ranks.main else lambda progress: None
     with ranks.together():  # what is missing or wrong is found here, before anything is written
-        state = load_training_state(run_dir / STATE_NAME) if ranks.main and find_run(config, run_dir, _may_change(config)) else None
+        state = _find_state(config, run_dir) if ranks.main else None
         task = prepare(config, device, ranks)
         network, loss, optimizer = task.network, task.loss, make_optimizer(loop.optimizer, task.network)
         begun = snapshot(network, optimizer, 0, Watchdog().state())
@@ -188,6 +189,16 @@ def _set_off(task: Task, step: int, report: Callable[[TrainProgress], None], sho
         cache = keep_photos(task.photos.train, task.config.data, left * loop.batch_size / len(task.photos.train), say, should_stop)
     objective = Objective(ranks.average_gradients(task.network), task.loss, task.gradient.objective.precision, loop.compile)
     return replace(task, gradient=gradient_of(objective, loop, ranks, say), cache=cache)
+
+
+def _find_state(config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
+    """The training state to resume, or None where the run is new; raises as ``find_run``."""
+    if not find_run(config, run_dir, _may_change(config)):
+        return None
+    state = load_training_state(run_dir / STATE_NAME)
+    if state.get("style") is None:  # an older one does not tell the painting itself, so that where it lies has to
+        find_run(config, run_dir, _may_change(config) - {"style.image"})
+    return state
 
 
 def _may_change(config: TrainConfig) -> set[str]:

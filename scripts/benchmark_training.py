@@ -46,7 +46,7 @@ def main(argv=None) -> int:
         check_output(args.json, [cli.find_config(args.config), args.loss_weights], overwrite=True, flag="--json")
     given = ["style.image=.", "data.content=."]
     config = load_config(TrainConfig, cli.find_config(args.config), [*given, *args.set, cli.path_override("loss.weights", args.loss_weights)])
-    load_loss_network(config.loss, config.loss.layers)  # raises for weights that are not there; the processes that measure would each end in a traceback
+    load_loss_network(config.loss, config.loss.layers, "--loss-weights")  # raises for weights that are not there; the processes that measure would each end in a traceback
     configs = {Path(name).stem: load_config(TrainConfig, cli.find_config(name), [*given, "loss.weights=random"]) for name in args.also}
     with tempfile.TemporaryDirectory() as folder:
         content = args.content or draw_photos(Path(folder) / "photos", 64)

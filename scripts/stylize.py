@@ -118,7 +118,7 @@ def photos(args, stylizer, ranks, stop) -> int:
     from fastnst.picture import ImageSize
     from fastnst.stylize import stylize_files
 
-    planned = plan_jobs(args.input, args.output)
+    planned = plan_jobs(args.input, args.output, args.mask)
     mine = planned[ranks.rank :: ranks.size]
     jobs, failures, done = [], 0, 0
     with cli.progress_bar(len(mine), unit="photo", shown=ranks.main) as bar:
@@ -161,10 +161,13 @@ def clip(args, stylizer, finish, stop) -> int:
     """One video, or numbered pictures, into another."""
     from pathlib import Path
 
+    from fastnst.files import check_output
     from fastnst.picture import ImageSize
     from fastnst.streaming import stylize_video
     from fastnst.video_output import Encoding
 
+    if args.mask:
+        check_output(args.output, [args.mask], overwrite=True)
     if args.skip_existing and Path(args.output).exists():
         print(f"there already: {args.output}")
         return 0

@@ -159,7 +159,7 @@ def test_too_few_photos_for_a_batch_are_named(photos):
 def test_what_cannot_be_measured_is_one_line_at_once(photos, tmp_path, capfd):
     assert cli.run(main, ["--training", "--content", str(photos), *TINY, "--loss-weights", str(tmp_path / "nowhere.pth")]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"error: loss.weights: no file at {tmp_path / 'nowhere.pth'}")
+    assert line.startswith(f"error: --loss-weights: no file at {tmp_path / 'nowhere.pth'}")
     with pytest.raises(SystemExit):
         cli.run(main, ["--training", "--size", "8"])
     assert "argument --size: got 8, need a whole number from 16 to 8192" in capfd.readouterr().err

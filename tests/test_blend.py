@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import synthetic_photo
+from conftest import moving_frames, synthetic_photo
 from PIL import Image
 
 from fastnst import Stylizer
@@ -90,8 +90,12 @@ def test_a_mask_says_where():
 
 
 def test_a_mask_of_another_kind_is_told(model):
-    with pytest.raises(ValueError, match=r"mask: got float64 of shape \(2, 2\), need uint8 \(H, W\)"):
+    with pytest.raises(ValueError, match=r"mask: got float64 of shape \(2, 2\), need a numpy array of uint8, \(H, W\)"):
         Stylizer.from_file(model, mask=np.ones((2, 2)))
+    mask = np.zeros((2, 2), np.uint8)
+    blend = Blend(mask=mask)
+    mask[:] = 255  # its owner's
+    assert not blend.mask.any()
     with pytest.raises(FileNotFoundError, match="no image file at .*none.png"):
         Stylizer.from_file(model, mask="none.png")
 
@@ -143,3 +147,11 @@ def test_the_command_takes_a_mask(model, tmp_path, capsys):
     assert np.array_equal(right[:, :32], photo[:, :32]) and np.array_equal(right[:, 32:], whole[:, 32:]) and not np.array_equal(photo, whole)
     assert run(main, [*flags, str(tmp_path / "other.png"), "--mask", str(tmp_path / "none.png")]) == 2
     assert "none.png" in capsys.readouterr().err
+    kept = (tmp_path / "mask.png").read_bytes()
+    first, second = map(Image.fromarray, moving_frames(2))
+    first.save(tmp_path / "clip.gif", save_all=True, append_images=[second])
+    for source, mask in (("in.png", "mask.png"), ("clip.gif", "mask.gif")):
+        (tmp_path / mask).write_bytes(kept)
+        more = ["--input", str(tmp_path / source), "--mask", str(tmp_path / mask), "--overwrite", "--output", str(tmp_path / mask)]
+        assert run(main, ["--model", str(model), "--device", "cpu", *more]) == 2
+        assert "--output would overwrite the input" in capsys.readouterr().err and (tmp_path / mask).read_bytes() == kept

@@ -28,5 +28,5 @@ def test_style_falls_and_content_grows_on_the_way_from_photo_to_painting():
 
 
 def test_a_judge_without_its_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="judge squeezenet1_0: no file at .*none.pth"):
+    with pytest.raises(FileNotFoundError, match="--judge squeezenet1_0: no file at .*none.pth"):
         load_judge(LossNetworkConfig(network="squeezenet1_0", weights=str(tmp_path / "none.pth")))

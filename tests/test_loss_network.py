@@ -458,7 +458,7 @@ def test_impossible_download_gives_advice(tmp_path, monkeypatch, error):
     message = str(raised.value)
     assert "vgg16-397923af.pth" in message  # the file to fetch
     assert str(tmp_path / "hub" / "checkpoints") in message  # where to put it
-    assert "--set loss.weights=PATH" in message
+    assert "give its path: loss.weights=PATH" in message
 
 
 def test_advice_for_an_impossible_download_works(tmp_path, monkeypatch, toy_state):

@@ -283,6 +283,9 @@ def test_a_state_of_an_older_version_that_does_not_tell_the_painting_resumes(tra
     state = torch.load(tmp_path / "run" / "training_state.pt", weights_only=True)
     del state["style"]
     torch.save(state, tmp_path / "run" / "training_state.pt")
+    synthetic_photo(3, 128, 96).save(tmp_path / "another.png")
+    with pytest.raises(ValueError, match="undo the change of style.image"):
+        fit(train_data, tmp_path / "run", style__image=str(tmp_path / "another.png"))
     assert fit(train_data, tmp_path / "run").finished
 
 
