@@ -19,7 +19,7 @@ def plan_jobs(inputs: list[str], output: str, mask: str | None = None) -> list[J
     """What ``--input`` and ``--output`` mean: a list of files to read and write.
 
     Each input is a file, a folder (searched recursively, names below it kept) or a glob pattern. ``output`` is a file for a
-    single file, else a folder. In a folder a picture keeps its format where it can be written, else it becomes a PNG.
+    single file, else a folder; ``mask`` is read, too. In a folder a picture keeps its format where it can be written, else it becomes a PNG.
     Raises ``ValueError`` or ``FileNotFoundError`` where an input names nothing, two pictures would share an output, or a
     picture would overwrite one that is read.
     """

@@ -303,13 +303,14 @@ def _upright(pixels: np.ndarray, frame) -> np.ndarray:
 
 
 def _open_pictures(path: Path, size: ImageSize, say: Callable[[str], None], rate: Fraction) -> VideoInput:
-    numbered = _numbered_files(path) if is_numbered(path) else list(enumerate(_pictures_in(path), 1))
+    numbered = numbered_files(path) if is_numbered(path) else list(enumerate(_pictures_in(path), 1))
     if not numbered:
         raise FileNotFoundError(f"{path}: no pictures {'of such names' if is_numbered(path) else 'in this folder'}; looked for {', '.join(READABLE)}")
     return VideoInput(VideoInfo(str(path), len(numbered), rate, 1 / rate, variable_rate=False), lambda video: _read_pictures(numbered, video, size, say))
 
 
-def _numbered_files(pattern: Path) -> list[tuple[int, Path]]:
+def numbered_files(pattern: Path) -> list[tuple[int, Path]]:
+    """Those that are there of what ``pattern`` stands for, with their numbers, in order."""
     before, after = (pattern.name[: (hit := _NUMBERED.search(pattern.name)).start()], pattern.name[hit.end() :])
     name = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
     folder = pattern.parent

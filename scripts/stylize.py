@@ -60,12 +60,23 @@ def main(argv=None) -> int:
         network = load_network(args.model or cli.find_style(args.style))
         stylizer = Stylizer(load_engine(network, device, args.engine, args.precision), args.tile)
         blend = Blend(args.opacity, args.keep_colors, None if args.mask is None else read_mask(args.mask))
-        if args.camera:
-            return camera(args, stylizer, finishing(args, blend), stop)
-        if is_clip(args.input, args.output):
-            return clip(args, stylizer, finishing(args, blend), stop)
+        if args.camera or is_clip(args.input, args.output):
+            if args.mask and args.output:
+                spare(args.mask, args.output)
+            return (camera if args.camera else clip)(args, stylizer, finishing(args, blend), stop)
         stylizer.blend = blend
         return photos(args, stylizer, ranks, stop)
+
+
+def spare(mask, output) -> None:
+    """Raise ``ValueError`` where a video or numbered pictures would be written over the mask."""
+    from pathlib import Path
+
+    from fastnst.files import check_output
+    from fastnst.video_input import is_numbered, numbered_files
+
+    for path in [file for _, file in numbered_files(Path(output))] if is_numbered(output) else [output]:
+        check_output(path, [mask], overwrite=True)
 
 
 def finishing(args, blend):
@@ -161,13 +172,10 @@ def clip(args, stylizer, finish, stop) -> int:
     """One video, or numbered pictures, into another."""
     from pathlib import Path
 
-    from fastnst.files import check_output
     from fastnst.picture import ImageSize
     from fastnst.streaming import stylize_video
     from fastnst.video_output import Encoding
 
-    if args.mask:
-        check_output(args.output, [args.mask], overwrite=True)
     if args.skip_existing and Path(args.output).exists():
         print(f"there already: {args.output}")
         return 0

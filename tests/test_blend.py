@@ -150,8 +150,8 @@ def test_the_command_takes_a_mask(model, tmp_path, capsys):
     kept = (tmp_path / "mask.png").read_bytes()
     first, second = map(Image.fromarray, moving_frames(2))
     first.save(tmp_path / "clip.gif", save_all=True, append_images=[second])
-    for source, mask in (("in.png", "mask.png"), ("clip.gif", "mask.gif")):
+    for source, mask, output in (("in.png", "mask.png", "mask.png"), ("clip.gif", "mask.gif", "mask.gif"), ("clip.gif", "o_001.png", "o_%03d.png")):
         (tmp_path / mask).write_bytes(kept)
-        more = ["--input", str(tmp_path / source), "--mask", str(tmp_path / mask), "--overwrite", "--output", str(tmp_path / mask)]
+        more = ["--input", str(tmp_path / source), "--mask", str(tmp_path / mask), "--overwrite", "--output", str(tmp_path / output)]
         assert run(main, ["--model", str(model), "--device", "cpu", *more]) == 2
         assert "--output would overwrite the input" in capsys.readouterr().err and (tmp_path / mask).read_bytes() == kept
