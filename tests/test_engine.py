@@ -12,7 +12,7 @@ from conftest import PAIRS_ALONE
 from test_stages import staged
 
 from fastnst import engine as engines
-from fastnst import graph_engine, native, native_library, runtime
+from fastnst import graph_engine, native_library, runtime
 from fastnst.engine import ENGINES, is_installed, load_engine, load_network
 from fastnst.stylize import Stylizer
 from fastnst.tiles import stylize_tiled

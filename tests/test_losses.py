@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TOY_LOSS
 
-from fastnst import losses, self_product
+from fastnst import self_product
 from fastnst.config import ConfigError, validate_config
 from fastnst.loss_network import load_loss_network
 from fastnst.losses import (
