@@ -30,12 +30,16 @@ PUBLISHED = "published"
 ON_DEVICE = ", on the device"  # without the way there and back
 # A process says its peak itself: what the system tells its parent includes the parent's own memory at the fork.
 _PEAK_SCRIPT = """
-import atexit, re, resource, sys
+import atexit, re, sys
 def peak():
-    try:
+    if sys.platform == "win32":
+        import psutil
+        kilobytes = psutil.Process().memory_info().peak_wset // 1024
+    elif sys.platform == "darwin":
+        import resource
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    else:
         kilobytes = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
-    except OSError:
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
     print("peak", kilobytes, file=sys.stderr)
 atexit.register(peak)
 """

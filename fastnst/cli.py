@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import io
 import math
 import os
 import sys
@@ -68,6 +69,9 @@ def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | No
     from fastnst.picture import take_large_pictures
 
     take_large_pictures()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name of a file that the terminal, or on Windows a pipe, cannot show
     try:
         return command(argv)
     except KeyboardInterrupt as stop:

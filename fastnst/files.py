@@ -10,8 +10,9 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # not on Windows: there two trainings in one folder are not noticed
+except ImportError:  # on Windows, where files can be locked, not folders
     fcntl = None
+    import msvcrt
 
 
 def check_output(path: str | Path, inputs: Iterable[str | Path] = (), overwrite: bool = False, flag: str = "--output") -> None:
@@ -49,7 +50,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp, and some writers, make files private; results are the user's to share
-        with open(temporary, "rb") as written:
+        with open(temporary, "rb+") as written:  # Windows writes out only what is open for writing
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except BaseException as error:
@@ -123,9 +124,11 @@ def exclusive(folder: str | Path) -> Iterator[None]:
     except OSError as error:
         raise type(error)(error.errno, f"cannot write in {folder}: {error.strerror}") from error
     with lock:
-        if fcntl is not None:
-            try:
+        try:
+            if fcntl is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BlockingIOError(f"{folder} is in use by another training; wait for it or choose another --run-dir") from None
+            else:
+                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        except (BlockingIOError, PermissionError):  # the latter on Windows
+            raise BlockingIOError(f"{folder} is in use by another training; wait for it or choose another --run-dir") from None
         yield

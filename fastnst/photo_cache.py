@@ -12,6 +12,7 @@ import struct
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,8 +169,11 @@ def _build(path: Path, photos: list[Path], prepare: Prepare, limit_gb: float | N
                 if should_stop():
                     raise _Stopped
                 while pixels is not None and written + pixels.numel() + others_bytes > limit and others:
-                    others_bytes -= others[0].stat().st_size
-                    others.pop(0).unlink(missing_ok=True)
+                    oldest = others.pop(0)
+                    its_bytes = oldest.stat().st_size
+                    with suppress(PermissionError):  # on Windows, where another training reads it
+                        oldest.unlink(missing_ok=True)
+                        others_bytes -= its_bytes
                 if pixels is not None and written + pixels.numel() <= limit:
                     file.write(pixels.numpy().data)
                     written += pixels.numel()

@@ -251,6 +251,11 @@ def free_memory() -> int:
     with contextlib.suppress(OSError, StopIteration, ValueError):
         line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
         limits.append(int(line.split()[1]) * 1024)
+    if not limits:
+        with contextlib.suppress(ImportError):  # on Linux it is not asked for
+            import psutil
+
+            limits.append(psutil.virtual_memory().available)
     for folder in _cgroups("memory"):
         for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             with contextlib.suppress(OSError, ValueError):

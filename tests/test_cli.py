@@ -465,6 +465,13 @@ def test_a_dry_run_looks_for_the_weights(train_main, photos, painting, capsys):
     assert "loss.weights: no file at nowhere.pth" in capsys.readouterr().err
 
 
+def test_a_name_that_a_pipe_cannot_show_is_written_in_escapes(tmp_path):
+    code = r"import sys; from fastnst.cli import run; sys.exit(run(lambda _: print('done: \u65e5.jpg') or 0))"
+    windows = os.environ | {"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}  # as a pipe is there
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=windows)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done: \\u65e5.jpg\n", "")
+
+
 def test_a_cache_called_no_is_asked_back(train_main, photos, painting, tmp_path, capsys):
     given = ["--config", "smoke", "--content", str(photos), "--style", str(painting), "--dry-run"]
     assert cli.run(train_main, [*given, "--set", "data.cache=no"]) == 2

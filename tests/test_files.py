@@ -16,6 +16,14 @@ def test_what_is_new_or_may_be_replaced_may_be_written(tmp_path, name, overwrite
     check_output(tmp_path / name, [tmp_path / "in.png"], overwrite)
 
 
+def test_what_is_forced_to_the_disk_is_open_for_writing(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl", reason="Windows refuses by itself")
+    modes = []
+    monkeypatch.setattr(os, "fsync", lambda file: modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE))
+    write_text(tmp_path / "a.txt", "a")
+    assert modes == [os.O_RDWR]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", ["in.png", "more/../in.png", "link.png"])
 def test_an_input_may_not_be_overwritten_even_where_others_may(tmp_path, name, overwrite):

@@ -4,6 +4,7 @@ import platform
 import signal
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,7 +170,10 @@ def test_free_memory_without_a_limit_is_the_systems(tmp_path, monkeypatch):
     })
     assert runtime.free_memory() == 2048
     (tmp_path / "proc/meminfo").unlink()
+    monkeypatch.setitem(sys.modules, "psutil", None)
     assert runtime.free_memory() == 2 * 2**30
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=4096)))  # Windows, macOS
+    assert runtime.free_memory() == 4096
 
 
 @pytest.mark.parametrize("own, files", [
