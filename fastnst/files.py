@@ -65,7 +65,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     """The whole text, in UTF-8, or nothing. Raises as ``atomic_write``."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def remove_leftovers(path: str | Path) -> None:
@@ -129,6 +129,8 @@ def exclusive(folder: str | Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             else:
                 msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-        except (BlockingIOError, PermissionError):  # the latter on Windows
+        except OSError as error:
+            if fcntl is not None and not isinstance(error, BlockingIOError):
+                raise
             raise BlockingIOError(f"{folder} is in use by another training; wait for it or choose another --run-dir") from None
         yield

@@ -16,6 +16,9 @@ Plain C with the vector extensions of GCC and Clang; compiled once for each kind
 
 #include "native.h"
 
+#ifdef __AVX2__
+#include <cpuid.h>
+#endif
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -394,16 +397,33 @@ int fastnst_lanes(void) { return LANES; }
 
 int fastnst_halves(void) { return HALVES; }
 
-int fastnst_runs_here(void) {
-#if HALVES
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-#elif defined(__AVX512F__)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#elif defined(__AVX2__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-    return 1;
+#ifdef __AVX2__
+/* __builtin_cpu_supports says so, too, but not in Zig's libraries. */
+static int has(unsigned leaf, unsigned part, int which, int bit) {
+    unsigned words[4] = {0};
+    return __get_cpuid_count(leaf, part, &words[0], &words[1], &words[2], &words[3]) && words[which] >> bit & 1;
+}
+
+/* Whether the system keeps registers of these kinds for each thread. */
+static int keeps(unsigned kinds) {
+    unsigned low = 0, high;
+    if (has(1, 0, 2, 27)) __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & kinds) == kinds;
+}
 #endif
+
+int fastnst_runs_here(void) {
+    int runs = 1;
+#ifdef __AVX2__
+    runs = runs && keeps(6) && has(1, 0, 2, 12) && has(7, 0, 1, 5); /* FMA, AVX2 */
+#endif
+#ifdef __AVX512F__
+    runs = runs && keeps(0xe6) && has(7, 0, 1, 16);
+#endif
+#if HALVES
+    runs = runs && has(7, 0, 1, 30) && has(7, 0, 1, 31) && has(7, 1, 0, 5); /* BW, VL, BF16 */
+#endif
+    return runs;
 }
 
 /* Of transformed tiles: a core's cache holds them beside the kernels. */
@@ -445,12 +465,10 @@ int fastnst_convolve(const struct input *in, const struct convolution *c, int32_
         moments[thread] = (struct moments){at, at + c->channels, at + 2 * c->channels};
     }
     task.moments = moments;
-    void *memory;
-    if (posix_memalign(&memory, 64, threads * task.per_thread * sizeof(float))) {
+    if (!(task.memory = take_lines(threads * task.per_thread * sizeof(float)))) {
         free(sums);
         return -1;
     }
-    task.memory = memory;
     fastnst_parallel(threads, parts, kind == WINOGRAD ? winograd : kind == DIRECT ? direct : nested, &task);
     for (int channel = 0; channel < c->channels && sums; channel++) {
         double count = 0, mean = 0, squares = 0;
@@ -460,6 +478,6 @@ int fastnst_convolve(const struct input *in, const struct convolution *c, int32_
         c->mean[channel] = mean, c->squares[channel] = squares;
     }
     free(sums);
-    free(memory);
+    give_back_lines(task.memory);
     return 0;
 }

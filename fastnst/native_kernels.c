@@ -184,15 +184,14 @@ int fastnst_weigh(const struct input *in, const float *gradient, float *sums, in
     long tiles = bytes / (64 * 4 * (w.v_words + w.y_words));
     tiles = tiles < 16 ? 16 : tiles > all ? all : tiles;
     w.v_step = tiles * w.v_words + 16, w.y_step = tiles * w.y_words + 16; /* 16: not all in one set of the cache */
-    void *memory;
-    if (posix_memalign(&memory, 64, 64 * (w.v_step + w.y_step) * sizeof(float))) return -1;
-    w.V = memory, w.Y = w.V + 64 * w.v_step;
+    if (!(w.V = take_lines(64 * (w.v_step + w.y_step) * sizeof(float)))) return -1;
+    w.Y = w.V + 64 * w.v_step;
     for (; w.first < all; w.first += tiles) {
         w.tiles = all - w.first < tiles ? all - w.first : tiles;
         fastnst_parallel(threads, w.tiles, weigh_tile, &w);
         fastnst_parallel(threads, 64, weigh_products, &w);
     }
-    free(memory);
+    give_back_lines(w.V);
     return 0;
 }
 

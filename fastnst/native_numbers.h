@@ -2,6 +2,7 @@
 pointers are `restrict`; eights of channels are vectors already, or halves or pairs of them. */
 
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
@@ -74,6 +75,18 @@ static inline void merge(double *count, double *mean, double *squares, double ot
     *mean += difference * (other_count / total);
     *count = total;
 }
+
+/* ---- memory that begins where a line of the cache does ---- */
+
+static inline void *take_lines(size_t bytes) {
+    char *whole = malloc(bytes + 64 + sizeof(void *));
+    if (!whole) return NULL;
+    void **lines = (void **)(((uintptr_t)whole + sizeof(void *) + 63) / 64 * 64);
+    lines[-1] = whole;
+    return lines;
+}
+
+static inline void give_back_lines(void *lines) { free(((void **)lines)[-1]); }
 
 /* ---- threads ---- */
 

@@ -62,13 +62,14 @@ def main(argv=None) -> int:
     model = run_dir / MODEL_NAME
     first = next(iter(cli.shipped_styles()), None)
     apply = f"fastnst stylize --style {first} --input MY_PHOTO.jpg --output out.jpg" if first else f"fastnst stylize --model {model} --input MY_PHOTO.jpg --output out.jpg"
+    again = "python scripts\\quickstart.py --style MY_PAINTING.jpg" if sys.platform == "win32" else "STYLE=MY_PAINTING.jpg ./scripts/quickstart.sh"
     print(f"""
 Done in {time.monotonic() - began:.0f} s. Look at {path}
 The model: {model}   Its curves: tensorboard --logdir {args.output}
 
-Next, with your own pictures (the commands are in .venv/bin):
+Next, with your own pictures (the commands are in {Path(sys.executable).parent}):
   {apply}
-  STYLE=MY_PAINTING.jpg ./scripts/quickstart.sh
+  {again}
   fastnst train --config own --content MY_PHOTOS/ --style MY_PAINTING.jpg --run-dir checkpoints/mine""")
     return 0
 

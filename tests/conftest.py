@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-import platform
+import shutil
 import subprocess
 import sysconfig
 from fractions import Fraction
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from fastnst import winograd
+from fastnst.native_build import CPUS, IS_X86
 from fastnst.native_library import multiplies_pairs
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -52,20 +53,14 @@ def own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "caches" / "fastnst"
 
 
-CPUS = {
-    "any CPU": [],
-    "AVX2": ["-mavx2", "-mfma"],
-    "AVX-512": ["-mavx512f", "-mavx2", "-mfma"],
-    "AVX-512 with bfloat16": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mavx2", "-mfma"],
-}
-
-
 @pytest.fixture(scope="session", params=CPUS.values(), ids=CPUS)
 def library(request, tmp_path_factory):
     """The compiled code as each kind of CPU has it, one after the other; of those that this one can run."""
-    if platform.machine() not in ("x86_64", "AMD64") and request.param:
+    if request.param and not IS_X86:
         pytest.skip("another kind of CPU")
     compiler, built = (sysconfig.get_config_var("CC") or "cc").split()[0], tmp_path_factory.mktemp("native") / "other.so"
+    if not shutil.which(compiler):
+        pytest.skip(f"no C compiler called {compiler}")
     flags = ["-O2", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-shared", "-fPIC", *request.param]
     subprocess.run([compiler, *flags, *map(str, sorted((REPOSITORY / "fastnst").glob("*.c"))), "-o", str(built)], check=True)
     found = ctypes.CDLL(str(built))

@@ -113,7 +113,7 @@ def test_half_precision_model_is_loaded_in_float32(model):
 def resave(path: Path, change) -> None:
     """Write the model file anew after ``change(tensors, metadata)``."""
     with safe_open(path, framework="pt") as file:
-        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        tensors, metadata = {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata()  # a file that is mapped Windows does not let go
     change(tensors, metadata)
     save_file(tensors, path, metadata)
 

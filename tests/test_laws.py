@@ -49,6 +49,7 @@ NOUNS = {
     "fused_distances": {"fused_kernel", "self_product"},
     "recording": {"fused_kernel"},
     "moments": set(),
+    "native_build": set(),
     "native_library": {"runtime", "stages"},
     "native": {"moments", "native_library", "runtime", "stages"},
     "graph_engine": {"eight_bits", "onnx_graph", "runtime", "stages"},
