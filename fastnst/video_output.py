@@ -84,6 +84,8 @@ def create_video(
         return
     check_output(path, overwrite=overwrite)
     make = _GifFile if path.suffix.lower() == ".gif" else _VideoFile
+    if make is _VideoFile:
+        _encoder(path, encoding)  # told of before the first frame is computed
     with ExitStack() as stack:
         writer = None
 

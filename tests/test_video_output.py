@@ -116,9 +116,9 @@ def test_quality_and_preset_reach_the_encoder(tmp_path):
 
 
 @pytest.mark.parametrize("codec", ["h265", "aac", "no_such"])
-def test_an_unknown_codec_is_named_and_leaves_no_file(tmp_path, codec):
-    with pytest.raises(ValueError, match=f"codec '{codec}': no such video encoder.*hevc"):
-        save(tmp_path / "out.mp4", frames_of(moving_frames(1)), encoding=Encoding(codec=codec))
+def test_an_unknown_codec_is_named_before_the_first_frame_and_leaves_no_file(tmp_path, codec):
+    with pytest.raises(ValueError, match=f"codec '{codec}': no such video encoder.*hevc"), create_video(tmp_path / "out.mp4", INFO, Encoding(codec=codec)):
+        pytest.fail("frames would be computed")
     assert left_in(tmp_path) == []
 
 
