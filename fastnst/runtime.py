@@ -256,7 +256,18 @@ def free_memory() -> int:
             with contextlib.suppress(OSError, ValueError):
                 cached = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
                 limits.append(int((folder / limit).read_text()) - int((folder / used).read_text()) + int(cached[1] if cached else 0))
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError, AttributeError):
+            limits.append(os.sysconf("SC_PAGE_SIZE") * sum(map(_pages_of_macos, ("free", "purgeable", "pageable_external"))))  # free, let go by programs, or of files
     return max(0, min(limits)) if limits else 2 * 2**30
+
+
+def _pages_of_macos(kind: str) -> int:
+    """How many pages of memory are of this kind. Raises ``OSError`` where macOS does not tell, ``AttributeError`` elsewhere."""
+    count = ctypes.c_uint32()
+    if ctypes.CDLL(None).sysctlbyname(f"vm.page_{kind}_count".encode(), ctypes.byref(count), ctypes.byref(ctypes.c_size_t(4)), None, ctypes.c_size_t(0)):
+        raise OSError(f"macOS does not know vm.page_{kind}_count")
+    return count.value
 
 
 def _cgroups(controller: str) -> list[Path]:

@@ -1,9 +1,11 @@
 """Device, precision, and being asked to stop."""
 
+import ctypes
 import platform
 import signal
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -145,6 +147,7 @@ def _machine(root, monkeypatch, files):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     monkeypatch.setattr(runtime, "Path", lambda path: root / str(path).lstrip("/"))
+    monkeypatch.setattr(sys, "platform", "linux")
 
 
 @pytest.mark.parametrize("where, limit, used, own", [
@@ -169,6 +172,22 @@ def test_free_memory_without_a_limit_is_the_systems(tmp_path, monkeypatch):
     })
     assert runtime.free_memory() == 2048
     (tmp_path / "proc/meminfo").unlink()
+    assert runtime.free_memory() == 2 * 2**30
+
+
+def test_free_memory_of_macos_is_what_lies_free_or_can_be_dropped(tmp_path, monkeypatch):
+    pages = {b"vm.page_free_count": 3, b"vm.page_purgeable_count": 20, b"vm.page_pageable_external_count": 100, b"vm.page_pageable_internal_count": 1000}
+
+    def sysctlbyname(name, value, size, *_):
+        ctypes.cast(value, ctypes.POINTER(ctypes.c_uint32))[0] = pages.get(name, 7)
+        return 0 if name in pages and ctypes.cast(size, ctypes.POINTER(ctypes.c_size_t))[0] == 4 else -1
+
+    _machine(tmp_path, monkeypatch, {})
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace(sysctlbyname=sysctlbyname))
+    monkeypatch.setattr(runtime.os, "sysconf", {"SC_PAGE_SIZE": 16_384}.get, raising=False)
+    assert runtime.free_memory() == 123 * 16_384
+    del pages[b"vm.page_purgeable_count"]  # of another macOS
     assert runtime.free_memory() == 2 * 2**30
 
 
