@@ -285,7 +285,7 @@ def initialize_from_teacher(student: LossNetwork, teacher: LossNetwork, deep: De
 
 def _spanning_channels(features: Tensor, count: int) -> Tensor:
     """Indices of ``count`` channels that explain the others best: pivoted Cholesky on their normalized second moments."""
-    moments = gram_matrix(features, "hw").mean(0).double()
+    moments = gram_matrix(features, "hw").mean(0).cpu().double()  # which Apple's GPUs have not
     size = moments.diagonal().clamp(min=1e-12).sqrt()
     residual = moments / (size[:, None] * size[None, :])
     kept: list[int] = []
@@ -300,11 +300,11 @@ def _spanning_channels(features: Tensor, count: int) -> Tensor:
 
 def _linear_prediction(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Least squares over all positions: ``teacher`` = weight ``student`` + offset, slightly ridged."""
-    x = torch.cat([student, torch.ones_like(student[:, :1])], dim=1).transpose(0, 1).flatten(1).double()
-    y = teacher.transpose(0, 1).flatten(1).double()
+    x = torch.cat([student, torch.ones_like(student[:, :1])], dim=1).transpose(0, 1).flatten(1).cpu().double()
+    y = teacher.transpose(0, 1).flatten(1).cpu().double()
     moments = x @ x.T / x.shape[1]
-    ridge = 1e-5 * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-    solution = torch.linalg.solve(moments + ridge, x @ y.T / x.shape[1]).T.float()
+    ridge = 1e-5 * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype)
+    solution = torch.linalg.solve(moments + ridge, x @ y.T / x.shape[1]).T.float().to(student.device)
     return solution[:, :-1], solution[:, -1]
 
 

@@ -1,6 +1,8 @@
 """Which pictures a command reads, and where each result goes."""
 
 import glob
+import sys
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,14 +54,19 @@ def plan_jobs(inputs: list[str], output: str, mask: str | None = None) -> list[J
         jobs = [Job(source, folder / (name if name.suffix.lower() in WRITABLE else name.with_suffix(".png"))) for source, name in found]
 
     taken: dict[Path, Path] = {}
-    sources = {Path(source).resolve() for source in [*(job.source for job in jobs), *([mask] if mask else [])]}
+    sources = {_alike(Path(source).resolve()) for source in [*(job.source for job in jobs), *([mask] if mask else [])]}
     for job in jobs:
-        if job.target.resolve() in sources:
+        if _alike(job.target.resolve()) in sources:
             raise ValueError(f"--output would overwrite the input {job.target}; choose another --output")
-        other = taken.setdefault(job.target, job.source)
-        if other.resolve() != job.source.resolve():
+        other = taken.setdefault(_alike(job.target), job.source)
+        if _alike(other.resolve()) != _alike(job.source.resolve()):
             raise ValueError(f"{other} and {job.source} would both be written to {job.target}; stylize them into separate folders")
-    return list({job.target: job for job in jobs}.values())
+    return list({_alike(job.target): job for job in jobs}.values())
+
+
+def _alike(path: Path) -> Path:
+    """One for all names of a file: macOS minds neither large letters nor how an accent is written."""
+    return Path(unicodedata.normalize("NFC", str(path)).casefold()) if sys.platform == "darwin" else path
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

@@ -116,19 +116,28 @@ struct factors {
     const vec *start;
 };
 
+/* Those of `count` i: one, or as many as a vector has. */
+INLINE void products_of(int half, int rows, int count, const float *a, long step, const float *b, vec s[ROWS][2]) {
+    vec x[ROWS];
+    UNROLLED for (int r = 0; count > 1 && r < rows; r++) x[r] = load(a + r * step);
+    UNROLLED for (int i = 0; i < count; i++) {
+        vec b0 = load(b + i * WIDE), b1 = load(b + i * WIDE + LANES);
+        UNROLLED for (int r = 0; r < rows; r++) {
+            vec each = splat(count > 1 ? x[r][i] : a[r * step]);
+            s[r][0] = multiplied(half, s[r][0], each, b0);
+            s[r][1] = multiplied(half, s[r][1], each, b1);
+        }
+    }
+}
+
 INLINE void product_of(int half, int rows, const struct factors *f, long at, const float *b, float *to) {
     vec s[ROWS][2];
     UNROLLED for (int r = 0; r < rows; r++) s[r][0] = f->start[0], s[r][1] = f->start[1];
     for (long part = 0; part < f->parts; part++) {
         const float *a = f->a[part] + at;
-        for (long i = 0; i < f->n; i++, b += WIDE) {
-            vec b0 = load(b), b1 = load(b + LANES);
-            UNROLLED for (int r = 0; r < rows; r++) {
-                vec x = splat(a[r * f->step + i]);
-                s[r][0] = multiplied(half, s[r][0], x, b0);
-                s[r][1] = multiplied(half, s[r][1], x, b1);
-            }
-        }
+        long i = 0;
+        for (; i + TOGETHER <= f->n; i += TOGETHER, b += TOGETHER * WIDE) products_of(half, rows, TOGETHER, a + i, f->step, b, s);
+        for (; TOGETHER > 1 && i < f->n; i++, b += WIDE) products_of(half, rows, 1, a + i, f->step, b, s);
     }
     UNROLLED for (int r = 0; r < rows; r++) store(to + r * WIDE, s[r][0]), store(to + r * WIDE + LANES, s[r][1]);
 }

@@ -14,11 +14,15 @@
 #define ROWS 6 /* of a block of a matrix product; two vectors wide, so 12 of 16 registers hold sums */
 #else
 #define LANES 4
-#ifdef __aarch64__ /* 32 registers */
+#ifdef __aarch64__ /* 32 registers, of which 16 hold sums and 8 what they are multiplied by */
 #define ROWS 8
+#define TOGETHER LANES
 #else
 #define ROWS 6
 #endif
+#endif
+#ifndef TOGETHER /* numbers of a row that are loaded as a vector, for the CPUs that multiply by a lane of one; others spread each as they load it */
+#define TOGETHER 1
 #endif
 #define WIDE (2 * LANES)                /* outputs of a block */
 #define PIECES (LANES > 8 ? LANES / 8 : 1) /* of a vector, each of which belongs to one pixel */

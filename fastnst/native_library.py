@@ -117,8 +117,9 @@ def join_threads() -> None:
 
 @cache
 def _join_threads() -> None:
-    with suppress(OSError, TypeError, AttributeError):  # no such process, or no such function
-        native_library().fastnst_join(ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p))
+    for place in (None, sys.modules["torch"]._C.__file__):  # what the process shows to all, as torch itself finds it first, then what torch brought along for itself
+        with suppress(OSError, TypeError, AttributeError):  # no such process, or no such function
+            return native_library().fastnst_join(ctypes.cast(ctypes.CDLL(place).GOMP_parallel, ctypes.c_void_p))
 
 
 def multiplies_pairs() -> bool:

@@ -7,6 +7,8 @@ import torch
 import yaml
 from conftest import synthetic_photo
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnst import cli, runtime
 from fastnst.checkpoint import STATE_NAME
@@ -14,6 +16,7 @@ from fastnst.config import validate_config
 from fastnst.distill import (
     SLIM_NAME,
     DistillConfig,
+    _linear_prediction,
     _spanning_channels,
     distill,
     gram_difference_error,
@@ -68,6 +71,20 @@ def test_spanning_channels_pass_over_copies():
     channels = torch.rand(2, 3, 8, 8)
     doubled = torch.cat([channels, 2 * channels], dim=1)  # 3, 4, 5 are 0, 1, 2 again
     assert sorted(index % 3 for index in _spanning_channels(doubled, 3).tolist()) == [0, 1, 2]
+
+
+def test_the_start_takes_64_bits_on_the_cpu_alone():
+    """Apple's GPUs have no such numbers."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, act, types, args=(), kwargs=None):
+            made = act(*args, **(kwargs or {}))
+            assert not isinstance(made, torch.Tensor) or made.dtype != torch.float64 or made.device.type == "cpu", act
+            return made
+
+    with FakeTensorMode(), Watch():
+        weight, offset = _linear_prediction(torch.empty(2, 3, 4, 4, device="cuda"), torch.empty(2, 5, 4, 4, device="cuda"))
+    assert weight.shape == (5, 3) and weight.device == offset.device == torch.device("cuda", 0)
 
 
 def test_the_start_predicts_the_teacher(teacher):

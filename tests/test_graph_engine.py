@@ -59,11 +59,11 @@ def test_where_transposed_convolutions_copy_large_pictures_go_without_them(monke
 def test_ever_new_sizes_do_not_take_ever_more_memory():
     # OpenVINO keeps what it made for each size: without a limit these 240 take some 35 MB more
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import numpy as np; from test_stages import staged; from fastnst.engine import load_engine\n"
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); import numpy as np; from test_stages import staged; from fastnst.engine import load_engine\n"
         "engine, taken = load_engine(staged()[1], 'cpu', 'openvino'), []\n"
         "for index in range(480):\n"
         "    engine.run(np.zeros((1, 24 + index // 24, 24 + index % 24, 3), np.uint8))\n"
-        "    taken.append(int(open('/proc/self/statm').read().split()[1]) * 4096)\n"
+        "    taken.append(int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize())\n"
         "assert taken[-1] - taken[239] < 15e6, taken[::40]"
     )
     done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True)

@@ -1,5 +1,6 @@
 """Which files a command reads and writes: nothing twice, nothing lost."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,21 @@ def test_gif_and_png_of_one_name_are_refused(tmp_path):
 def test_an_input_is_never_overwritten(photos, inputs, output):
     with pytest.raises(ValueError, match="overwrite the input"):
         plan_jobs([str(photos / text) for text in inputs], str(photos / output))
+
+
+@pytest.mark.parametrize("name, alike", [("Photo.png", "photo.PNG"), ("caf\u00e9.png", "cafe\u0301.png")])
+def test_names_that_macos_takes_for_one_are_refused_there(tmp_path, monkeypatch, name, alike):
+    for folder, file in (("one", name), ("two", alike)):
+        (tmp_path / folder).mkdir()
+        synthetic_photo(0).save(tmp_path / folder / file, "PNG")
+    inputs = [str(tmp_path / "one"), str(tmp_path / "two")]
+    if sys.platform == "linux":
+        assert len(plan_jobs(inputs, str(tmp_path / "out"))) == 2
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(ValueError, match="would both be written to"):
+        plan_jobs(inputs, str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="would overwrite the input"):
+        plan_jobs(inputs[:1], str(tmp_path / "One"))
 
 
 @pytest.mark.parametrize("output", ["out.jpg", "out.PNG"])

@@ -170,7 +170,7 @@ def test_memory_that_is_not_there_is_told():
         "from fastnst.runtime import is_out_of_memory\n"
         "engine = load_engine(staged(width=32)[1], 'cpu', 'native', 'float32')\n"
         "engine.run(np.zeros((1, 40, 40, 3), np.uint8))\n"
-        "taken = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (taken + 30_000_000, -1))\n"
         "try:\n"
         "    engine.run(np.zeros((1, 900, 900, 3), np.uint8))\n"
