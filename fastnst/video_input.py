@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Rational
 from pathlib import Path
 
 import numpy as np
@@ -159,10 +160,11 @@ def _open_container(name: str, size: ImageSize, say: Callable[[str], None], form
         raise OSError(f"{name}: there is no video in it, only {found or 'nothing'}")
     stream = streams[0]
     stream.thread_type = "AUTO"
-    rate = stream.average_rate or stream.guessed_rate or PICTURES_PER_SECOND
+    average, guessed, base = map(_exact, (stream.average_rate, stream.guessed_rate, stream.base_rate))
+    rate = average or guessed or PICTURES_PER_SECOND
     start = Fraction(max(0, container.start_time or 0), 1_000_000)
     count, missing = stream.frames if whole else None, Fraction(0)
-    variable_rate = stream.average_rate is None or abs(stream.average_rate / (stream.base_rate or rate) - 1) > Fraction(1, 1000)
+    variable_rate = average is None or abs(average / (base or rate) - 1) > Fraction(1, 1000)
     hidden = stream.duration is not None and stream.duration * stream.time_base * rate < stream.frames - 1  # as what is trimmed without encoding it anew
     if whole and (not count or hidden):  # there is no table of frames, as an MP4 file has, or one of more than are shown
         if os.path.getsize(name) > _LARGE:
@@ -174,7 +176,7 @@ def _open_container(name: str, size: ImageSize, say: Callable[[str], None], form
         name=name,
         count=count or None,
         rate=rate,
-        time_base=stream.time_base,
+        time_base=_exact(stream.time_base),
         variable_rate=variable_rate,
         missing=missing,
         start=start,
@@ -183,6 +185,11 @@ def _open_container(name: str, size: ImageSize, say: Callable[[str], None], form
     if whole and container.streams.subtitles:
         say(f"{name}: its subtitles are left out")
     return VideoInput(info, lambda video: _decoded(container, stream, video, size, say), container.close)
+
+
+def _exact(rational: Rational | None) -> Fraction | None:
+    """A number of PyAV's, which from 19 on has a type of its own for them; None where it is not known."""
+    return Fraction(rational.numerator, rational.denominator) if rational else None
 
 
 def _look_through(name: str, index: int) -> tuple[int, bool, Fraction]:
