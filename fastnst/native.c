@@ -43,7 +43,7 @@ struct convolution {
 /* Those of a part, counted from `pivot`, one of its own numbers. */
 struct part {
     vec pivot, sum, squares;
-    long count;
+    int64_t count;
 };
 
 INLINE void part_add(struct part *part, vec v) {
@@ -62,9 +62,9 @@ struct moments {
 struct task {
     const struct input *in;
     const struct convolution *c;
-    long words;              /* floats, or pairs of halves, of an input's channels */
-    long across, per_thread; /* parts side by side; floats of a thread's own memory */
-    long tiles;              /* Winograd's, in a part */
+    int64_t words;              /* floats, or pairs of halves, of an input's channels */
+    int64_t across, per_thread; /* parts side by side; floats of a thread's own memory */
+    int64_t tiles;              /* Winograd's, in a part */
     float *memory;
     struct moments *moments;
 };
@@ -85,12 +85,12 @@ static inline struct target target_of(const struct convolution *c, int output) {
     return t;
 }
 
-INLINE float *target_at(int half, const struct convolution *c, const struct target *t, int piece, long y, long x) {
-    long at = ((y * c->shuffle + t->down[piece]) * c->width + x * c->shuffle + t->across[piece]) * c->channels + t->channel[piece];
+INLINE float *target_at(int half, const struct convolution *c, const struct target *t, int piece, int64_t y, int64_t x) {
+    int64_t at = ((y * c->shuffle + t->down[piece]) * c->width + x * c->shuffle + t->across[piece]) * c->channels + t->channel[piece];
     return c->output + (half == 2 ? at / 2 : at);
 }
 
-INLINE void put(int half, const struct convolution *c, const struct target *t, long y, long x, vec v) {
+INLINE void put(int half, const struct convolution *c, const struct target *t, int64_t y, int64_t x, vec v) {
     if (t->together) {
         store_numbers(half == 2, target_at(half, c, t, 0, y, x), v, ALL);
         return;
@@ -103,7 +103,7 @@ INLINE void put(int half, const struct convolution *c, const struct target *t, l
 static void moments_add(struct moments *m, const struct target *target, struct part part) {
     for (int lane = 0; lane < LANES; lane++) {
         double n = part.count, sum = part.sum[lane];
-        long channel = target->channel[lane / PIECE] + lane % PIECE;
+        int64_t channel = target->channel[lane / PIECE] + lane % PIECE;
         if (target->channel[lane / PIECE] >= 0)
             merge(m->count + channel, m->mean + channel, m->squares + channel, n, part.pivot[lane] + sum / n, part.squares[lane] - sum * sum / n);
     }
@@ -112,12 +112,12 @@ static void moments_add(struct moments *m, const struct target *target, struct p
 /* to[r] = start + the sum over `parts` and `n` of a[part][at + r * step + i] * b[part][i], a vector WIDE; what is known where it is called: `half` and `rows`. */
 struct factors {
     const float *const *a;
-    long parts, n, step;
+    int64_t parts, n, step;
     const vec *start;
 };
 
 /* Those of `count` i: one, or as many as a vector has. */
-INLINE void products_of(int half, int rows, int count, const float *a, long step, const float *b, vec s[ROWS][2]) {
+INLINE void products_of(int half, int rows, int count, const float *a, int64_t step, const float *b, vec s[ROWS][2]) {
     vec x[ROWS];
     UNROLLED for (int r = 0; count > 1 && r < rows; r++) x[r] = load(a + r * step);
     UNROLLED for (int i = 0; i < count; i++) {
@@ -130,12 +130,12 @@ INLINE void products_of(int half, int rows, int count, const float *a, long step
     }
 }
 
-INLINE void product_of(int half, int rows, const struct factors *f, long at, const float *b, float *to) {
+INLINE void product_of(int half, int rows, const struct factors *f, int64_t at, const float *b, float *to) {
     vec s[ROWS][2];
     UNROLLED for (int r = 0; r < rows; r++) s[r][0] = f->start[0], s[r][1] = f->start[1];
-    for (long part = 0; part < f->parts; part++) {
+    for (int64_t part = 0; part < f->parts; part++) {
         const float *a = f->a[part] + at;
-        long i = 0;
+        int64_t i = 0;
         for (; i + TOGETHER <= f->n; i += TOGETHER, b += TOGETHER * WIDE) products_of(half, rows, TOGETHER, a + i, f->step, b, s);
         for (; TOGETHER > 1 && i < f->n; i++, b += WIDE) products_of(half, rows, 1, a + i, f->step, b, s);
     }
@@ -143,10 +143,10 @@ INLINE void product_of(int half, int rows, const struct factors *f, long at, con
 }
 
 /* Functions of their own, where GCC 12 else keeps the sums of so many rows in memory. */
-static __attribute__((noinline)) void product_of_all(const struct factors *f, long at, const float *b, float *to) { product_of(0, ROWS, f, at, b, to); }
-static __attribute__((noinline)) void product_of_halves(const struct factors *f, long at, const float *b, float *to) { product_of(HALVES, ROWS, f, at, b, to); }
+static __attribute__((noinline)) void product_of_all(const struct factors *f, int64_t at, const float *b, float *to) { product_of(0, ROWS, f, at, b, to); }
+static __attribute__((noinline)) void product_of_halves(const struct factors *f, int64_t at, const float *b, float *to) { product_of(HALVES, ROWS, f, at, b, to); }
 
-INLINE void product(int half, int rows, const struct factors *f, long at, const float *b, float *to) {
+INLINE void product(int half, int rows, const struct factors *f, int64_t at, const float *b, float *to) {
     if (rows == ROWS) (half ? product_of_halves : product_of_all)(f, at, b, to);
     else product_of(half, rows, f, at, b, to);
 }
@@ -174,7 +174,7 @@ INLINE void transform_output(int m, const vec *p, vec *y) {
 }
 
 /* y[i][j] of M[k]; `step` floats lie between two k. */
-INLINE void tile_out(int m, const float *M, long step, vec y[6][6]) {
+INLINE void tile_out(int m, const float *M, int64_t step, vec y[6][6]) {
     vec between[6][8];
     int n = m + 2;
     for (int k = 0; k < n; k++) {
@@ -187,19 +187,19 @@ INLINE void tile_out(int m, const float *M, long step, vec y[6][6]) {
 }
 
 /* A block of outputs of `tiles` tiles, counted row by row of `across`, from `first` on: M[k][tile][output] */
-INLINE void tiles_out(int half, int m, const struct convolution *c, long block, const float *M, long step, long first, long across, long tiles, struct moments *moments) {
-    long height = c->height / c->shuffle, width = c->width / c->shuffle;
+INLINE void tiles_out(int half, int m, const struct convolution *c, int64_t block, const float *M, int64_t step, int64_t first, int64_t across, int64_t tiles, struct moments *moments) {
+    int64_t height = c->height / c->shuffle, width = c->width / c->shuffle;
     const int counted = c->mean != NULL;
     for (int j = 0; j < 2; j++) {
         struct target target = target_of(c, block * WIDE + j * LANES);
         if (target.channel[0] < 0) continue;
         vec bias = c->bias ? load(c->bias + block * WIDE + j * LANES) : splat(0);
         struct part part = {.count = 0};
-        for (long tile = 0; tile < tiles; tile++) {
+        for (int64_t tile = 0; tile < tiles; tile++) {
             vec y[6][6];
             tile_out(m, M + tile * WIDE + j * LANES, step, y);
-            long y0 = (first + tile) / across * m, x0 = (first + tile) % across * m;
-            long rows = height - y0 < m ? height - y0 : m, columns = width - x0 < m ? width - x0 : m;
+            int64_t y0 = (first + tile) / across * m, x0 = (first + tile) % across * m;
+            int64_t rows = height - y0 < m ? height - y0 : m, columns = width - x0 < m ? width - x0 : m;
             if (!part.count) part.pivot = y[0][0] + bias;
             UNROLLED for (int i = 0; i < m; i++)
                 UNROLLED for (int l = 0; l < m; l++)
@@ -215,17 +215,17 @@ INLINE void tiles_out(int half, int m, const struct convolution *c, long block, 
 }
 
 /* 3x3: a product of matrices for each k. */
-INLINE void winograd_part(int half, struct task *task, long index, long thread) {
+INLINE void winograd_part(int half, struct task *task, int64_t index, int64_t thread) {
     const int m = OUTPUTS(half);
     const struct convolution *c = task->c;
-    long height = c->height / c->shuffle, width = c->width / c->shuffle, words = task->words;
-    long across = (width + m - 1) / m, first = index * task->tiles, left = (height + m - 1) / m * across - first, points = (m + 2) * (m + 2);
-    long tiles = left < task->tiles ? left : task->tiles;
-    long v_step = task->tiles * words + 16, m_step = task->tiles * WIDE + 16; /* 16: not all in one set of the cache */
+    int64_t height = c->height / c->shuffle, width = c->width / c->shuffle, words = task->words;
+    int64_t across = (width + m - 1) / m, first = index * task->tiles, left = (height + m - 1) / m * across - first, points = (m + 2) * (m + 2);
+    int64_t tiles = left < task->tiles ? left : task->tiles;
+    int64_t v_step = task->tiles * words + 16, m_step = task->tiles * WIDE + 16; /* 16: not all in one set of the cache */
     float *V = task->memory + thread * task->per_thread, *M = V + points * v_step;
     vec nothing[2] = {splat(0), splat(0)};
-    for (long tile = 0; tile < tiles; tile++) tile_in(half == 2, half, m, task->in, (first + tile) / across, (first + tile) % across, V + tile * words, v_step);
-    for (long block = 0; block < c->outputs / WIDE; block++) {
+    for (int64_t tile = 0; tile < tiles; tile++) tile_in(half == 2, half, m, task->in, (first + tile) / across, (first + tile) % across, V + tile * words, v_step);
+    for (int64_t block = 0; block < c->outputs / WIDE; block++) {
         for (int k = 0; k < points; k++) {
             const float *a = V + k * v_step, *U = c->weight + (block * points + k) * words * WIDE;
             struct factors f = {&a, 1, words, words, nothing};
@@ -239,13 +239,13 @@ INLINE void winograd_part(int half, struct task *task, long index, long thread) 
 
 /* name(task, index, thread) by name_part(half, task, index, thread), which knows `half` in advance. */
 #define IN_EITHER(name)                                                            \
-    static void name(void *given, long index, long thread) {                       \
+    static void name(void *given, int64_t index, int64_t thread) {                       \
         struct task *task = given;                                                 \
         if (HALVES && task->c->half) name##_part(1, task, index, thread);          \
         else name##_part(0, task, index, thread);                                  \
     }
 
-static void winograd(void *given, long index, long thread) {
+static void winograd(void *given, int64_t index, int64_t thread) {
     struct task *task = given;
     if (HALVES && task->c->half == 2) winograd_part(2, task, index, thread);
     else if (HALVES && task->c->half) winograd_part(1, task, index, thread);
@@ -255,18 +255,18 @@ static void winograd(void *given, long index, long thread) {
 /* 9x9, as 3x3 kernels of 3x3: each of them sees a tile three further on, so all share the tiles' transforms, and their products add up. */
 struct nest {
     const float *V[3]; /* rows of tiles: [k][tile][channel] */
-    long v_step, m_step, words;
+    int64_t v_step, m_step, words;
     float *M;
 };
 
 /* To 3 channels: vectors along the input's channels. M[k][3 * tile + output] */
-INLINE void nested_dots(int half, int rows, const struct nest *nest, long k, long at, const float *u) {
-    long n = 3 * nest->words;
+INLINE void nested_dots(int half, int rows, const struct nest *nest, int64_t k, int64_t at, const float *u) {
+    int64_t n = 3 * nest->words;
     vec sums[ROWS][3];
     for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = sums[r][2] = splat(0);
     for (int a = 0; a < 3; a++) {
         const float *v = nest->V[a] + k * nest->v_step + at * nest->words, *w = u + a * 3 * n;
-        for (long i = 0; i < n; i += LANES) {
+        for (int64_t i = 0; i < n; i += LANES) {
             some which = first(n - i);
             vec w0 = load_some(w + i, which), w1 = load_some(w + n + i, which), w2 = load_some(w + 2 * n + i, which);
             UNROLLED for (int r = 0; r < rows; r++) {
@@ -282,42 +282,42 @@ INLINE void nested_dots(int half, int rows, const struct nest *nest, long k, lon
         for (int o = 0; o < 3; o++) m[3 * r + o] = total(sums[r][o]);
 }
 
-static void dots_out(const struct convolution *c, const struct nest *nest, long row, long column, long tiles) {
-    for (long at = 0; at < 3 * tiles; at += LANES) {
+static void dots_out(const struct convolution *c, const struct nest *nest, int64_t row, int64_t column, int64_t tiles) {
+    for (int64_t at = 0; at < 3 * tiles; at += LANES) {
         vec y[6][6];
         tile_out(3, nest->M + at, nest->m_step, y);
         for (int lane = 0; lane < LANES && at + lane < 3 * tiles; lane++) {
-            long o = (at + lane) % 3, y0 = 3 * row, x0 = 3 * (column + (at + lane) / 3);
+            int64_t o = (at + lane) % 3, y0 = 3 * row, x0 = 3 * (column + (at + lane) / 3);
             for (int i = 0; i < 3 && y0 + i < c->height; i++)
                 for (int j = 0; j < 3 && x0 + j < c->width; j++) c->output[((y0 + i) * c->width + x0 + j) * 3 + o] = y[i][j][lane] + c->bias[o];
         }
     }
 }
 
-INLINE void nested_part(int half, struct task *task, long index, long thread) {
+INLINE void nested_part(int half, struct task *task, int64_t index, int64_t thread) {
     const struct convolution *c = task->c;
-    long down = (c->height + 2) / 3, across = (c->width + 2) / 3, words = task->words;
-    long begin = index / task->across * NESTED_ROWS, column = index % task->across * NESTED_COLUMNS;
-    long end = begin + NESTED_ROWS < down ? begin + NESTED_ROWS : down, tiles = across - column < NESTED_COLUMNS ? across - column : NESTED_COLUMNS;
+    int64_t down = (c->height + 2) / 3, across = (c->width + 2) / 3, words = task->words;
+    int64_t begin = index / task->across * NESTED_ROWS, column = index % task->across * NESTED_COLUMNS;
+    int64_t end = begin + NESTED_ROWS < down ? begin + NESTED_ROWS : down, tiles = across - column < NESTED_COLUMNS ? across - column : NESTED_COLUMNS;
     struct nest nest = {.v_step = (NESTED_COLUMNS + 2) * words + 16, .m_step = NESTED_COLUMNS * WIDE + 16, .words = words};
     float *V = task->memory + thread * task->per_thread;
     nest.M = V + 3 * 25 * nest.v_step;
     vec nothing[2] = {splat(0), splat(0)};
-    for (long row = begin; row < end + 2; row++) {
-        for (long tile = 0; tile < tiles + 2; tile++) tile_in(0, half, 3, task->in, row, column + tile, V + row % 3 * 25 * nest.v_step + tile * words, nest.v_step);
+    for (int64_t row = begin; row < end + 2; row++) {
+        for (int64_t tile = 0; tile < tiles + 2; tile++) tile_in(0, half, 3, task->in, row, column + tile, V + row % 3 * 25 * nest.v_step + tile * words, nest.v_step);
         if (row < begin + 2) continue;
         for (int a = 0; a < 3; a++) nest.V[a] = V + (row - 2 + a) % 3 * 25 * nest.v_step;
         if (c->outputs == 3) {
-            for (long k = 0; k < 25; k++) {
-                long at = 0;
+            for (int64_t k = 0; k < 25; k++) {
+                int64_t at = 0;
                 for (; at + 4 <= tiles; at += 4) nested_dots(half, 4, &nest, k, at, c->weight + k * 27 * words);
                 for (; at < tiles; at++) nested_dots(half, 1, &nest, k, at, c->weight + k * 27 * words);
             }
             dots_out(c, &nest, row - 2, column, tiles);
             continue;
         }
-        for (long block = 0; block < c->outputs / WIDE; block++) {
-            for (long k = 0; k < 25; k++) {
+        for (int64_t block = 0; block < c->outputs / WIDE; block++) {
+            for (int64_t k = 0; k < 25; k++) {
                 const float *a[3], *U = c->weight + (block * 25 + k) * 9 * words * WIDE;
                 for (int i = 0; i < 3; i++) a[i] = nest.V[i] + k * nest.v_step;
                 struct factors f = {a, 3, 3 * words, words, nothing};
@@ -335,18 +335,18 @@ IN_EITHER(nested)
 /* ---- directly ---- */
 
 /* Rows and columns of the input, padded and normalized: (rows, columns, channels). */
-INLINE void rows_in(int half, const struct input *in, long row, long rows, long column, long columns, float *to) {
-    long channels = in->channels, whole = channels % 8 ? 0 : channels, words = half ? channels / 2 : channels;
-    for (long i = 0; i < rows; i++) {
+INLINE void rows_in(int half, const struct input *in, int64_t row, int64_t rows, int64_t column, int64_t columns, float *to) {
+    int64_t channels = in->channels, whole = channels % 8 ? 0 : channels, words = half ? channels / 2 : channels;
+    for (int64_t i = 0; i < rows; i++) {
         const int32_t *across = in->columns + column;
-        const float *x = in->rows[row + i] < 0 ? NULL : in->x + (long)in->rows[row + i] * in->width * channels;
-        for (long c = 0; c < whole; c += LANES) {
+        const float *x = in->rows[row + i] < 0 ? NULL : in->x + (int64_t)in->rows[row + i] * in->width * channels;
+        for (int64_t c = 0; c < whole; c += LANES) {
             struct reading reading = reading_of(in, c);
             float *at = to + (half ? c / 2 : c);
-            for (long j = 0; j < columns; j++, at += words) store_numbers(half, at, read_from(0, &reading, x && across[j] >= 0 ? x + across[j] * channels + c : NULL), reading.which);
+            for (int64_t j = 0; j < columns; j++, at += words) store_numbers(half, at, read_from(0, &reading, x && across[j] >= 0 ? x + across[j] * channels + c : NULL), reading.which);
         }
-        for (long j = 0; j < columns; j++, to += words)
-            for (long c = whole; c < channels; c++) { /* never halves */
+        for (int64_t j = 0; j < columns; j++, to += words)
+            for (int64_t c = whole; c < channels; c++) { /* never halves */
                 const float *from = x && across[j] >= 0 ? x + across[j] * channels : NULL;
                 float v = from ? in->gain[c] * from[c] + in->shift[c] : in->value[c];
                 to[c] = from && v < in->floor[c] ? in->floor[c] : v;
@@ -354,8 +354,8 @@ INLINE void rows_in(int half, const struct input *in, long row, long rows, long 
     }
 }
 
-INLINE void direct_product(int half, int rows, const struct convolution *c, const struct factors *f, const float *weight, const struct target targets[2], long y, long x0,
-                           long at, struct part part[2]) {
+INLINE void direct_product(int half, int rows, const struct convolution *c, const struct factors *f, const float *weight, const struct target targets[2], int64_t y, int64_t x0,
+                           int64_t at, struct part part[2]) {
     float sums[ROWS * WIDE];
     product(half, rows, f, (at - x0) * f->step, weight, sums);
     for (int j = 0; j < 2; j++) {
@@ -368,15 +368,15 @@ INLINE void direct_product(int half, int rows, const struct convolution *c, cons
     }
 }
 
-INLINE void direct_part(int half, struct task *task, long index, long thread) {
+INLINE void direct_part(int half, struct task *task, int64_t index, int64_t thread) {
     const struct convolution *c = task->c;
-    long height = c->height / c->shuffle, width = c->width / c->shuffle, words = task->words, kernel = c->kernel, stride = c->stride;
-    long y0 = index / task->across * DIRECT_ROWS, x0 = index % task->across * DIRECT_COLUMNS;
-    long y1 = y0 + DIRECT_ROWS < height ? y0 + DIRECT_ROWS : height, x1 = x0 + DIRECT_COLUMNS < width ? x0 + DIRECT_COLUMNS : width;
-    long columns = (x1 - x0 - 1) * stride + kernel;
+    int64_t height = c->height / c->shuffle, width = c->width / c->shuffle, words = task->words, kernel = c->kernel, stride = c->stride;
+    int64_t y0 = index / task->across * DIRECT_ROWS, x0 = index % task->across * DIRECT_COLUMNS;
+    int64_t y1 = y0 + DIRECT_ROWS < height ? y0 + DIRECT_ROWS : height, x1 = x0 + DIRECT_COLUMNS < width ? x0 + DIRECT_COLUMNS : width;
+    int64_t columns = (x1 - x0 - 1) * stride + kernel;
     float *x = task->memory + thread * task->per_thread;
     rows_in(half, task->in, y0 * stride, (y1 - y0 - 1) * stride + kernel, x0 * stride, columns, x);
-    for (long block = 0; block < c->outputs / WIDE; block++) {
+    for (int64_t block = 0; block < c->outputs / WIDE; block++) {
         struct target targets[2];
         vec bias[2];
         struct part part[2] = {{.count = 0}, {.count = 0}};
@@ -385,9 +385,9 @@ INLINE void direct_part(int half, struct task *task, long index, long thread) {
             bias[j] = c->bias ? load(c->bias + block * WIDE + j * LANES) : splat(0);
         }
         const float *weight = c->weight + block * kernel * kernel * words * WIDE;
-        for (long y = y0; y < y1; y++) {
+        for (int64_t y = y0; y < y1; y++) {
             const float *a[16]; /* the largest kernel, which Python knows */
-            for (long k = 0; k < kernel; k++) a[k] = x + ((y - y0) * stride + k) * columns * words;
+            for (int64_t k = 0; k < kernel; k++) a[k] = x + ((y - y0) * stride + k) * columns * words;
             struct factors f = {a, kernel, kernel * words, stride * words, bias};
 #define ONE(rows) direct_product(half, rows, c, &f, weight, targets, y, x0, at, part)
             IN_ROWS(x0, x1, ONE)
@@ -436,8 +436,8 @@ int fastnst_runs_here(void) {
 }
 
 /* Of transformed tiles: a core's cache holds them beside the kernels. */
-static long tiles_bytes(void) {
-    long cache = 0, fewest = 192 * 1024;
+static int64_t tiles_bytes(void) {
+    int64_t cache = 0, fewest = 192 * 1024;
 #ifdef _SC_LEVEL2_CACHE_SIZE
     cache = sysconf(_SC_LEVEL2_CACHE_SIZE); /* 0 where it is not known */
 #endif
@@ -449,12 +449,12 @@ static long tiles_bytes(void) {
 enum { WINOGRAD, DIRECT, NESTED };
 
 int fastnst_convolve(const struct input *in, const struct convolution *c, int32_t kind) {
-    long height = c->height / c->shuffle, width = c->width / c->shuffle, threads = c->threads < 1 ? 1 : c->threads > 256 ? 256 : c->threads, parts;
+    int64_t height = c->height / c->shuffle, width = c->width / c->shuffle, threads = c->threads < 1 ? 1 : c->threads > 256 ? 256 : c->threads, parts;
     struct task task = {.in = in, .c = c, .words = c->half ? in->channels / 2 : in->channels};
     if (kind == WINOGRAD) {
-        long m = OUTPUTS(c->half), points = (m + 2) * (m + 2);
+        int64_t m = OUTPUTS(c->half), points = (m + 2) * (m + 2);
         task.tiles = tiles_bytes() / (points * 4 * task.words) / ROWS * ROWS;
-        long fewest = in->channels < 256 ? ROWS : 2 * ROWS; /* kernels too large for a cache are read less often so */
+        int64_t fewest = in->channels < 256 ? ROWS : 2 * ROWS; /* kernels too large for a cache are read less often so */
         task.tiles = task.tiles < fewest ? fewest : task.tiles;
         parts = ((width + m - 1) / m * ((height + m - 1) / m) + task.tiles - 1) / task.tiles;
         task.per_thread = points * (task.tiles * (task.words + WIDE) + 32);
@@ -469,7 +469,7 @@ int fastnst_convolve(const struct input *in, const struct convolution *c, int32_
     struct moments moments[256];
     double *sums = NULL;
     if (c->mean && !(sums = calloc(threads * 3 * c->channels, sizeof *sums))) return -1;
-    for (long thread = 0; thread < threads && sums; thread++) {
+    for (int64_t thread = 0; thread < threads && sums; thread++) {
         double *at = sums + thread * 3 * c->channels;
         moments[thread] = (struct moments){at, at + c->channels, at + 2 * c->channels};
     }
@@ -481,7 +481,7 @@ int fastnst_convolve(const struct input *in, const struct convolution *c, int32_
     fastnst_parallel(threads, parts, kind == WINOGRAD ? winograd : kind == DIRECT ? direct : nested, &task);
     for (int channel = 0; channel < c->channels && sums; channel++) {
         double count = 0, mean = 0, squares = 0;
-        for (long thread = 0; thread < threads; thread++)
+        for (int64_t thread = 0; thread < threads; thread++)
             if (moments[thread].count[channel] > 0)
                 merge(&count, &mean, &squares, moments[thread].count[channel], moments[thread].mean[channel], moments[thread].squares[channel]);
         c->mean[channel] = mean, c->squares[channel] = squares;

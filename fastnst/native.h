@@ -46,13 +46,13 @@ static inline void store(float *to, vec v) { *(vec *)to = v; }
 #if LANES == 16
 typedef __mmask16 some;
 #define ALL 0xffff
-static inline some first(long left) { return left < 16 ? (1 << left) - 1 : ALL; }
+static inline some first(int64_t left) { return left < 16 ? (1 << left) - 1 : ALL; }
 static inline vec load_some(const float *from, some which) { return (vec)_mm512_maskz_loadu_ps(which, from); } /* zeros for the others */
 static inline void store_some(float *to, vec v, some which) { _mm512_mask_storeu_ps(to, which, (__m512)v); }
 #else /* vectors are whole; of three channels some numbers more are read */
 typedef int some;
 #define ALL 1
-static inline some first(long left) { return (void)left, ALL; }
+static inline some first(int64_t left) { return (void)left, ALL; }
 static inline vec load_some(const float *from, some which) { return (void)which, load(from); }
 static inline void store_some(float *to, vec v, some which) { (void)which, store(to, v); }
 #endif
@@ -120,7 +120,7 @@ struct reading {
     some which;
 };
 
-INLINE struct reading reading_of(const struct input *in, long channel) {
+INLINE struct reading reading_of(const struct input *in, int64_t channel) {
     some which = first(in->channels - channel);
     return (struct reading){
         load_some(in->gain + channel, which), load_some(in->shift + channel, which), load_some(in->floor + channel, which),
@@ -136,7 +136,7 @@ INLINE vec read_from(int from_half, const struct reading *r, const float *from) 
 
 /* Calls one(rows, at) for as many rows at once as there are. */
 #define IN_ROWS(begin, end, one)                       \
-    for (long at = (begin), left; (left = (end) - at) > 0;) { \
+    for (int64_t at = (begin), left; (left = (end) - at) > 0;) { \
         if (left >= ROWS) one(ROWS), at += ROWS;       \
         else if (left >= 2) one(2), at += 2;           \
         else one(1), at += 1;                          \
@@ -183,18 +183,18 @@ INLINE void transform_input(int m, const vec *d, vec *t) {
 
 /* V[k][channel] of the tile at (m * row, m * column); `step` floats lie between two k. The last channels are written as a whole vector: what is too much
 the next tile overwrites. `from_half`: the input's numbers are bfloat16; `half`: those of V are. */
-INLINE void tile_in(int from_half, int half, int m, const struct input *in, long row, long column, float *V, long step) {
+INLINE void tile_in(int from_half, int half, int m, const struct input *in, int64_t row, int64_t column, float *V, int64_t step) {
     const float *from[8][8];
-    long words = from_half ? in->channels / 2 : in->channels;
+    int64_t words = from_half ? in->channels / 2 : in->channels;
     int n = m + 2;
     for (int i = 0; i < n; i++)
         for (int j = 0; j < n; j++) {
-            long y = in->rows[m * row + i], x = in->columns[m * column + j];
+            int64_t y = in->rows[m * row + i], x = in->columns[m * column + j];
             from[i][j] = y < 0 || x < 0 ? NULL : in->x + (y * in->width + x) * words;
         }
-    for (long c = 0; c < in->channels; c += LANES) {
+    for (int64_t c = 0; c < in->channels; c += LANES) {
         struct reading reading = reading_of(in, c);
-        long at = from_half ? c / 2 : c;
+        int64_t at = from_half ? c / 2 : c;
         vec between[8][8];
         for (int j = 0; j < n; j++) {
             vec d[8], t[8];

@@ -12,14 +12,14 @@ struct sum {
     int32_t height, width, inset, threads;
 };
 
-static void add_row(void *given, long row, long thread) {
+static void add_row(void *given, int64_t row, int64_t thread) {
     struct sum *sum = given;
     const struct input *in = sum->x;
     float *y = sum->y + row * sum->width * in->channels;
     const float *x = in->x + ((row + sum->inset) * in->width + sum->inset) * in->channels;
     (void)thread;
-    for (long i = 0; i < sum->width; i++, y += in->channels, x += in->channels)
-        for (long c = 0; c < in->channels; c += LANES) {
+    for (int64_t i = 0; i < sum->width; i++, y += in->channels, x += in->channels)
+        for (int64_t c = 0; c < in->channels; c += LANES) {
             struct reading reading = reading_of(in, c);
             some which = reading.which;
             store_some(y + c, load_some(sum->gain + c, which) * load_some(y + c, which) + load_some(sum->shift + c, which) + read_from(0, &reading, x + c), which);
@@ -46,25 +46,25 @@ static inline float exponential(float given) {
     return given != given ? given : p * of.power;
 }
 
-static void finish_row(void *given, long row, long thread) {
+static void finish_row(void *given, int64_t row, int64_t thread) {
     struct picture *p = given;
-    long r = p->shuffle;
+    int64_t r = p->shuffle;
     float values[3 * 256];
     (void)thread;
-    for (long x0 = 0; x0 < p->width; x0 += 256) {
-        long count = p->width - x0 < 256 ? p->width - x0 : 256;
-        for (long i = 0; i < count; i++)
+    for (int64_t x0 = 0; x0 < p->width; x0 += 256) {
+        int64_t count = p->width - x0 < 256 ? p->width - x0 : 256;
+        for (int64_t i = 0; i < count; i++)
             for (int o = 0; o < 3; o++)
                 values[3 * i + o] = p->x[(row / r * p->x_width + (x0 + i) / r) * p->channels + (o * r + row % r) * r + (x0 + i) % r];
         if (p->kind == TANH)
-            for (long i = 0; i < 3 * count; i++) values[i] = 277.5f - 300 / (exponential(2 * values[i]) + 1);
+            for (int64_t i = 0; i < 3 * count; i++) values[i] = 277.5f - 300 / (exponential(2 * values[i]) + 1);
         if (p->kind == SIGMOID)
-            for (long i = 0; i < 3 * count; i++) values[i] = 255 / (exponential(-values[i]) + 1);
-        for (long i = 0; i < 3 * count; i++) values[i] = values[i] < 0 ? 0 : values[i] > 255 ? 255 : values[i];
+            for (int64_t i = 0; i < 3 * count; i++) values[i] = 255 / (exponential(-values[i]) + 1);
+        for (int64_t i = 0; i < 3 * count; i++) values[i] = values[i] < 0 ? 0 : values[i] > 255 ? 255 : values[i];
         if (p->bytes)
-            for (long i = 0; i < 3 * count; i++) p->bytes[(row * p->width + x0) * 3 + i] = (uint8_t)rintf(values[i] > 0 ? values[i] : 0);
+            for (int64_t i = 0; i < 3 * count; i++) p->bytes[(row * p->width + x0) * 3 + i] = (uint8_t)rintf(values[i] > 0 ? values[i] : 0);
         else
-            for (long i = 0; i < 3 * count; i++) p->floats[(i % 3 * p->height + row) * p->width + x0 + i / 3] = values[i] / 255;
+            for (int64_t i = 0; i < 3 * count; i++) p->floats[(i % 3 * p->height + row) * p->width + x0 + i / 3] = values[i] / 255;
     }
 }
 
@@ -75,14 +75,14 @@ struct transposition {
     int64_t rows, columns, from_step, to_step;
 };
 
-static void transpose_part(void *given, long index, long thread) {
+static void transpose_part(void *given, int64_t index, int64_t thread) {
     struct transposition *t = given;
-    long across = (t->columns + 63) / 64, i1 = (index / across + 1) * 1024, j0 = index % across * 64, j1 = j0 + 64;
+    int64_t across = (t->columns + 63) / 64, i1 = (index / across + 1) * 1024, j0 = index % across * 64, j1 = j0 + 64;
     i1 = i1 < t->rows ? i1 : t->rows, j1 = j1 < t->columns ? j1 : t->columns;
     (void)thread;
-    for (long i0 = index / across * 1024; i0 < i1; i0 += 16)
-        for (long j = j0; j < j1; j++)
-            for (long i = i0; i < i0 + 16 && i < i1; i++) t->to[j * t->to_step + i] = t->from[i * t->from_step + j];
+    for (int64_t i0 = index / across * 1024; i0 < i1; i0 += 16)
+        for (int64_t j = j0; j < j1; j++)
+            for (int64_t i = i0; i < i0 + 16 && i < i1; i++) t->to[j * t->to_step + i] = t->from[i * t->from_step + j];
 }
 
 /* ---- what Python calls ---- */

@@ -13,11 +13,11 @@ struct distance {
     int32_t half, threads;
 };
 
-INLINE eight apart(int half, const struct distance *d, long at, long n) { return load_eight(half, d->a, at, n) - load_eight(half, d->b, at, n); }
+INLINE eight apart(int half, const struct distance *d, int64_t at, int64_t n) { return load_eight(half, d->a, at, n) - load_eight(half, d->b, at, n); }
 
-INLINE void squares(int half, const struct distance *d, long begin, long end, double *sum) {
+INLINE void squares(int half, const struct distance *d, int64_t begin, int64_t end, double *sum) {
     eight one = {0}, other = {0};
-    long at = begin;
+    int64_t at = begin;
     for (; at + 16 <= end; at += 16) {
         eight v = apart(half, d, at, 8), w = apart(half, d, at + 8, 8);
         one += v * v, other += w * w;
@@ -30,23 +30,23 @@ INLINE void squares(int half, const struct distance *d, long begin, long end, do
     for (int i = 0; i < 8; i++) *sum += (double)one[i] + other[i];
 }
 
-INLINE void pull(int half, const struct distance *d, long begin, long end) {
+INLINE void pull(int half, const struct distance *d, int64_t begin, int64_t end) {
     float factor = *d->factor;
-    long at = begin;
+    int64_t at = begin;
     for (; at + 8 <= end; at += 8) store_eight(half, d->back, at, apart(half, d, at, 8) * factor, 8);
     if (at < end) store_eight(half, d->back, at, apart(half, d, at, end - at) * factor, end - at);
 }
 
-static void squares_job(void *given, long index, long thread) {
+static void squares_job(void *given, int64_t index, int64_t thread) {
     const struct distance *d = given;
-    long begin = index * PART, end = d->count - begin < PART ? d->count : begin + PART;
+    int64_t begin = index * PART, end = d->count - begin < PART ? d->count : begin + PART;
     (void)thread;
     d->half ? squares(1, d, begin, end, d->sums + index) : squares(0, d, begin, end, d->sums + index);
 }
 
-static void pull_job(void *given, long index, long thread) {
+static void pull_job(void *given, int64_t index, int64_t thread) {
     const struct distance *d = given;
-    long begin = index * PART, end = d->count - begin < PART ? d->count : begin + PART;
+    int64_t begin = index * PART, end = d->count - begin < PART ? d->count : begin + PART;
     (void)thread;
     d->half ? pull(1, d, begin, end) : pull(0, d, begin, end);
 }

@@ -37,12 +37,12 @@ INLINE float larger(float first, float second) {
 }
 INLINE float rectified(float v) { return v < 0 ? 0 : v; }          /* what is no number stays so */
 
-INLINE void rectify(int half, long C, const void *restrict x, void *restrict out) {
-    for (long c = 0; c < C; c++) put_number(half, out, c, rectified(number(half, x, c)));
+INLINE void rectify(int half, int64_t C, const void *restrict x, void *restrict out) {
+    for (int64_t c = 0; c < C; c++) put_number(half, out, c, rectified(number(half, x, c)));
 }
 
-INLINE void pool(int half, long C, const void *restrict a, const void *restrict b, const void *restrict d, const void *restrict e, void *restrict pooled) {
-    for (long c = 0; c < C; c++) {
+INLINE void pool(int half, int64_t C, const void *restrict a, const void *restrict b, const void *restrict d, const void *restrict e, void *restrict pooled) {
+    for (int64_t c = 0; c < C; c++) {
         float above = larger(number(half, a, c), number(half, b, c)), below = larger(number(half, d, c), number(half, e, c));
         put_number(half, pooled, c, larger(above, below));
     }
@@ -51,16 +51,16 @@ INLINE void pool(int half, long C, const void *restrict a, const void *restrict 
 /* The gradient of what was rectified: 0 where that is. */
 INLINE float behind(float out, float gradient) { return masked(gradient, ~-(uint32_t)(out <= 0)); }
 
-INLINE void rectify_back(int half, int given, long C, const void *restrict out, const void *restrict gradient, void *restrict back) {
-    for (long c = 0; c < C; c++) put_number(half, back, c, given ? behind(number(half, out, c), number(half, gradient, c)) : 0);
+INLINE void rectify_back(int half, int given, int64_t C, const void *restrict out, const void *restrict gradient, void *restrict back) {
+    for (int64_t c = 0; c < C; c++) put_number(half, back, c, given ? behind(number(half, out, c), number(half, gradient, c)) : 0);
 }
 
 /* Of four pixels, to the first largest of which what came back through the pooling goes. */
 INLINE void pool_back(
-    int half, int given, long C, const void *restrict a, const void *restrict b, const void *restrict d, const void *restrict e, const void *restrict of_pooled,
+    int half, int given, int64_t C, const void *restrict a, const void *restrict b, const void *restrict d, const void *restrict e, const void *restrict of_pooled,
     const void *restrict ga, const void *restrict gb, const void *restrict gd, const void *restrict ge, void *restrict ba, void *restrict bb, void *restrict bd, void *restrict be
 ) {
-    for (long c = 0; c < C; c++) {
+    for (int64_t c = 0; c < C; c++) {
         float v0 = number(half, a, c), v1 = number(half, b, c), v2 = number(half, d, c), v3 = number(half, e, c), g = number(half, of_pooled, c);
         uint32_t right = exceeds(v1, v0), right_below = exceeds(v3, v2), is_below = exceeds(larger(v2, v3), larger(v0, v1));
         float g0 = masked(g, ~is_below & ~right), g1 = masked(g, ~is_below & right), g2 = masked(g, is_below & ~right_below), g3 = masked(g, is_below & right_below);
@@ -69,17 +69,17 @@ INLINE void pool_back(
     }
 }
 
-static struct quad quad_at(const struct features *f, long image, long row, long column) {
+static struct quad quad_at(const struct features *f, int64_t image, int64_t row, int64_t column) {
     struct quad q = {0};
-    long size = f->half ? 2 : 4;
-    for (long i = 0; i < 4; i++) {
-        long y = 2 * row + i / 2, x = 2 * column + i % 2, at = ((image * f->height + y) * f->width + x) * f->channels * size;
+    int64_t size = f->half ? 2 : 4;
+    for (int64_t i = 0; i < 4; i++) {
+        int64_t y = 2 * row + i / 2, x = 2 * column + i % 2, at = ((image * f->height + y) * f->width + x) * f->channels * size;
         if (y >= f->height || x >= f->width) continue;
         q.x[i] = f->x ? (const char *)f->x + at : NULL;
         q.out[i] = (char *)f->out + at, q.back[i] = (char *)f->back + at;
         q.gradient[i] = f->gradient ? (const char *)f->gradient + at : NULL;
     }
-    long at = ((image * (f->height / 2) + row) * (f->width / 2) + column) * f->channels * size;
+    int64_t at = ((image * (f->height / 2) + row) * (f->width / 2) + column) * f->channels * size;
     if (q.out[3]) {
         q.pooled = f->pooled ? (char *)f->pooled + at : NULL;
         q.of_pooled = f->of_pooled ? (const char *)f->of_pooled + at : NULL;
@@ -87,8 +87,8 @@ static struct quad quad_at(const struct features *f, long image, long row, long 
     return q;
 }
 
-INLINE void there(int half, const struct features *f, long image, long row) {
-    for (long column = 0; column < (f->width + 1) / 2; column++) {
+INLINE void there(int half, const struct features *f, int64_t image, int64_t row) {
+    for (int64_t column = 0; column < (f->width + 1) / 2; column++) {
         struct quad q = quad_at(f, image, row, column);
         for (int i = 0; i < 4; i++)
             if (q.x[i]) rectify(half, f->channels, q.x[i], q.out[i]);
@@ -96,8 +96,8 @@ INLINE void there(int half, const struct features *f, long image, long row) {
     }
 }
 
-INLINE void back(int half, int given, const struct features *f, long image, long row) {
-    for (long column = 0; column < (f->width + 1) / 2; column++) {
+INLINE void back(int half, int given, const struct features *f, int64_t image, int64_t row) {
+    for (int64_t column = 0; column < (f->width + 1) / 2; column++) {
         struct quad q = quad_at(f, image, row, column);
         if (q.of_pooled)
             pool_back(
@@ -110,16 +110,16 @@ INLINE void back(int half, int given, const struct features *f, long image, long
     }
 }
 
-static void there_job(void *given, long index, long thread) {
+static void there_job(void *given, int64_t index, int64_t thread) {
     const struct features *f = given;
-    long rows = (f->height + 1) / 2;
+    int64_t rows = (f->height + 1) / 2;
     (void)thread;
     f->half ? there(1, f, index / rows, index % rows) : there(0, f, index / rows, index % rows);
 }
 
-static void back_job(void *given, long index, long thread) {
+static void back_job(void *given, int64_t index, int64_t thread) {
     const struct features *f = given;
-    long rows = (f->height + 1) / 2;
+    int64_t rows = (f->height + 1) / 2;
     (void)thread;
 #define ONE(half) (f->gradient ? back(half, 1, f, index / rows, index % rows) : back(half, 0, f, index / rows, index % rows))
     f->half ? ONE(1) : ONE(0);

@@ -24,13 +24,13 @@ INLINE void rows_of_G(int m, float G[8][3]) {
 }
 
 /* Of a vector of outputs, from `output` on. */
-INLINE void transform_kernel(int m, const struct kernels *k, long output, long input, vec to[64]) {
+INLINE void transform_kernel(int m, const struct kernels *k, int64_t output, int64_t input, vec to[64]) {
     float G[8][3];
     rows_of_G(m, G);
     vec g[3][3], between[8][3];
     for (int n = 0; n < 9; n++)
         for (int lane = 0; lane < LANES; lane++) {
-            long o = output + lane;
+            int64_t o = output + lane;
             g[n / 3][n % 3][lane] = o >= k->outputs ? 0 : k->back ? k->weight[(input * k->outputs + o) * 9 + 8 - n] : k->weight[(o * k->inputs + input) * 9 + n];
         }
     for (int x = 0; x < m + 2; x++)
@@ -39,12 +39,12 @@ INLINE void transform_kernel(int m, const struct kernels *k, long output, long i
         for (int y = 0; y < m + 2; y++) to[(m + 2) * x + y] = G[y][0] * between[x][0] + G[y][1] * between[x][1] + G[y][2] * between[x][2];
 }
 
-static void kernels_part(void *given, long block, long thread) {
+static void kernels_part(void *given, int64_t block, int64_t thread) {
     struct kernels *k = given;
-    long step = k->half ? 2 : 1, words = k->inputs / step, points = (OUTPUTS(k->half) + 2) * (OUTPUTS(k->half) + 2);
+    int64_t step = k->half ? 2 : 1, words = k->inputs / step, points = (OUTPUTS(k->half) + 2) * (OUTPUTS(k->half) + 2);
     (void)thread;
-    for (long i = 0; i < words; i++)
-        for (long o = 0; o < WIDE; o += LANES) {
+    for (int64_t i = 0; i < words; i++)
+        for (int64_t o = 0; o < WIDE; o += LANES) {
             vec one[64], other[64];
             if (k->half) transform_kernel(OUTPUTS(1), k, block * WIDE + o, step * i, one), transform_kernel(OUTPUTS(1), k, block * WIDE + o, step * i + 1, other);
             else transform_kernel(OUTPUTS(0), k, block * WIDE + o, i, one);
@@ -60,9 +60,9 @@ struct weighing {
     const struct input *in;
     const float *gradient; /* (height, width, outputs) */
     float *sums;           /* [k][block of inputs][output][WIDE]: added to */
-    long height, width, outputs, half; /* `half`: x and dy are bfloat16; all else is float32 */
+    int64_t height, width, outputs, half; /* `half`: x and dy are bfloat16; all else is float32 */
     float *V, *Y; /* of some tiles: [k][tile][input], [k][tile][output] */
-    long first, tiles, v_words, y_words, v_step, y_step;
+    int64_t first, tiles, v_words, y_words, v_step, y_step;
 };
 
 INLINE void transform_gradient(const vec *y, vec *t) {
@@ -79,17 +79,17 @@ INLINE void transform_gradient(const vec *y, vec *t) {
     t[7] = y[5];
 }
 
-INLINE void weigh_one(int half, struct weighing *w, long tile) {
-    long across = (w->width + 5) / 6, row = (w->first + tile) / across, column = (w->first + tile) % across;
+INLINE void weigh_one(int half, struct weighing *w, int64_t tile) {
+    int64_t across = (w->width + 5) / 6, row = (w->first + tile) / across, column = (w->first + tile) % across;
     tile_in(half, 0, 6, w->in, row, column, w->V + tile * w->v_words, w->v_step);
-    for (long c = 0; c < w->outputs; c += LANES) {
+    for (int64_t c = 0; c < w->outputs; c += LANES) {
         some which = first(w->outputs - c);
         vec between[8][6];
         for (int j = 0; j < 6; j++) {
             vec y[6], t[8];
             for (int i = 0; i < 6; i++) {
-                long y0 = 6 * row + i, x0 = 6 * column + j;
-                long at = (y0 * w->width + x0) * w->outputs + c;
+                int64_t y0 = 6 * row + i, x0 = 6 * column + j;
+                int64_t at = (y0 * w->width + x0) * w->outputs + c;
                 y[i] = y0 >= w->height || x0 >= w->width ? splat(0) : half ? load_halves(w->gradient + at / 2, which) : load_some(w->gradient + at, which);
             }
             transform_gradient(y, t);
@@ -103,7 +103,7 @@ INLINE void weigh_one(int half, struct weighing *w, long tile) {
     }
 }
 
-static void weigh_tile(void *given, long tile, long thread) {
+static void weigh_tile(void *given, int64_t tile, int64_t thread) {
     struct weighing *w = given;
     (void)thread;
     if (HALVES && w->half) weigh_one(1, w, tile);
@@ -114,7 +114,7 @@ static void weigh_tile(void *given, long tile, long thread) {
 INLINE void weigh_rows(int rows, const struct weighing *w, const float *y, const float *v, float *to) {
     vec s[ROWS][2];
     UNROLLED for (int r = 0; r < rows; r++) s[r][0] = load(to + r * WIDE), s[r][1] = load(to + r * WIDE + LANES);
-    for (long tile = 0; tile < w->tiles; tile++, y += w->y_words, v += w->v_words) {
+    for (int64_t tile = 0; tile < w->tiles; tile++, y += w->y_words, v += w->v_words) {
         vec v0 = load(v), v1 = load(v + LANES);
         UNROLLED for (int r = 0; r < rows; r++) {
             vec x = splat(y[r]);
@@ -127,11 +127,11 @@ INLINE void weigh_rows(int rows, const struct weighing *w, const float *y, const
 
 static __attribute__((noinline)) void weigh_all_rows(const struct weighing *w, const float *y, const float *v, float *to) { weigh_rows(ROWS, w, y, v, to); }
 
-static void weigh_products(void *given, long k, long thread) {
+static void weigh_products(void *given, int64_t k, int64_t thread) {
     struct weighing *w = given;
-    long blocks = w->v_words / WIDE;
+    int64_t blocks = w->v_words / WIDE;
     (void)thread;
-    for (long block = 0; block < blocks; block++) {
+    for (int64_t block = 0; block < blocks; block++) {
         const float *v = w->V + k * w->v_step + block * WIDE, *y = w->Y + k * w->y_step;
         float *to = w->sums + (k * blocks + block) * w->outputs * WIDE;
 #define ONE(rows) (rows == ROWS ? weigh_all_rows(w, y + at, v, to + at * WIDE) : weigh_rows(rows, w, y + at, v, to + at * WIDE))
@@ -147,13 +147,13 @@ struct weighed {
     int32_t outputs, inputs, threads;
 };
 
-static void weighed_part(void *given, long output, long thread) {
+static void weighed_part(void *given, int64_t output, int64_t thread) {
     struct weighed *w = given;
-    long blocks = (w->inputs + WIDE - 1) / WIDE;
+    int64_t blocks = (w->inputs + WIDE - 1) / WIDE;
     float G[8][3];
     (void)thread;
     rows_of_G(6, G);
-    for (long c = 0; c < w->inputs; c += LANES) {
+    for (int64_t c = 0; c < w->inputs; c += LANES) {
         vec between[8][3];
         for (int x = 0; x < 8; x++) {
             vec sum[3] = {splat(0), splat(0), splat(0)};
@@ -168,7 +168,7 @@ static void weighed_part(void *given, long output, long thread) {
             for (int x = 0; x < 8; x++) sum += G[x][n / 3] * between[x][n % 3];
             float numbers[LANES];
             memcpy(numbers, &sum, sizeof numbers);
-            for (long lane = 0; lane < LANES && c + lane < w->inputs; lane++) w->to[(output * 9 + n) * w->inputs + c + lane] = numbers[lane];
+            for (int64_t lane = 0; lane < LANES && c + lane < w->inputs; lane++) w->to[(output * 9 + n) * w->inputs + c + lane] = numbers[lane];
         }
     }
 }
@@ -179,9 +179,9 @@ void fastnst_pack(struct kernels *k) { fastnst_parallel(k->threads, (k->outputs 
 
 int fastnst_weigh(const struct input *in, const float *gradient, float *sums, int32_t height, int32_t width, int32_t outputs, int32_t half, int32_t threads) {
     struct weighing w = {.in = in, .gradient = gradient, .sums = sums, .height = height, .width = width, .outputs = outputs, .half = half};
-    long all = (w.height + 5) / 6 * ((w.width + 5) / 6), bytes = 8 << 20; /* of what is transformed at once: a last cache holds it */
+    int64_t all = (w.height + 5) / 6 * ((w.width + 5) / 6), bytes = 8 << 20; /* of what is transformed at once: a last cache holds it */
     w.v_words = (in->channels + WIDE - 1) / WIDE * WIDE, w.y_words = (w.outputs + LANES - 1) / LANES * LANES;
-    long tiles = bytes / (64 * 4 * (w.v_words + w.y_words));
+    int64_t tiles = bytes / (64 * 4 * (w.v_words + w.y_words));
     tiles = tiles < 16 ? 16 : tiles > all ? all : tiles;
     w.v_step = tiles * w.v_words + 16, w.y_step = tiles * w.y_words + 16; /* 16: not all in one set of the cache */
     if (!(w.V = take_lines(64 * (w.v_step + w.y_step) * sizeof(float)))) return -1;

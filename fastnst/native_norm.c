@@ -31,29 +31,29 @@ struct norm {
 struct parts {
     struct norm norm;
     const float *mean, *inverse;
-    long rows, count;
+    int64_t rows, count;
     float *sums, *pivots, *gain, *shares, *totals; /* weight / deviation; what `back_run` takes; the gradients of weight and bias, as far as they come from here */
     float *lines;                                  /* a row of numbers for each thread, on the way back */
 };
 
 /* Pixels of a row at equal distances, `step` numbers from one to the next, which are `between` numbers in a row of pixels side by side. */
 struct run {
-    long step, between, pixels;
+    int64_t step, between, pixels;
 };
 
 /* A row's pixels are `shuffle` runs in what is shuffled, which begin with the first `shuffle` of them. */
 static inline struct run run_of(const struct norm *n) {
-    long s = n->shuffle, C = n->channels;
+    int64_t s = n->shuffle, C = n->channels;
     return (struct run){s * s * C, s * C, n->width / s};
 }
 
 /* A pixel's first number in what is shuffled. */
-static inline long place_of(const struct norm *n, long y, long x) {
-    long s = n->shuffle;
+static inline int64_t place_of(const struct norm *n, int64_t y, int64_t x) {
+    int64_t s = n->shuffle;
     return (((y / s * (n->width / s) + x / s) * s + y % s) * s + x % s) * n->channels;
 }
 
-INLINE const char *at(int half, const void *from, long number) { return (const char *)from + number * (half ? 2 : 4); }
+INLINE const char *at(int half, const void *from, int64_t number) { return (const char *)from + number * (half ? 2 : 4); }
 
 /* ---- there ---- */
 
@@ -63,9 +63,9 @@ static inline float median(float a, float b, float d) {
 }
 
 /* Sums of the distances from `pivot`, and of their squares. */
-INLINE void moments_run(long c, long n, int half, struct run run, const char *x, const float *pivot, float *sum, float *squares) {
+INLINE void moments_run(int64_t c, int64_t n, int half, struct run run, const char *x, const float *pivot, float *sum, float *squares) {
     eight middle = load_eight(0, pivot, c, n), s = load_eight(0, sum, c, n), q = load_eight(0, squares, c, n);
-    for (long i = 0; i < run.pixels; i++) {
+    for (int64_t i = 0; i < run.pixels; i++) {
         eight d = load_eight(half, x, i * run.step + c, n) - middle;
         s += d, q += d * d;
     }
@@ -73,24 +73,24 @@ INLINE void moments_run(long c, long n, int half, struct run run, const char *x,
 }
 
 /* The pivot is the median of three pixels, so that no large number is subtracted from another. */
-INLINE void moments_part(int half, struct parts *parts, long part) {
+INLINE void moments_part(int half, struct parts *parts, int64_t part) {
     const struct norm *n = &parts->norm;
-    long C = n->channels, begin = part * parts->rows, end = begin + parts->rows < n->height ? begin + parts->rows : n->height;
-    long one = place_of(n, begin, 0), two = place_of(n, (begin + end) / 2, n->width / 2), three = place_of(n, end - 1, n->width - 1);
+    int64_t C = n->channels, begin = part * parts->rows, end = begin + parts->rows < n->height ? begin + parts->rows : n->height;
+    int64_t one = place_of(n, begin, 0), two = place_of(n, (begin + end) / 2, n->width / 2), three = place_of(n, end - 1, n->width - 1);
     float *sum = parts->sums + part * 2 * C, *pivot = parts->pivots + part * C;
-    for (long c = 0; c < C; c++) pivot[c] = median(number(half, n->x, one + c), number(half, n->x, two + c), number(half, n->x, three + c));
+    for (int64_t c = 0; c < C; c++) pivot[c] = median(number(half, n->x, one + c), number(half, n->x, two + c), number(half, n->x, three + c));
     memset(sum, 0, 2 * C * sizeof *sum);
-    for (long y = begin; y < end; y++)
-        for (long first = 0; first < n->shuffle; first++) IN_EIGHTS(C, moments_run, half, run_of(n), at(half, n->x, place_of(n, y, first)), pivot, sum, sum + C);
+    for (int64_t y = begin; y < end; y++)
+        for (int64_t first = 0; first < n->shuffle; first++) IN_EIGHTS(C, moments_run, half, run_of(n), at(half, n->x, place_of(n, y, first)), pivot, sum, sum + C);
 }
 
 /* All parts together. */
 static void solve(struct parts *parts) {
     const struct norm *n = &parts->norm;
-    for (long c = 0; c < n->channels; c++) {
+    for (int64_t c = 0; c < n->channels; c++) {
         double count = 0, mean = 0, squares = 0;
-        for (long part = 0; part < parts->count; part++) {
-            long y = part * parts->rows, rows = n->height - y < parts->rows ? n->height - y : parts->rows;
+        for (int64_t part = 0; part < parts->count; part++) {
+            int64_t y = part * parts->rows, rows = n->height - y < parts->rows ? n->height - y : parts->rows;
             double pixels = (double)rows * n->width, sum = parts->sums[2 * part * n->channels + c];
             double apart = parts->sums[(2 * part + 1) * n->channels + c] - sum * sum / pixels;
             merge(&count, &mean, &squares, pixels, parts->pivots[part * n->channels + c] + sum / pixels, apart);
@@ -103,10 +103,10 @@ static void solve(struct parts *parts) {
 
 /* `skip`: NULL, or as `out`. */
 INLINE void out_run(
-    long c, long n, int half, int relu, struct run run, const char *x, const float *mean, const float *gain, const float *bias, const char *skip, const char *out
+    int64_t c, int64_t n, int half, int relu, struct run run, const char *x, const float *mean, const float *gain, const float *bias, const char *skip, const char *out
 ) {
     eight m = load_eight(0, mean, c, n), g = load_eight(0, gain, c, n), b = load_eight(0, bias, c, n);
-    for (long i = 0; i < run.pixels; i++) {
+    for (int64_t i = 0; i < run.pixels; i++) {
         eight v = (load_eight(half, x, i * run.step + c, n) - m) * g + b;
         if (relu) v = unless((eight_bits)(v < 0), v); /* what is no number stays so */
         if (skip) v += load_eight(half, skip, i * run.between + c, n);
@@ -114,20 +114,20 @@ INLINE void out_run(
     }
 }
 
-INLINE void out_row(int half, int relu, int skips, const struct parts *parts, long row) {
+INLINE void out_row(int half, int relu, int skips, const struct parts *parts, int64_t row) {
     const struct norm *n = &parts->norm;
-    long C = n->channels, y = n->from_row[row], size = half ? 2 : 4;
+    int64_t C = n->channels, y = n->from_row[row], size = half ? 2 : 4;
     char *out = (char *)n->out + row * n->columns * C * size, *inside = out + n->padding * C * size;
     if (y < 0) {
         memset(out, 0, n->columns * C * size);
         return;
     }
-    for (long first = 0; first < n->shuffle; first++) {
+    for (int64_t first = 0; first < n->shuffle; first++) {
         const char *skip = skips ? at(half, n->skip, y * n->skip_row + first * C) : NULL;
         IN_EIGHTS(C, out_run, half, relu, run_of(n), at(half, n->x, place_of(n, y, first)), parts->mean, parts->gain, n->bias, skip, at(half, inside, first * C));
     }
-    for (long i = 0; i < 2 * n->padding; i++) {
-        long column = i < n->padding ? i : n->width + i, x = n->from_column[column];
+    for (int64_t i = 0; i < 2 * n->padding; i++) {
+        int64_t column = i < n->padding ? i : n->width + i, x = n->from_column[column];
         if (x < 0) memset(out + column * C * size, 0, C * size);
         else memcpy(out + column * C * size, inside + x * C * size, C * size);
     }
@@ -136,22 +136,22 @@ INLINE void out_row(int half, int relu, int skips, const struct parts *parts, lo
 /* ---- back ---- */
 
 /* `line` += the gradient in a row of `out`, where the row itself is padding or not. */
-INLINE void add_row(int half, const struct norm *n, long row, float *restrict line) {
-    long C = n->channels, p = n->padding, begin = row * n->columns * C;
-    for (long i = 0; i < n->width * C; i++) line[i] += number(half, n->gradient, begin + p * C + i);
-    for (long i = 0; i < 2 * p; i++) {
-        long column = i < p ? i : n->width + i, x = n->from_column[column];
-        for (long c = 0; x >= 0 && c < C; c++) line[x * C + c] += number(half, n->gradient, begin + column * C + c);
+INLINE void add_row(int half, const struct norm *n, int64_t row, float *restrict line) {
+    int64_t C = n->channels, p = n->padding, begin = row * n->columns * C;
+    for (int64_t i = 0; i < n->width * C; i++) line[i] += number(half, n->gradient, begin + p * C + i);
+    for (int64_t i = 0; i < 2 * p; i++) {
+        int64_t column = i < p ? i : n->width + i, x = n->from_column[column];
+        for (int64_t c = 0; x >= 0 && c < C; c++) line[x * C + c] += number(half, n->gradient, begin + column * C + c);
     }
 }
 
 /* The gradient behind the ReLU, and what it adds to the sums: of what is stored, which `back_run` sees. */
 INLINE void fold_run(
-    long c, long n, int half, int relu, struct run run, const char *x, const float *mean, const float *gain, const float *bias, const float *gradient, const char *folded,
+    int64_t c, int64_t n, int half, int relu, struct run run, const char *x, const float *mean, const float *gain, const float *bias, const float *gradient, const char *folded,
     float *sum, float *products
 ) {
     eight m = load_eight(0, mean, c, n), by = load_eight(0, gain, c, n), b = load_eight(0, bias, c, n), s = load_eight(0, sum, c, n), p = load_eight(0, products, c, n);
-    for (long i = 0; i < run.pixels; i++) {
+    for (int64_t i = 0; i < run.pixels; i++) {
         eight v = load_eight(half, x, i * run.step + c, n) - m, g = load_eight(0, gradient, i * run.between + c, n);
         if (relu) g = unless((eight_bits)(v * by + b <= 0), g);
         g = as_stored(half, g);
@@ -161,18 +161,18 @@ INLINE void fold_run(
     store_eight(0, sum, c, s, n), store_eight(0, products, c, p, n);
 }
 
-INLINE void fold_part(int half, int relu, struct parts *parts, long part, long thread) {
+INLINE void fold_part(int half, int relu, struct parts *parts, int64_t part, int64_t thread) {
     const struct norm *n = &parts->norm;
-    long C = n->channels, end = (part + 1) * parts->rows < n->height ? (part + 1) * parts->rows : n->height;
+    int64_t C = n->channels, end = (part + 1) * parts->rows < n->height ? (part + 1) * parts->rows : n->height;
     float *sum = parts->sums + part * 2 * C, *line = parts->lines + thread * n->width * C;
     memset(sum, 0, 2 * C * sizeof *sum);
-    for (long y = part * parts->rows; y < end; y++) {
-        for (long i = 0; i < n->width * C; i++) line[i] = n->within ? number(half, n->within, y * n->within_row + i) : 0;
-        for (long i = 0; n->gradient && i <= 2 * n->padding; i++) { /* the row itself, and those of the padding that are it again */
-            long row = i < n->padding ? i : i == n->padding ? y + i : n->height + i - 1;
+    for (int64_t y = part * parts->rows; y < end; y++) {
+        for (int64_t i = 0; i < n->width * C; i++) line[i] = n->within ? number(half, n->within, y * n->within_row + i) : 0;
+        for (int64_t i = 0; n->gradient && i <= 2 * n->padding; i++) { /* the row itself, and those of the padding that are it again */
+            int64_t row = i < n->padding ? i : i == n->padding ? y + i : n->height + i - 1;
             if (n->from_row[row] == y) add_row(half, n, row, line);
         }
-        for (long first = 0; first < n->shuffle; first++) {
+        for (int64_t first = 0; first < n->shuffle; first++) {
             const char *folded = at(half, n->folded, (y * n->width + first) * C);
             IN_EIGHTS(C, fold_run, half, relu, run_of(n), at(half, n->x, place_of(n, y, first)), parts->mean, parts->gain, n->bias, line + first * C, folded, sum, sum + C);
         }
@@ -180,19 +180,19 @@ INLINE void fold_part(int half, int relu, struct parts *parts, long part, long t
 }
 
 /* weight / deviation x (g - mean(g) - x^ mean(g x^)), x^ being the normed values; `shares`: mean(g), then mean(g x^) / deviation. */
-INLINE void back_run(long c, long n, int half, struct run run, const char *x, const float *mean, const float *gain, const float *shares, const float *of_x, const char *folded, const char *back) {
+INLINE void back_run(int64_t c, int64_t n, int half, struct run run, const char *x, const float *mean, const float *gain, const float *shares, const float *of_x, const char *folded, const char *back) {
     eight m = load_eight(0, mean, c, n), by = load_eight(0, gain, c, n), share = load_eight(0, shares, c, n), slope = load_eight(0, of_x, c, n);
-    for (long i = 0; i < run.pixels; i++) {
+    for (int64_t i = 0; i < run.pixels; i++) {
         eight g = load_eight(half, folded, i * run.between + c, n) - share - (load_eight(half, x, i * run.step + c, n) - m) * slope;
         store_eight(half, (char *)back, i * run.step + c, by * g, n);
     }
 }
 
-INLINE void back_row(int half, const struct parts *parts, long y) {
+INLINE void back_row(int half, const struct parts *parts, int64_t y) {
     const struct norm *n = &parts->norm;
-    long C = n->channels;
-    for (long first = 0; first < n->shuffle; first++) {
-        long place = place_of(n, y, first);
+    int64_t C = n->channels;
+    for (int64_t first = 0; first < n->shuffle; first++) {
+        int64_t place = place_of(n, y, first);
         const char *folded = at(half, n->folded, (y * n->width + first) * C);
         IN_EIGHTS(C, back_run, half, run_of(n), at(half, n->x, place), parts->mean, parts->gain, parts->shares, parts->shares + C, folded, at(half, n->back, place));
     }
@@ -202,9 +202,9 @@ INLINE void back_row(int half, const struct parts *parts, long y) {
 static void add_up(struct parts *parts) {
     const struct norm *n = &parts->norm;
     double pixels = (double)n->height * n->width;
-    for (long c = 0; c < n->channels; c++) {
+    for (int64_t c = 0; c < n->channels; c++) {
         double sum = 0, products = 0;
-        for (long part = 0; part < parts->count; part++) sum += parts->sums[2 * part * n->channels + c], products += parts->sums[(2 * part + 1) * n->channels + c];
+        for (int64_t part = 0; part < parts->count; part++) sum += parts->sums[2 * part * n->channels + c], products += parts->sums[(2 * part + 1) * n->channels + c];
         products *= parts->inverse[c];
         parts->shares[c] = sum / pixels, parts->shares[n->channels + c] = products / pixels * parts->inverse[c];
         parts->totals[c] = products, parts->totals[n->channels + c] = sum;
@@ -216,34 +216,34 @@ static void add_up(struct parts *parts) {
 /* All images, each in `jobs`. */
 struct batch {
     struct parts *parts;
-    long jobs;
+    int64_t jobs;
 };
 
-static void moments_job(void *given, long index, long thread) {
+static void moments_job(void *given, int64_t index, int64_t thread) {
     struct batch *batch = given;
     struct parts *parts = batch->parts + index / batch->jobs;
     (void)thread;
     parts->norm.half ? moments_part(1, parts, index % batch->jobs) : moments_part(0, parts, index % batch->jobs);
 }
 
-static void solve_job(void *given, long image, long thread) {
+static void solve_job(void *given, int64_t image, int64_t thread) {
     (void)thread;
     solve(((struct batch *)given)->parts + image);
 }
 
-static void out_job(void *given, long index, long thread) {
+static void out_job(void *given, int64_t index, int64_t thread) {
     struct batch *batch = given;
     const struct parts *parts = batch->parts + index / batch->jobs;
     const struct norm *n = &parts->norm;
     (void)thread;
-    for (long row = index % batch->jobs * parts->rows, i = 0; i < parts->rows && row < n->rows; i++, row++) {
+    for (int64_t row = index % batch->jobs * parts->rows, i = 0; i < parts->rows && row < n->rows; i++, row++) {
 #define ONE(half) (n->relu ? out_row(half, 1, 0, parts, row) : n->skip ? out_row(half, 0, 1, parts, row) : out_row(half, 0, 0, parts, row))
         n->half ? ONE(1) : ONE(0);
 #undef ONE
     }
 }
 
-static void fold_job(void *given, long index, long thread) {
+static void fold_job(void *given, int64_t index, int64_t thread) {
     struct batch *batch = given;
     struct parts *parts = batch->parts + index / batch->jobs;
 #define ONE(half) (parts->norm.relu ? fold_part(half, 1, parts, index % batch->jobs, thread) : fold_part(half, 0, parts, index % batch->jobs, thread))
@@ -251,32 +251,32 @@ static void fold_job(void *given, long index, long thread) {
 #undef ONE
 }
 
-static void add_up_job(void *given, long image, long thread) {
+static void add_up_job(void *given, int64_t image, int64_t thread) {
     (void)thread;
     add_up(((struct batch *)given)->parts + image);
 }
 
-static void back_job(void *given, long index, long thread) {
+static void back_job(void *given, int64_t index, int64_t thread) {
     struct batch *batch = given;
     const struct parts *parts = batch->parts + index / batch->jobs;
     (void)thread;
-    for (long y = index % batch->jobs * parts->rows, i = 0; i < parts->rows && y < parts->norm.height; i++, y++) parts->norm.half ? back_row(1, parts, y) : back_row(0, parts, y);
+    for (int64_t y = index % batch->jobs * parts->rows, i = 0; i < parts->rows && y < parts->norm.height; i++, y++) parts->norm.half ? back_row(1, parts, y) : back_row(0, parts, y);
 }
 
 /* `lines`: of `width` pixels, for threads. NULL where memory ran out; else to be freed. */
-static struct parts *parts_of(const struct norm *n, long lines) {
-    long C = n->channels, rows = PIXELS / n->width > 1 ? PIXELS / n->width : 1, count = (n->height + rows - 1) / rows;
-    long floats = (3 * count + 5) * C, pixels = (long)n->height * n->width, size = n->half ? 2 : 4;
+static struct parts *parts_of(const struct norm *n, int64_t lines) {
+    int64_t C = n->channels, rows = PIXELS / n->width > 1 ? PIXELS / n->width : 1, count = (n->height + rows - 1) / rows;
+    int64_t floats = (3 * count + 5) * C, pixels = (int64_t)n->height * n->width, size = n->half ? 2 : 4;
     struct parts *all = malloc(n->images * (sizeof *all + floats * sizeof(float)) + lines * n->width * C * sizeof(float) + 1);
     float *memory = (float *)(all + n->images);
-    for (long image = 0; all && image < n->images; image++) {
+    for (int64_t image = 0; all && image < n->images; image++) {
         struct parts *p = all + image;
         float *own = memory + image * floats;
         *p = (struct parts){.norm = *n, .rows = rows, .count = count, .sums = own, .pivots = own + 2 * count * C, .lines = memory + n->images * floats};
         p->gain = p->pivots + count * C, p->shares = p->gain + C, p->totals = p->shares + 2 * C;
 #define MOVE(name, numbers) p->norm.name = n->name ? (char *)n->name + image * (numbers) * size : NULL
         MOVE(x, pixels * C), MOVE(back, pixels * C), MOVE(folded, pixels * C), MOVE(skip, n->skip_image), MOVE(within, n->within_image);
-        MOVE(out, (long)n->rows * n->columns * C), MOVE(gradient, (long)n->rows * n->columns * C);
+        MOVE(out, (int64_t)n->rows * n->columns * C), MOVE(gradient, (int64_t)n->rows * n->columns * C);
 #undef MOVE
         p->norm.moments += image * 2 * C, p->mean = p->norm.moments, p->inverse = p->mean + C;
     }
@@ -302,10 +302,10 @@ int fastnst_norm_back(const struct norm *n) {
     if (!batch.parts) return -1;
     batch.jobs = n->images ? batch.parts->count : 0;
     for (struct parts *p = batch.parts; p < batch.parts + n->images; p++)
-        for (long c = 0; c < n->channels; c++) p->gain[c] = p->inverse[c] * n->weight[c];
+        for (int64_t c = 0; c < n->channels; c++) p->gain[c] = p->inverse[c] * n->weight[c];
     fastnst_parallel(n->threads, n->images * batch.jobs, fold_job, &batch);
     fastnst_parallel(n->threads, n->images, add_up_job, &batch);
-    for (long c = 0; c < n->channels; c++) {
+    for (int64_t c = 0; c < n->channels; c++) {
         double of_weight = 0, of_bias = 0;
         for (struct parts *p = batch.parts; p < batch.parts + n->images; p++) of_weight += p->totals[c], of_bias += p->totals[n->channels + c];
         n->weight_gradient[c] = of_weight, n->bias_gradient[c] = of_bias;

@@ -7,7 +7,7 @@ pointers are `restrict`; eights of channels are vectors already, or halves or pa
 
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE float number(int half, const void *from, long at) {
+INLINE float number(int half, const void *from, int64_t at) {
     union { uint32_t bits; float value; } of;
     if (!half) return ((const float *)from)[at];
     of.bits = (uint32_t)((const uint16_t *)from)[at] << 16;
@@ -19,7 +19,7 @@ INLINE uint16_t bits_of_half(float v) {
     return v != v ? 0x7fc0 : (of.bits + 0x7fff + (of.bits >> 16 & 1)) >> 16; /* to the nearest, ties to even */
 }
 
-INLINE void put_number(int half, void *to, long at, float v) {
+INLINE void put_number(int half, void *to, int64_t at, float v) {
     if (half) ((uint16_t *)to)[at] = bits_of_half(v);
     else ((float *)to)[at] = v;
 }
@@ -31,7 +31,7 @@ typedef uint32_t eight_bits __attribute__((vector_size(32)));
 typedef uint16_t eight_halves __attribute__((vector_size(16)));
 
 /* Zeros for those that are not meant. */
-INLINE eight load_eight(int half, const void *from, long at, long n) {
+INLINE eight load_eight(int half, const void *from, int64_t at, int64_t n) {
     eight v = {0};
     eight_halves h = {0};
     if (!half) {
@@ -47,7 +47,7 @@ INLINE eight_bits bits_of_halves(eight v) {
     return ((bits + 0x7fff + (bits >> 16 & 1)) >> 16 & ~is_none) | (is_none & 0x7fc0);
 }
 
-INLINE void store_eight(int half, void *to, long at, eight v, long n) {
+INLINE void store_eight(int half, void *to, int64_t at, eight v, int64_t n) {
     if (!half) {
         memcpy((float *)to + at, &v, n * sizeof(float));
         return;
@@ -64,7 +64,7 @@ INLINE eight unless(eight_bits mask, eight v) { return (eight)((eight_bits)v & ~
 
 /* act(c, n, ...) for all eights of `channels`. */
 #define IN_EIGHTS(channels, act, ...) \
-    for (long c = 0; c < (channels); c += 8) (channels) - c >= 8 ? act(c, 8, __VA_ARGS__) : act(c, (channels) - c, __VA_ARGS__)
+    for (int64_t c = 0; c < (channels); c += 8) (channels) - c >= 8 ? act(c, 8, __VA_ARGS__) : act(c, (channels) - c, __VA_ARGS__)
 
 /* ---- moments ---- */
 
@@ -90,4 +90,4 @@ static inline void give_back_lines(void *lines) { free(((void **)lines)[-1]); }
 
 /* ---- threads ---- */
 
-void fastnst_parallel(long threads, long count, void (*job)(void *, long, long), void *args); /* native_threads.c: job(args, index, thread) for each index below `count` */
+void fastnst_parallel(int64_t threads, int64_t count, void (*job)(void *, int64_t, int64_t), void *args); /* native_threads.c: job(args, index, thread) for each index below `count` */
