@@ -122,11 +122,11 @@ def open_camera(source: str, size: ImageSize = ImageSize(), say: Callable[[str],
     """
     av = import_av()
     form, _, name = source.partition(":")
-    if source.isdigit():
-        form, name = _numbered_camera(int(source))
-    elif form not in av.formats_available or name.startswith("//") or Path(source).exists():
-        form, name = None, source
     try:
+        if source.isdigit():
+            form, name = _numbered_camera(int(source))
+        elif form not in av.formats_available or name.startswith("//") or Path(source).exists():
+            form, name = None, source
         return _open_container(name, size, say, form=form)
     except OSError as error:
         raise OSError(f"--camera {source}: {error}; give the number of a camera (0), a device, a URL, or FORMAT:NAME as FFmpeg knows them") from error
@@ -141,7 +141,7 @@ def _numbered_camera(number: int) -> tuple[str, str]:
 
     cameras = [device.description for device in enumerate_input_devices("dshow") if "video" in device.media_types]
     if number >= len(cameras):
-        raise OSError(f"--camera {number}: there are {len(cameras)} cameras")
+        raise OSError(f"there are {len(cameras)} cameras")
     return "dshow", f"video={cameras[number]}"
 
 
