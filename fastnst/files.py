@@ -23,7 +23,7 @@ def check_output(path: str | Path, inputs: Iterable[str | Path] = (), overwrite:
     """
     path = Path(path)
     for source in inputs:
-        if path.resolve() == Path(source).resolve():
+        if path.resolve().exists() and Path(source).exists() and path.resolve().samefile(source):  # also by another name: macOS and Windows mind no large letters
             raise ValueError(f"{flag} would overwrite the input {source}; choose another {flag}")
     if path.is_dir():
         raise IsADirectoryError(f"{flag}: {path} is a folder, need the name of a file")

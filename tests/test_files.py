@@ -26,10 +26,12 @@ def test_what_is_forced_to_the_disk_is_open_for_writing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("name", ["in.png", "more/../in.png", "link.png"])
+@pytest.mark.parametrize("name", ["in.png", "more/../in.png", "link.png", "IN.png"])
 def test_an_input_may_not_be_overwritten_even_where_others_may(tmp_path, name, overwrite):
     (tmp_path / "in.png").write_text("precious")
     (tmp_path / "link.png").symlink_to(tmp_path / "in.png")
+    if not (tmp_path / "IN.png").exists():  # on macOS and Windows it does
+        os.link(tmp_path / "in.png", tmp_path / "IN.png")
     with pytest.raises(ValueError, match=r"--write would overwrite the input .*in\.png; choose another --write"):
         check_output(tmp_path / name, [tmp_path / "other.png", str(tmp_path / "in.png")], overwrite, flag="--write")
 
