@@ -83,7 +83,7 @@ def load_engine(network: StagedNetwork, device: str = "auto", engine: str = "aut
         raise ValueError(f"--engine {engine} computes on the CPU, got --device {device}; use --engine torch, or --device cpu")
     if not is_installed(engine):
         if engine == "native":
-            raise ValueError("--engine native was not compiled when fastnst was installed, or has changed since; install a C compiler (gcc or clang), then fastnst again")
+            raise ValueError("--engine native was not compiled when fastnst was installed, or has changed since; install a C compiler (gcc or clang; Windows needs none), then fastnst again")
         raise ValueError(f"--engine {engine} is not installed; install it with: pip install 'fastnst[{engine}]'")
     if engine == "native":
         from fastnst.native import NativeEngine

@@ -34,6 +34,7 @@ class BuildForEachCPU(build_ext):
                 Extension(f"{package}.{name}", extra_compile_args=[*given.extra_compile_args, *flags], **kept) for name, flags in CPUS.items() if IS_X86 or not flags
             ]
         super().finalize_options()
+        self.parallel = self.parallel or sys.platform == "win32"  # elsewhere all of them have object files of the same names
 
     def build_extension(self, ext: Extension) -> None:
         if sys.platform != "win32":
