@@ -7,6 +7,7 @@ import importlib
 import io
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -92,6 +93,15 @@ def complain(what: str, error: Exception) -> None:
     from fastnst.runtime import in_words
 
     print(f"error: {what}{in_words(error)}", file=sys.stderr, flush=True)
+
+
+def quoted(word: str | Path) -> str:
+    """As this system's shell takes it for one word."""
+    if sys.platform != "win32":
+        return shlex.quote(str(word))
+    from subprocess import list2cmdline
+
+    return list2cmdline([str(word)])
 
 
 def parser(verb: str, description: str, epilog: str = "", device: bool = True) -> argparse.ArgumentParser:

@@ -1,6 +1,5 @@
 """See how a painting will come out before training: a sheet over strengths (rows) and style sizes (columns), in minutes."""
 
-import shlex
 import sys
 from pathlib import Path
 
@@ -111,7 +110,7 @@ def _write(path, args, strength, long_side, model) -> int:
     text = f"# {args.style.name}: row {args.pick.replace(',', ', column ')} of {args.output.name}, on top of {path.name}.\n{yaml.safe_dump(data, sort_keys=False)}"
     parse_config(model, text, ["data.content=.", *args.set], source=str(path))
     write_text(args.write, text)
-    print(f"{args.write}\nTrain it: fastnst train --config {shlex.quote(str(args.write))} --content PHOTOS/" + "".join(f" --set {shlex.quote(change)}" for change in args.set))
+    print(f"{args.write}\nTrain it: fastnst train --config {cli.quoted(args.write)} --content PHOTOS/" + "".join(f" --set {cli.quoted(change)}" for change in args.set))
     return 0
 
 

@@ -1,6 +1,5 @@
 """Train a style network: fit one network to one painting, on a folder of photos."""
 
-import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -129,7 +128,7 @@ def _summary(config, run_dir, result) -> str:
     if result.rollbacks:
         lines.append(f"rollbacks: {result.rollbacks}; TensorBoard's text `watchdog` says why")
     best = f", of step {result.best_step:,}, the best on validation" if config.train.keep == "best" and result.best_step else ""
-    model, logs = shlex.quote(str(result.model)), shlex.quote(str(run_dir.parent))
+    model, logs = cli.quoted(result.model), cli.quoted(run_dir.parent)
     lines += [f"model: {result.model}{best}", f"apply it: fastnst stylize --model {model} --input PHOTO --output OUT.jpg", f"watch it: tensorboard --logdir {logs}"]
     return "\n".join([*unreadable, *lines])
 

@@ -472,6 +472,12 @@ def test_a_name_that_a_pipe_cannot_show_is_written_in_escapes(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "done: \\u65e5.jpg\n", "")
 
 
+@pytest.mark.parametrize("platform, wanted", [("linux", "'my runs/a.pt'"), ("win32", '"my runs/a.pt"')])
+def test_a_command_to_copy_is_quoted_as_the_shell_wants_it(monkeypatch, platform, wanted):
+    monkeypatch.setattr(sys, "platform", platform)
+    assert (cli.quoted("my runs/a.pt"), cli.quoted(Path("a.pt"))) == (wanted, "a.pt")
+
+
 def test_a_cache_called_no_is_asked_back(train_main, photos, painting, tmp_path, capsys):
     given = ["--config", "smoke", "--content", str(photos), "--style", str(painting), "--dry-run"]
     assert cli.run(train_main, [*given, "--set", "data.cache=no"]) == 2

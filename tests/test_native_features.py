@@ -47,8 +47,8 @@ def test_alone_it_is_the_relu():
 
 def test_what_is_no_number_is_not_hidden():
     x = torch.full((1, 8, 4, 4), -1.0).contiguous(memory_format=LAST)
-    for place in ((0, 0), (1, 3), (2, 0), (3, 3)):  # each of four places
-        x[0, :, *place] = torch.nan
+    for row, column in ((0, 0), (1, 3), (2, 0), (3, 3)):  # each of four places
+        x[0, :, row, column] = torch.nan
     x.requires_grad_()
     out, pooled = Rectified.apply(x, True)
     assert pooled.isnan().all() and out.isnan().sum() == 4 * 8
