@@ -7,6 +7,7 @@ import importlib
 import io
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -99,9 +100,7 @@ def quoted(word: str | Path) -> str:
     """As this system's shell takes it for one word."""
     if sys.platform != "win32":
         return shlex.quote(str(word))
-    from subprocess import list2cmdline
-
-    return list2cmdline([str(word)])
+    return str(word) if re.fullmatch(r"[\w.:/\\=-]+", str(word)) else f'"{word}"'
 
 
 def parser(verb: str, description: str, epilog: str = "", device: bool = True) -> argparse.ArgumentParser:

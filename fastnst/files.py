@@ -4,6 +4,7 @@ import glob
 import os
 import tempfile
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -23,12 +24,18 @@ def check_output(path: str | Path, inputs: Iterable[str | Path] = (), overwrite:
     """
     path = Path(path)
     for source in inputs:
-        if path.resolve().exists() and Path(source).exists() and path.resolve().samefile(source):  # also by another name: macOS and Windows mind no large letters
+        if _is_same(os.path.realpath(path), os.path.realpath(source)):
             raise ValueError(f"{flag} would overwrite the input {source}; choose another {flag}")
     if path.is_dir():
         raise IsADirectoryError(f"{flag}: {path} is a folder, need the name of a file")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{flag}: {path} exists already; use --overwrite to replace it")
+
+
+def _is_same(path: str, other: str) -> bool:
+    """Whether both name one file, perhaps in other letters, which macOS, Windows and some disks do not mind. A hard link is another, which stays when one is replaced."""
+    alike = len({unicodedata.normalize("NFC", name).casefold() for name in (path, other)}) == 1
+    return path == other or (alike and os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other))
 
 
 @contextmanager

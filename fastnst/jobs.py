@@ -1,6 +1,7 @@
 """Which pictures a command reads, and where each result goes."""
 
 import glob
+import os
 import sys
 import unicodedata
 from dataclasses import dataclass
@@ -54,14 +55,19 @@ def plan_jobs(inputs: list[str], output: str, mask: str | None = None) -> list[J
         jobs = [Job(source, folder / (name if name.suffix.lower() in WRITABLE else name.with_suffix(".png"))) for source, name in found]
 
     taken: dict[Path, Path] = {}
-    sources = {_alike(Path(source).resolve()) for source in [*(job.source for job in jobs), *([mask] if mask else [])]}
+    sources = {_alike(_real(source)) for source in [*(job.source for job in jobs), *([mask] if mask else [])]}
     for job in jobs:
-        if _alike(job.target.resolve()) in sources:
+        if _alike(_real(job.target)) in sources:
             raise ValueError(f"--output would overwrite the input {job.target}; choose another --output")
         other = taken.setdefault(_alike(job.target), job.source)
-        if _alike(other.resolve()) != _alike(job.source.resolve()):
+        if _alike(_real(other)) != _alike(_real(job.source)):
             raise ValueError(f"{other} and {job.source} would both be written to {job.target}; stylize them into separate folders")
     return list({_alike(job.target): job for job in jobs}.values())
+
+
+def _real(path: str | Path) -> Path:
+    """Without symlinks; ``Path.resolve`` fails where they run in a circle, in some versions of Python."""
+    return Path(os.path.realpath(path))
 
 
 def _alike(path: Path) -> Path:
@@ -70,4 +76,4 @@ def _alike(path: Path) -> Path:
 
 
 def _lies_in(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
+    return _real(path).is_relative_to(_real(folder))

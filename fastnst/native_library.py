@@ -111,7 +111,7 @@ def reads(*tensors: "Tensor") -> bool:
 
 def join_threads() -> None:
     """Where torch computes in this process, too, let the compiled code work in its threads, if their OpenMP is of a kind that it knows: 0.85 of a training step."""
-    if "torch" in sys.modules and os.getpid() == _PROCESS:
+    if hasattr(sys.modules.get("torch"), "_C") and os.getpid() == _PROCESS:  # another thread may be importing it
         _join_threads()
 
 

@@ -252,7 +252,7 @@ def free_memory() -> int:
         line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
         limits.append(int(line.split()[1]) * 1024)
     if not limits:
-        with contextlib.suppress(ImportError):  # on Linux it is not asked for
+        with contextlib.suppress(ImportError, OSError):  # on Linux it is not asked for
             import psutil
 
             limits.append(psutil.virtual_memory().available)

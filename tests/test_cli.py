@@ -472,10 +472,11 @@ def test_a_name_that_a_pipe_cannot_show_is_written_in_escapes(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "done: \\u65e5.jpg\n", "")
 
 
-@pytest.mark.parametrize("platform, wanted", [("linux", "'my runs/a.pt'"), ("win32", '"my runs/a.pt"')])
-def test_a_command_to_copy_is_quoted_as_the_shell_wants_it(monkeypatch, platform, wanted):
+@pytest.mark.parametrize("platform, quote", [("linux", "'"), ("win32", '"')])
+def test_a_command_to_copy_is_quoted_as_the_shell_wants_it(monkeypatch, platform, quote):
     monkeypatch.setattr(sys, "platform", platform)
-    assert (cli.quoted("my runs/a.pt"), cli.quoted(Path("a.pt"))) == (wanted, "a.pt")
+    assert [cli.quoted(word) for word in ("my runs/a.pt", "R&B", "a;b")] == [f"{quote}{word}{quote}" for word in ("my runs/a.pt", "R&B", "a;b")]
+    assert (cli.quoted(Path("runs/a-1.pt")), cli.quoted("train.steps=4")) == ("runs/a-1.pt", "train.steps=4")
 
 
 def test_a_cache_called_no_is_asked_back(train_main, photos, painting, tmp_path, capsys):

@@ -17,6 +17,17 @@ def test_what_is_new_or_may_be_replaced_may_be_written(tmp_path, name, overwrite
     check_output(tmp_path / name, [tmp_path / "in.png"], overwrite)
 
 
+def test_a_hard_link_to_an_input_and_links_in_a_circle_may_be_replaced(tmp_path):
+    (tmp_path / "in.png").write_text("precious")
+    os.link(tmp_path / "in.png", tmp_path / "hard.png")
+    (tmp_path / "a.png").symlink_to(tmp_path / "b.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    for name in ("hard.png", "a.png"):
+        check_output(tmp_path / name, [tmp_path / "in.png"], overwrite=True)
+        write_text(tmp_path / name, "new")
+    assert (tmp_path / "in.png").read_text() == "precious"
+
+
 def test_what_is_forced_to_the_disk_is_open_for_writing(tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl", reason="Windows refuses by itself")
     modes = []

@@ -53,6 +53,12 @@ def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
     assert plan_jobs([str(source)], str(tmp_path / "out.png")) == [Job(source, tmp_path / "out.png")]
 
 
+def test_an_output_whose_links_run_in_a_circle_is_planned(photos, tmp_path):
+    (tmp_path / "a.png").symlink_to(tmp_path / "b.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    assert [job.target for job in plan_jobs([str(photos / "photo_00.jpg")], str(tmp_path / "a.png"))] == [tmp_path / "a.png"]
+
+
 def test_a_kind_that_cannot_be_written_becomes_png(tmp_path):
     synthetic_photo(0).save(tmp_path / "animation.gif")
     (job,) = plan_jobs([str(tmp_path / "animation.gif")], str(tmp_path / "out"))

@@ -280,6 +280,18 @@ def test_torchs_threads_are_found(monkeypatch, shown):
     assert len(joined) == 1 and joined[0]
 
 
+@pytest.mark.parametrize("half_imported", [types.ModuleType("torch"), None])
+def test_torch_that_is_not_there_yet_is_joined_later(monkeypatch, half_imported):
+    joined = []
+    monkeypatch.setattr(native_library, "_join_threads", lambda: joined.append(1))
+    with monkeypatch.context() as another_thread:
+        another_thread.setitem(sys.modules, "torch", half_imported)
+        native_library.join_threads()
+    assert not joined
+    native_library.join_threads()
+    assert joined
+
+
 @pytest.mark.parametrize("half", [False, pytest.param(True, marks=PAIRS_ALONE)])
 def test_weights_that_come_to_lie_where_others_lay(half):
     conv, x = Conv3x3(32, 32, 3, bias=False).requires_grad_(False), torch.randn(1, 32, 12, 12)
