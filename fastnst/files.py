@@ -32,10 +32,14 @@ def check_output(path: str | Path, inputs: Iterable[str | Path] = (), overwrite:
         raise FileExistsError(f"{flag}: {path} exists already; use --overwrite to replace it")
 
 
+def in_any_letters(name: str) -> str:
+    """One for all names that a disk which minds neither large letters nor how an accent is written takes for the same."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def _is_same(path: str, other: str) -> bool:
     """Whether both name one file, perhaps in other letters, which macOS, Windows and some disks do not mind. A hard link is another, which stays when one is replaced."""
-    alike = len({unicodedata.normalize("NFC", name).casefold() for name in (path, other)}) == 1
-    return path == other or (alike and os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other))
+    return path == other or (in_any_letters(path) == in_any_letters(other) and os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other))
 
 
 @contextmanager

@@ -3,10 +3,10 @@
 import glob
 import os
 import sys
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastnst.files import in_any_letters
 from fastnst.picture import READABLE, WRITABLE, check_writable, count_kinds, find_images
 
 
@@ -71,8 +71,8 @@ def _real(path: str | Path) -> Path:
 
 
 def _alike(path: Path) -> Path:
-    """One for all names of a file: macOS minds neither large letters nor how an accent is written."""
-    return Path(unicodedata.normalize("NFC", str(path)).casefold()) if sys.platform == "darwin" else path
+    """One for all names of a file, where the system takes them for one: on macOS; paths of Windows compare so by themselves."""
+    return Path(in_any_letters(str(path))) if sys.platform == "darwin" else path
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

@@ -57,7 +57,7 @@ NOUNS = {
     "engine": {"graph_engine", "model", "native", "native_library", "onnx_graph", "runtime", "stages", "torch_engine"},
     "tiles": {"engine", "moments", "runtime", "stages"},
     "blend": {"picture"},
-    "jobs": {"picture"},
+    "jobs": {"files", "picture"},
     "winograd": {"native_library"},
     "native_norm": {"native_library", "stages"},
     "native_features": {"native_library"},

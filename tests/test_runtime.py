@@ -146,7 +146,6 @@ def _machine(root, monkeypatch, files):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     monkeypatch.setattr(runtime, "Path", lambda path: root / str(path).lstrip("/"))
-    monkeypatch.setattr(sys, "platform", "linux")
 
 
 @pytest.mark.parametrize("where, limit, used, own", [
