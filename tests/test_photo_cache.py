@@ -140,6 +140,23 @@ def test_the_least_recently_used_cache_gives_way(tmp_path, files):
     assert [place.exists() for place in places] == [True, False, True]
 
 
+def test_a_cache_that_cannot_be_removed_stays_and_counts(tmp_path, files, monkeypatch):
+    first, second, third = (cache_path(tmp_path / "caches", files, tmp_path, recipe) for recipe in "abc")
+    for index, place in enumerate((first, second)):
+        build_cache(place, files, prepare, None, 0)
+        os.utime(place, (1000 + index, 1000 + index))
+    unlink = type(first).unlink
+
+    def as_windows_does(path, missing_ok=False):
+        if path == first:  # another training reads it
+            raise PermissionError(13, "in use")
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(type(first), "unlink", as_windows_does)
+    cache = build_cache(third, files, prepare, 2 * first.stat().st_size * 1e-9, 0)  # room for it and the first
+    assert cache.kept == 5 and [place.exists() for place in (first, second, third)] == [True, False, True]
+
+
 def test_a_stop_while_building_leaves_nothing(files, place):
     asked = []
     assert build_cache(place, files, prepare, None, 0, should_stop=lambda: asked.append(None) or len(asked) > 3) is None
