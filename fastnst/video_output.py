@@ -3,6 +3,7 @@
 Takes the frames of ``video_input``: uint8 RGB ``(H, W, 3)`` with their own times. PyAV is imported when a video is begun.
 """
 
+import io
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -77,8 +78,10 @@ def create_video(
     """
     path = Path(path)
     check_writable_video(path)
-    if info.audio and (is_numbered(path) or path.suffix.lower() == ".gif"):
-        say(f"{path}: the sound is left out, as {'pictures have' if is_numbered(path) else 'a GIF has'} none")
+    if is_numbered(path) or path.suffix.lower() == ".gif":
+        unused = [*(["the sound"] if info.audio else []), *(f"{flag} {value}" for flag, value in _asked(encoding))]
+        if unused:
+            say(f"{path}: {', '.join(unused)}: left out, as {'pictures have' if is_numbered(path) else 'a GIF has'} none")
     if is_numbered(path):
         yield _picture_writer(path, overwrite, picture_quality)
         return
@@ -140,7 +143,7 @@ class _VideoFile:
             try:
                 self.container.start_encoding()
             except (av.FFmpegError, ValueError) as error:
-                wanted = ", ".join(f"{name} {value}" for name, value in (("--codec", encoding.codec), ("--crf", encoding.quality), ("--preset", encoding.preset)) if value is not None)
+                wanted = ", ".join(f"{flag} {value}" for flag, value in _asked(encoding)) or "--codec auto"
                 reason = getattr(error, "strerror", None) or error
                 raise ValueError(f"{path}: cannot encode {width}x{height} pixels with {encoder} into {path.suffix} ({wanted}): {reason}") from error
         except BaseException:
@@ -184,18 +187,36 @@ class _VideoFile:
         self.container.close()
 
 
+def _asked(encoding: Encoding) -> list[tuple[str, str | int]]:
+    """Flags and values of what is to be otherwise than by default."""
+    flags = (("--codec", "codec"), ("--crf", "quality"), ("--preset", "preset"))
+    return [(flag, getattr(encoding, name)) for flag, name in flags if getattr(encoding, name) != getattr(Encoding(), name)]
+
+
 def _encoder(path: Path, encoding: Encoding) -> str:
     av = import_av()
     codec = encoding.codec if encoding.codec != "auto" else "vp9" if path.suffix.lower() == ".webm" else "h264"
-    encoders = ENCODERS.get(codec, (codec,))
-    for name in encoders:
-        if name in av.codecs_available:
-            try:
-                if av.Codec(name, "w").type == "video":
-                    return name
-            except ValueError:  # it can be decoded only
-                pass
+    for name in ENCODERS.get(codec, (codec,)):
+        try:
+            if av.Codec(name, "w").type == "video":
+                _check_takes(path, name, codec)
+                return name
+        except av.codec.codec.UnknownCodecError:  # also what can be decoded only
+            pass
     raise ValueError(f"codec {codec!r}: no such video encoder in this FFmpeg; use auto, {', '.join(ENCODERS)}, or an encoder that `ffmpeg -encoders` names")
+
+
+def _check_takes(path: Path, encoder: str, codec: str) -> None:
+    """Raise ``ValueError`` unless a file of such a name can hold what ``encoder`` makes."""
+    av = import_av()
+    with io.BytesIO() as nothing:
+        nothing.name = path.name
+        with av.open(nothing, "w") as container:
+            try:
+                container.add_stream(encoder)
+            except ValueError as error:
+                held = [name for name in ENCODERS if name in container.supported_codecs]
+                raise ValueError(f"{path}: such a file holds no {codec}; use --codec auto or {' or '.join(held)}, or write another kind of file") from error
 
 
 def _options(encoder: str, encoding: Encoding, info: VideoInfo) -> dict[str, str]:

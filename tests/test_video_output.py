@@ -122,6 +122,21 @@ def test_an_unknown_codec_is_named_before_the_first_frame_and_leaves_no_file(tmp
     assert left_in(tmp_path) == []
 
 
+@pytest.mark.parametrize("codec, suffix, instead", [("h264", ".webm", "--codec auto or av1 or vp9"), ("vp9", ".m4v", "--codec auto or h264")])
+def test_a_codec_that_such_a_file_does_not_hold_is_named_before_the_first_frame(tmp_path, codec, suffix, instead):
+    with pytest.raises(ValueError, match=f"out{suffix}: such a file holds no {codec}; use {instead}, or"), create_video(tmp_path / f"out{suffix}", INFO, Encoding(codec=codec)):
+        pytest.fail("frames would be computed")
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("name, has", [("out.gif", "a GIF has"), ("%02d.png", "pictures have")])
+def test_what_gifs_and_pictures_have_not_is_said(tmp_path, name, has):
+    told = []
+    save(tmp_path / name, frames_of(moving_frames(2)), encoding=Encoding(codec="h264", quality=0), say=told.append)
+    save(tmp_path / f"plain_{name}", frames_of(moving_frames(2)), encoding=Encoding(), say=told.append)
+    assert told == [f"{tmp_path / name}: --codec h264, --crf 0: left out, as {has} none"]
+
+
 def test_an_existing_file_is_kept_unless_told(tmp_path):
     path = tmp_path / "out.mp4"
     path.write_bytes(b"precious")
