@@ -71,6 +71,7 @@ def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | No
     from fastnst.picture import take_large_pictures
 
     take_large_pictures()
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name of a file that the terminal, or on Windows a pipe, cannot show
@@ -85,6 +86,17 @@ def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | No
     except (ValueError, OSError, ArithmeticError, MemoryError) as error:
         complain("", error)
         return 2
+
+
+def _open_closed_streams() -> None:
+    """Where a shell closed one (``2>&-``), or a program without a window has none: what is said there goes nowhere, and no file gets its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
 
 
 def complain(what: str, error: Exception) -> None:

@@ -472,6 +472,17 @@ def test_a_name_that_a_pipe_cannot_show_is_written_in_escapes(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "done: \\u65e5.jpg\n", "")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX closes them")
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_loses_nothing(photos, tmp_path, closed):
+    photo, output = sorted(photos.iterdir())[0], tmp_path / "out.png"
+    command = [sys.executable, "-m", "fastnst", "stylize", "--style", "wave", "--input", str(photo), "--output", str(output)]
+    done = subprocess.run(["sh", "-c", f"{shlex.join(command)} {closed}"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Image.open(output).size == Image.open(photo).size
+    assert done.stdout == ("" if ">&- " in closed else f"1 of 1 stylized; output: {output}\n")  # no error by another way
+
+
 @pytest.mark.parametrize("platform, quote", [("linux", "'"), ("win32", '"')])
 def test_a_command_to_copy_is_quoted_as_the_shell_wants_it(monkeypatch, platform, quote):
     monkeypatch.setattr(sys, "platform", platform)
