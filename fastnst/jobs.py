@@ -51,7 +51,7 @@ def plan_jobs(inputs: list[str], output: str, mask: str | None = None) -> list[J
         jobs = [Job(found[0][0], folder)]
     else:
         if folder.is_file() or (folder.suffix.lower() in WRITABLE and not folder.is_dir()):
-            raise ValueError(f"--output {output} is a file name, need a folder for {len(found)} pictures")
+            raise ValueError(f"--output {output} is a file name, need a folder, as --input names {'a folder' if len(found) == 1 else f'{len(found)} pictures'}")
         jobs = [Job(source, folder / (name if name.suffix.lower() in WRITABLE else name.with_suffix(".png"))) for source, name in found]
 
     taken: dict[Path, Path] = {}

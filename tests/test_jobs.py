@@ -116,7 +116,7 @@ def test_names_that_macos_takes_for_one_are_refused_there(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("output", ["out.jpg", "out.PNG"])
 def test_several_pictures_need_a_folder(photos, tmp_path, output):
-    with pytest.raises(ValueError, match="need a folder for 12 pictures"):
+    with pytest.raises(ValueError, match="is a file name, need a folder, as --input names 12 pictures"):
         plan_jobs([str(photos)], str(tmp_path / output))
 
 
