@@ -35,7 +35,9 @@ class Engine(Protocol):
         """Bytes that pictures take on it while they are stylized, measured."""
 
     def run(self, pictures: np.ndarray, pixels: Pixels = "uint8") -> np.ndarray:
-        """Stylize ``(N, H, W, 3)`` uint8 (``pixels`` uint8), or ``(N, 3, H, W)`` float32 in [0, 1] (float): the same kind and size."""
+        """Stylize ``(N, H, W, 3)`` uint8 (``pixels`` uint8), or ``(N, 3, H, W)`` float32 in [0, 1] (float): the same kind and size.
+
+        On another device than the CPU it also takes ``grain``, which is added there."""
 
     def stage(
         self, index: int, rows: np.ndarray, gain: np.ndarray | None, shift: np.ndarray | None, above: int, below: int, statistics: bool

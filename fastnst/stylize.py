@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from fastnst.blend import Blend, read_mask
 from fastnst.engine import Engine, load_engine, load_network
+from fastnst.grain import GRAIN, add_grain, check_grain
 from fastnst.jobs import Job
 from fastnst.model import ModelInfo
 from fastnst.picture import MOST_PIXELS, ImageSize, open_rgb, save_picture, to_rgb
@@ -31,15 +32,20 @@ class Stylizer:
 
     ``tile``: ``auto`` goes strip by strip where the whole picture needs more memory than is free, ``off`` never does, a number
     always does, in strips of so many rows. Strips change no pixel by more than 1/255 (in float32; patterns of single pixels change more in torch and ONNX Runtime). ``notice`` is called
-    with a sentence where something is done in another way than expected. ``blend`` says what of the photo stays.
+    with a sentence where something is done in another way than expected. ``blend`` says what of the photo stays. ``grain``, 0 to 1, is what flat parts
+    of a picture get first, in shares of its contrast.
     """
 
-    def __init__(self, engine: Engine, tile: str | int = "auto", notice: Callable[[str], None] = lambda message: None, blend: Blend = Blend()) -> None:
+    def __init__(
+        self, engine: Engine, tile: str | int = "auto", notice: Callable[[str], None] = lambda message: None, blend: Blend = Blend(), grain: float = GRAIN
+    ) -> None:
         self.engine = engine
         self.info: ModelInfo = engine.network.info
         self.tile = _parse_tile(tile)
         self.notice = notice
         self.blend = blend
+        self.grain = check_grain(grain)
+        self._at_device = {} if engine.device == "cpu" else {"grain": grain}  # told to its passes, which then add it; else this does
         self._turn = threading.Lock()  # engines take one caller at a time
         self._plain: tuple[Any, np.ndarray | None] = ((), None)  # shape and color of the last picture of a single color, and what became of it
         self._float32: Engine | None = engine if engine.precision == "float32" else None
@@ -55,10 +61,11 @@ class Stylizer:
         opacity: float = 1.0,
         keep_colors: bool = False,
         mask: str | Path | np.ndarray | None = None,
+        grain: float = GRAIN,
     ) -> Stylizer:
-        """Load a model file, ``.safetensors`` or ``.onnx``; raises as ``load_network``, ``load_engine``, ``Blend`` and, for a ``mask`` that is a file, ``read_mask``."""
+        """Load a model file, ``.safetensors`` or ``.onnx``; raises as ``load_network``, ``load_engine``, ``Blend``, ``check_grain`` and, for a ``mask`` that is a file, ``read_mask``."""
         blend = Blend(opacity, keep_colors, read_mask(mask) if isinstance(mask, (str, Path)) else mask)
-        return cls(load_engine(load_network(model), device, engine, precision), tile, blend=blend)
+        return cls(load_engine(load_network(model), device, engine, precision), tile, blend=blend, grain=grain)
 
     def __call__(self, image: Any) -> Any:
         """Stylize one or more pictures of any size; what comes out is of the kind and size that went in.
@@ -83,13 +90,26 @@ class Stylizer:
         """``(N, H, W, 3)`` uint8 -> the same; ``in_place`` lets strips overwrite ``pixels``. Raises ``MemoryError`` where even strips are too large."""
 
         def stylize(engine: Engine, some: np.ndarray) -> np.ndarray:
-            whole = self._whole(engine, some.shape[:3], lambda: engine.run(some))
-            return np.stack([self._strips(engine, one, report, in_place and not self.blend) for one in some]) if whole is None else whole
+            whole = self._whole(engine, some.shape[:3], lambda: engine.run(some, **self._at_device))
+            if whole is None:
+                whole = np.stack([self._strips(engine, one, report, in_place) for one in (self._grained(some, in_place) if self._at_device else some)])
+            return whole
 
+        in_place = in_place and not self.blend
         with self._turn:
             plain = self._of_one_color(pixels)
-            whole = self._together(stylize, pixels, self._for_float32(pixels, plain), plain, np.empty_like)
+            given = pixels if self._at_device else self._grained(pixels, in_place)
+            whole = self._together(stylize, given, self._for_float32(given, plain), plain, np.empty_like)
         return self.blend.pictures(pixels, whole) if self.blend else whole
+
+    def _grained(self, pictures: np.ndarray, in_place: bool) -> np.ndarray:
+        """``(N, H, W, 3)`` of levels with their grain."""
+        if not self.grain:
+            return pictures
+        grained = pictures if in_place else pictures.copy()
+        for one in grained:
+            add_grain(one, self.grain)
+        return grained
 
     def _for_float32(self, pictures: np.ndarray, done: Container[int]) -> list[int]:
         """Those of ``(N, H, W, 3)``, levels of 0..255, that are not ``done`` and would show the rounding of the engine's precision, by index."""
@@ -176,12 +196,16 @@ class Stylizer:
             whole = self._whole(
                 engine,
                 (len(some), *some.shape[2:]),
-                lambda: engine.run_tensor(some.to(engine.device), "float") if on_device else torch.from_numpy(engine.run(some.cpu().numpy(), "float")),
+                lambda: engine.run_tensor(some.to(engine.device), "float", **self._at_device) if on_device else torch.from_numpy(engine.run(some.cpu().numpy(), "float")),
             )
-            return pixels(np.stack([self._strips(engine, one, in_place=True) for one in levels(some)])) if whole is None else whole
+            if whole is None:
+                seen = self._grained(levels(some), in_place=True) if self._at_device else levels(some)
+                whole = pixels(np.stack([self._strips(engine, one, in_place=True) for one in seen]))
+            return whole
 
         with self._turn:
-            if given.is_cuda:  # nothing here should wait for it; its kernels know pictures of one color, and take over after a few
+            grained = given
+            if given.is_cuda and self._at_device:  # nothing here should wait for it; its kernels know pictures of one color, and take over after a few
                 exact, plain = [], {}
             else:
                 least, most = (float(end) for end in given.aminmax())
@@ -189,8 +213,11 @@ class Stylizer:
                     raise ValueError(f"got a tensor of values from {least:g} to {most:g}, need [0, 1]")
                 seen = levels(given)
                 plain = self._of_one_color(seen)
+                if self.grain and not self._at_device:
+                    seen = self._grained(seen, in_place=True)
+                    grained = pixels(seen)
                 exact = self._for_float32(seen, plain)
-            whole = self._together(stylize, given, exact, {index: pixels(stylized) for index, stylized in plain.items()}, torch.empty_like)
+            whole = self._together(stylize, grained, exact, {index: pixels(stylized) for index, stylized in plain.items()}, torch.empty_like)
         whole = whole.to(images.device)
         if self.blend:
             whole = self.blend.tensors(given, whole)

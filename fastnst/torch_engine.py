@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnst.fused import on_device, warn_of
+from fastnst.grain import with_grain
 from fastnst.recording import Recording
 from fastnst.runtime import WORTH_COMPILING, cpu_precision, free_memory, in_one_line, is_out_of_memory, keep_freed_memory, resolve_device
 from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, less_flat, minds_ground
@@ -61,33 +62,34 @@ class TorchEngine:
             found.append(tensors)
         return found
 
-    def run(self, pictures: np.ndarray, pixels: str = "uint8") -> np.ndarray:
+    def run(self, pictures: np.ndarray, pixels: str = "uint8", grain: float = 0.0) -> np.ndarray:
         x = torch.from_numpy(np.require(pictures, requirements=["C", "W"]))  # torch warns of what is read-only
         if self._device.type != "cuda":
-            return self.run_tensor(x.to(self._device), pixels).cpu().numpy()
-        stylized = self.run_tensor(x.pin_memory().to(self._device, non_blocking=True), pixels).to("cpu", non_blocking=True)  # pinned, too
+            return self.run_tensor(x.to(self._device), pixels, grain).cpu().numpy()
+        stylized = self.run_tensor(x.pin_memory().to(self._device, non_blocking=True), pixels, grain).to("cpu", non_blocking=True)  # pinned, too
         torch.cuda.current_stream(self._device).synchronize()
         return stylized.numpy()  # pinned memory, which torch keeps for the next picture once this one is gone
 
-    def run_tensor(self, x: Tensor, pixels: str) -> Tensor:
+    def run_tensor(self, x: Tensor, pixels: str, grain: float = 0.0) -> Tensor:
         """``run`` for tensors on the device of the engine."""
-        this = (pixels, x.shape)
+        this = (pixels, x.shape, grain)
         if this != self._last:
             self._last, self._in_a_row, self._recording = this, 0, None  # the memory of a recorded pass is for the new ones
         self._in_a_row += 1
         self._so_far += 1
         with torch.inference_mode():
             if self._device.type == "cuda" and self._in_a_row == WORTH_COMPILING:
-                self._recording = self._record(x, pixels)
+                self._recording = self._record(x, pixels, grain)
             if self._recording is None:
+                x = _with_grain(x, pixels, grain)
                 return self.compute_fast(x, pixels) if self._device.type == "cuda" and self._so_far > WORTH_COMPILING else self.compute(x, pixels)
             stylized = self._recording(x)
         return stylized.clone()  # which the next pass overwrites
 
-    def _record(self, x: Tensor, pixels: str) -> Recording | None:
+    def _record(self, x: Tensor, pixels: str, grain: float) -> Recording | None:
         """A pass over pictures like ``x``, as fast as this machine can; None where it can do nothing about it."""
         try:
-            return Recording(lambda given: self.compute_fast(given, pixels), x, tried_out=self.precision != "float32")
+            return Recording(lambda given: self.compute_fast(_with_grain(given, pixels, grain), pixels), x, tried_out=self.precision != "float32")
         except Exception as error:  # libraries raise many kinds; it goes without, and is not tried again
             if not is_out_of_memory(error):
                 warnings.warn(f"a CUDA graph failed, going on slower without ({in_one_line(error)})", stacklevel=2)
@@ -164,6 +166,15 @@ class TorchEngine:
                 return (x.cpu().numpy(),)
             variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
             return x.cpu().numpy(), mean.cpu().numpy(), variance.cpu().numpy()
+
+
+def _with_grain(x: Tensor, pixels: str, grain: float) -> Tensor:
+    """What ``run`` takes, with its grain."""
+    if not grain:
+        return x
+    if pixels == "float":
+        return with_grain(x * 255, grain) / 255
+    return with_grain(x.permute(0, 3, 1, 2).float(), grain).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, relu: bool, skip: tuple[Tensor, int] | None, padding: int, mode: str) -> Tensor:

@@ -53,10 +53,11 @@ NOUNS = {
     "native_library": {"runtime", "stages"},
     "native": {"moments", "native_library", "runtime", "stages"},
     "graph_engine": {"eight_bits", "onnx_graph", "runtime", "stages"},
-    "torch_engine": {"fused", "nvidia", "recording", "runtime", "stages"},
+    "torch_engine": {"fused", "grain", "nvidia", "recording", "runtime", "stages"},
     "engine": {"graph_engine", "model", "native", "native_library", "onnx_graph", "runtime", "stages", "torch_engine"},
     "tiles": {"engine", "moments", "runtime", "stages"},
     "blend": {"picture"},
+    "grain": set(),
     "jobs": {"files", "picture"},
     "winograd": {"native_library"},
     "native_norm": {"native_library", "stages"},
@@ -95,7 +96,7 @@ ALLOWED_TO_VERBS = {
     "optimize": set(NOUNS),
     "evaluate": set(NOUNS),
     "distill": set(NOUNS),
-    "stylize": {"blend", "engine", "jobs", "model", "picture", "runtime", "stages", "tiles"},
+    "stylize": {"blend", "engine", "grain", "jobs", "model", "picture", "runtime", "stages", "tiles"},
     "export": {"checkpoint", "engine", "files", "onnx_graph"},
 }
 # Scripts that are no verb of their own: they put verbs together, or draw.

@@ -1,0 +1,173 @@
+"""Grain: how much of it goes where, that numpy and torch add the same, and that a `Stylizer` does in every way in."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import synthetic_photo
+from fastnst.scripts import stylize as stylize_script
+
+from fastnst import Stylizer, cli, grain
+from fastnst.checkpoint import save_model
+from fastnst.engine import ENGINES, is_installed, load_engine, load_network
+from fastnst.grain import GRAIN, add_grain, with_grain
+from fastnst.model import NetworkConfig
+from fastnst.network import TransformNetwork
+from fastnst.torch_engine import TorchEngine
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model file with random weights."""
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    torch.manual_seed(0)
+    save_model(path, TransformNetwork(NetworkConfig(width=4, residual_blocks=1)), 7, {})
+    return path
+
+
+def halves(height=128, width=192) -> np.ndarray:
+    """Left 64, right 192 but for its last third, of noise from 65 to 191."""
+    picture = np.full((height, width, 3), 192, np.uint8)
+    picture[:, : width // 2] = 64
+    picture[:, -width // 6 // 8 * 8 :] = np.random.default_rng(0).integers(65, 192, (height, width // 6 // 8 * 8, 1))
+    return picture
+
+
+def grained(picture: np.ndarray, amount: float = GRAIN) -> np.ndarray:
+    result = picture.copy()
+    add_grain(result, amount)
+    return result
+
+
+def test_flat_parts_get_what_they_lack_and_others_nothing():
+    picture = np.full((512, 512, 3), 64, np.uint8)
+    picture[:, 256:] = 192
+    found = grained(picture, 0.05).astype(float)
+    # The picture deviates by 64 levels, of which 0.05 are 3.2; rounding adds 1/12 to the variance.
+    for side in (found[:, :256], found[:, 256:]):
+        assert side.std() == pytest.approx((3.2**2 + 1 / 12) ** 0.5, rel=0.03)
+    assert abs(found - picture).max() > 6
+    picture = halves()
+    detail = np.s_[:, -32:]
+    changed = grained(picture) != picture
+    assert not changed[detail].any() and changed[:, :-32].mean() > 0.5
+
+
+def test_a_block_is_filled_up():
+    picture = halves(256, 384)
+    stripes = np.tile(np.array([[[100], [102]]], np.uint8), (256, 32, 3))  # deviates by 1
+    picture[:, :64] = stripes
+    light = picture.astype(float).mean(2)
+    wanted = (0.05 * light.std()) ** 2
+    added = (grained(picture, 0.05).astype(float) - picture)[:, :64]
+    assert (added.std() ** 2) == pytest.approx(wanted - 1 + 1 / 12, rel=0.1)
+
+
+@pytest.mark.parametrize("color", [0, 7, 128, 255])
+def test_one_color_stays_one(color):
+    picture = np.full((70, 41, 3), color, np.uint8)
+    assert (grained(picture, 1.0) == picture).all()
+    levels = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
+    assert torch.equal(with_grain(levels, 1.0), levels)
+
+
+def test_what_is_overexposed_gets_some_and_stays_in_range():
+    picture = np.zeros((64, 128, 3), np.uint8)
+    picture[:, 64:] = 255
+    for found in (grained(picture, 0.05), grained(picture.astype(np.float32), 0.05)):
+        assert found.min() == 0 and found.max() == 255
+        assert found[:, 64:].std() > 2 and found[:, :64].std() > 2
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 30), (9, 8), (63, 65), (130, 77)], ids=str)
+def test_numpy_and_torch_add_the_same(size):
+    rng = np.random.default_rng(1)
+    pictures = [np.broadcast_to(np.linspace(20, 240, size[1])[None, :, None], (*size, 3)).round().astype(np.uint8), rng.integers(0, 256, (*size, 3), np.uint8)]
+    for picture in pictures:
+        mine = grained(picture, 0.1)
+        assert (grained(picture.astype(np.float32), 0.1) == mine).all()
+        levels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float()
+        theirs = with_grain(torch.cat([levels, 255 - levels]), 0.1)[0].permute(1, 2, 0).numpy()
+        apart = np.abs(theirs - mine)
+        assert apart.max() <= 1 and (apart > 0).mean() < 0.02  # halves of a level, rounded to either side
+
+
+def test_bands_are_not_seen(monkeypatch):
+    picture = np.asarray(synthetic_photo(3, 90, 200))
+    found = grained(picture, 0.2)
+    monkeypatch.setattr(grain, "_ROWS", 1024)
+    assert (grained(picture, 0.2) == found).all()
+    assert (found != picture).any()
+
+
+def test_textures_go_on_beside_themselves():
+    for texture in grain._textures():
+        inside = max(np.abs(np.diff(texture, axis=axis)).mean() for axis in (0, 1))
+        assert np.abs(texture[0] - texture[-1]).mean() < 1.3 * inside and np.abs(texture[:, 0] - texture[:, -1]).mean() < 1.3 * inside
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "auto"])
+def test_a_stylizer_adds_it_in_every_way(model, engine):
+    if engine != "torch" and not is_installed(engine):
+        pytest.skip(f"{engine} is not installed")
+    stylizer = Stylizer.from_file(model, "cpu", engine, "float32", grain=0.5)  # much: a network of random weights makes little of it
+    pictures = np.stack([halves(), np.asarray(synthetic_photo(1, 192, 128))])
+    kept = pictures.copy()
+    expected = stylizer.engine.run(np.stack([grained(one, 0.5) for one in pictures]))
+    found = stylizer(pictures)
+    assert np.abs(found.astype(int) - expected).max() <= 1 and (pictures == kept).all()
+    assert np.abs(found[0].astype(int) - stylizer.engine.run(pictures)[0]).mean() > 0.5
+    assert np.abs(stylizer(pictures[0]).astype(int) - expected[0]).max() <= 1
+    tensor = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+    assert np.abs((stylizer(tensor) * 255).permute(0, 2, 3, 1).numpy() - expected).max() <= 1.01
+    assert np.abs(Stylizer(stylizer.engine, tile=32, grain=0.5)(pictures).astype(int) - expected).max() <= 1
+    without = Stylizer(stylizer.engine, grain=0.0)
+    assert (without(pictures) == stylizer.engine.run(pictures)).all()
+
+
+@pytest.mark.parametrize("tile", ["off", 32])
+def test_an_engine_on_a_gpu_adds_the_same(model, tile):
+    """torch on the CPU in its place: it takes the same way."""
+    engine = TorchEngine(load_network(model), "cpu", "float32")
+    here, there, without = (Stylizer(engine, tile, grain=amount) for amount in (0.5, 0.5, 0.0))
+    there._at_device = {"grain": 0.5}
+    pictures = np.stack([halves(), np.asarray(synthetic_photo(1, 192, 128))])
+    expected = here(pictures)
+    found = there(pictures)
+    assert np.abs(found.astype(int) - expected).mean() < 0.02  # a level here and there, where numpy and torch round a half otherwise
+    assert np.abs(found.astype(int) - without(pictures)).mean() > 0.5
+    tensor = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+    assert np.abs((there(tensor) * 255).permute(0, 2, 3, 1).numpy() - found).max() <= 1.01
+
+
+def test_the_photo_that_a_blend_leaves_has_none(model):
+    picture = halves()
+    assert (Stylizer.from_file(model, "cpu", opacity=0.0)(picture) == picture).all()
+
+
+@pytest.mark.parametrize("amount", [-0.1, 1.5, float("nan"), "much", None])
+def test_another_amount_is_refused(model, amount):
+    with pytest.raises(ValueError, match=f"grain: got {amount!r}, need a number from 0, none, to 1"):
+        Stylizer(load_engine(load_network(model), "cpu"), grain=amount)
+
+
+def test_the_flag(model, tmp_path, capsys):
+    from PIL import Image
+
+    Image.fromarray(halves()).save(tmp_path / "in.png")
+
+    def run(name, *flags):
+        arguments = ["--model", str(model), "--device", "cpu", "--input", str(tmp_path / "in.png"), "--output", str(tmp_path / name), *flags]
+        assert cli.run(stylize_script.main, arguments) == 0
+        return np.asarray(Image.open(tmp_path / name))
+
+    default = run("default.png")
+    assert (run("same.png", "--grain", str(GRAIN)) == default).all()
+    assert (run("none.png", "--grain", "0") == Stylizer.from_file(model, "cpu", grain=0)(halves())).all()
+    assert (run("none.png", "--grain", "0", "--overwrite") != default).any()
+    for wrong in ("-1", "2", "some"):
+        with pytest.raises(SystemExit) as stopped:
+            stylize_script.main(["--style", "wave", "--input", "a", "--output", "b", "--grain", wrong])
+        assert stopped.value.code == 2 and "--grain" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        stylize_script.main(["--help"])
+    assert f"(default: {GRAIN}; 0: none)" in " ".join(capsys.readouterr().out.split())
