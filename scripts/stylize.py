@@ -27,7 +27,7 @@ def main(argv=None) -> int:
     p.add_argument("--opacity", type=cli.number(0, 1), default=1.0, metavar="0-1", help="of the stylized picture over the photo: 0.7 leaves 0.3 of the photo (default: 1)")
     p.add_argument("--keep-colors", action="store_true", help="the photo's colors stay, the style's light, dark and strokes come in")
     p.add_argument("--mask", metavar="FILE", help="where the style goes, a picture scaled to each photo: white takes it, black leaves the photo; of one with transparency, what is opaque takes it")
-    p.add_argument("--grain", type=cli.number(0, 1), metavar="0-1", help="for flat parts, such as skies and what is overexposed, which without any become plain or show JPEG's blocks: deviation in shares of the photo's contrast (default: 0.03; 0: none)")
+    p.add_argument("--grain", type=cli.number(0, 1), metavar="0-1", help="for flat parts, such as skies and what is overexposed, which without any become plain or show JPEG's blocks: deviation in shares of the photo's contrast (default: 0.03; 0, none, for videos and cameras, where it stays in its place while things move)")
     p.add_argument("--short-side", type=cli.whole(1, 65_535), metavar="N", help="scale so that the short side has N pixels (default: the photo's size); strokes keep theirs, so they look larger on a smaller picture")
     p.add_argument("--quality", type=cli.whole(1, 100), default=95, metavar="1-100", help="of JPEG and WebP (default: 95)")
     existing = p.add_mutually_exclusive_group()
@@ -60,9 +60,11 @@ def main(argv=None) -> int:
 
     with join_ranks(args.device) as (ranks, device), StopRequest(repeats=ranks.size > 1) as stop:
         network = load_network(args.model or cli.find_style(args.style))
-        stylizer = Stylizer(load_engine(network, device, args.engine, args.precision), args.tile, grain=GRAIN if args.grain is None else args.grain)
+        moving = args.camera or is_clip(args.input, args.output)
+        grain = args.grain if args.grain is not None else 0.0 if moving else GRAIN
+        stylizer = Stylizer(load_engine(network, device, args.engine, args.precision), args.tile, grain=grain)
         blend = Blend(args.opacity, args.keep_colors, None if args.mask is None else read_mask(args.mask))
-        if args.camera or is_clip(args.input, args.output):
+        if moving:
             if args.mask and args.output:
                 spare(args.mask, args.output)
             return (camera if args.camera else clip)(args, stylizer, finishing(args, blend), stop)

@@ -170,4 +170,21 @@ def test_the_flag(model, tmp_path, capsys):
         assert stopped.value.code == 2 and "--grain" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         stylize_script.main(["--help"])
-    assert f"(default: {GRAIN}; 0: none)" in " ".join(capsys.readouterr().out.split())
+    assert f"(default: {GRAIN}; 0, none, for videos" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_moves_has_none_unless_asked_for(model, tmp_path):
+    """It would stay in its place on the screen."""
+    from PIL import Image
+
+    frames = [np.roll(halves(), 8 * index, axis=1) for index in range(2)]
+    (tmp_path / "in").mkdir()
+    for index, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / "in" / f"{index}.png")
+    stylizer = Stylizer.from_file(model, "cpu", grain=0.5)
+    for name, flags, wanted in (("plain", [], stylizer.engine.run(np.stack(frames))), ("grained", ["--grain", "0.5"], stylizer(np.stack(frames)))):
+        arguments = ["--model", str(model), "--device", "cpu", "--input", str(tmp_path / "in"), "--output", str(tmp_path / name / "%d.png"), *flags]
+        assert cli.run(stylize_script.main, arguments) == 0
+        found = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / name).iterdir())])
+        assert np.abs(found.astype(int) - wanted).max() <= 1
+    assert np.abs(stylizer(frames[0]).astype(int) - stylizer.engine.run(frames[0][None])[0]).mean() > 0.5
