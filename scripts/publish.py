@@ -26,6 +26,7 @@ def main(argv=None) -> int:
     p.add_argument("--overwrite", action="store_true", help="replace a style that exists")
     args = p.parse_args(argv)
 
+    import numpy as np
     import torch
     import yaml
     from PIL import Image
@@ -35,6 +36,7 @@ def main(argv=None) -> int:
     from fastnst.contender import METRICS_NAME, note_weights
     from fastnst.data import list_photos, load_validation
     from fastnst.files import atomic_write, check_output
+    from fastnst.grain import GRAIN, add_grain
     from fastnst.image import load_image, to_pil, to_tensor
     from fastnst.loss_network import load_loss_network
     from fastnst.losses import LossConfig, PerceptualLoss
@@ -70,7 +72,9 @@ def main(argv=None) -> int:
         with torch.inference_mode():
             for photo in photos:
                 photo.thumbnail((512, 512), Image.Resampling.LANCZOS)
-                before, after = (net.to(device)(to_tensor(photo).to(device)).clamp(0, 1) for net in (network, shipped))
+                given = np.array(photo)
+                add_grain(given, GRAIN)  # as `stylize` does
+                before, after = (net.to(device)(to_tensor(Image.fromarray(given)).to(device)).clamp(0, 1) for net in (network, shipped))
                 differences.append((before - after).abs().max())
                 stylized.append(to_pil(after))
         largest = float(torch.stack(differences).max())
