@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-GRAIN = 0.03  # its deviation, in those of the photo's light and dark: the objective on held-out photos is lowest there
+GRAIN = 0.03  # of the deviation of the photo's light and dark. By 0.05 what is flat is too busy, and the objective on held-out photos begins to rise
 _BLOCK = 8  # pixels: what is flat is told for squares of so many
 _SIZE = 3  # pixels: the deviation of the Gaussian that white noise is blurred by
 _PERIODS = 211, 307  # pixels after which two textures repeat themselves: their sum does so where nobody sees it
