@@ -710,6 +710,15 @@ def test_tensorboard_shows_losses_rates_images_and_config(finished):
     terms = {"/total", "/content", "/style", "/tv", "_content/relu2_2", "_style/relu1_2", "_style/relu2_2"}
     watched = {"train/photos_per_second", "train/learning_rate", "train/gradient_norm", "train/waiting_for_photos", "output/contrast", "output/brightness"}
     expected = {f"{kind}{term}" for kind in ("loss", "validation") for term in terms} | watched
+@pytest.mark.skipif(sys.platform != "linux", reason="names there are text")
+def test_a_photo_whose_name_is_no_text_is_one_as_others(train_data, tmp_path, photos):
+    shutil.copy(photos / "photo_00.jpg", os.fsencode(photos) + b"/M\xfcnchen.jpg")  # Latin-1, as old archives have it
+    (photos / os.fsdecode(b"K\xf6ln.jpg")).write_text("no picture")
+    result = fit(train_data, tmp_path / "run", train__steps=14)
+    assert result.finished and any("K\udcf6ln.jpg" in message for message in result.unreadable)
+    assert fit(train_data, tmp_path / "run", train__steps=15).finished
+
+
     expected |= {f"validation_look/{figure}" for figure in ("flicker", "noise_gain", "border", "frame", "grid_2", "grid_4", "clipped")}
     assert set(events.Tags()["scalars"]) == expected
     assert [event.step for event in events.Scalars("validation/total")] == [0, 3, 6]
