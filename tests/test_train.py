@@ -476,7 +476,7 @@ def test_a_good_state_that_is_none_is_gone_back_behind(train_data, tmp_path, mon
     monkeypatch.setattr(fastnst.training.Watchdog, "watch", watch)
     result = fit(train_data, tmp_path / "run", report=lambda progress: messages.append(progress.message), train__log_every=1)
     assert result.finished
-    assert [message.split(", the rate")[0] for message in messages if "Back to" in message] == [
+    assert [message.split(", the learning rate")[0] for message in messages if "Back to" in message] == [
         "watchdog: made up. Back to step 4",
         "watchdog: made up. Back to step 3",
     ]
@@ -497,6 +497,16 @@ def test_the_model_is_the_best_on_validation_and_says_its_step(train_data, tmp_p
 
 
 def test_the_best_that_is_still_being_written_is_not_replaced_by_a_worse_one(train_data, tmp_path, monkeypatch):
+def test_a_validation_that_is_not_finite_is_taken_back(train_data, tmp_path, monkeypatch):
+    totals, messages = iter([9.0, 5.0, float("nan"), 7.0, 6.0]), []  # at steps 0, 2, 4, and 4 and 6 after going back
+    monkeypatch.setattr(fastnst.training, "validate", lambda *_: ({"validation/total": next(totals)}, torch.zeros(3, 8, 8)))
+    result = fit(train_data, tmp_path / "run", report=lambda progress: messages.append(progress.message), train__validate_every=2, train__keep="last")
+    assert [message.partition(". If")[0] for message in messages if "watchdog" in message] == [
+        "watchdog: the loss on validation is not finite at step 4. Back to step 2, the learning rate now 0.3 of the schedule's (rollback 1 of 3)"
+    ]
+    assert (result.rollbacks, load_model(result.model)[1].step) == (1, 6)
+
+
     save = fastnst.training.save_model
 
     def save_slowly(*args, **more):
@@ -539,7 +549,7 @@ def test_a_run_that_learns_nothing_is_stuck(train_data, tmp_path, monkeypatch, s
     messages = []
     with pytest.raises(TrainingDiverged, match="the loss is stuck: by step 6 its best on validation is .*, and was .* untrained. 1 rollbacks"):
         fit(train_data, tmp_path / "run", report=lambda progress: messages.append(progress.message), train__steps=8, train__validate_every=3, train__rollbacks=1, **settings)
-    assert ["Back to step 0, the rate now 0.3 of" in message for message in messages if "Back to" in message] == [True]
+    assert ["Back to step 0, the learning rate now 0.3 of" in message for message in messages if "Back to" in message] == [True]
 
 
 def test_the_model_may_be_the_last(train_data, tmp_path, monkeypatch):
