@@ -6,6 +6,7 @@ Both are written atomically and read without executing code.
 import io
 import pickle
 import platform
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -117,7 +118,7 @@ def save_training_state(
 
 
 def load_training_state(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What ``save_training_state`` wrote. Raises ``FileNotFoundError``, or ``ValueError`` naming the file when it is damaged."""
+    """What ``save_training_state`` wrote. Raises ``FileNotFoundError``, ``PermissionError``, or ``ValueError`` naming the file when it is damaged."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no training state at {path}; a training leaves it beside the model, and is neither resumed nor published without")
     try:
@@ -126,6 +127,13 @@ def load_training_state(path: str | Path, device: torch.device | str = "cpu") ->
         wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
         if wrong:
             raise ValueError(f"no usable {', '.join(wrong)}")
+        with zipfile.ZipFile(path) as written:
+            if written.testzip():  # which torch does not ask
+                raise ValueError("its bytes are not those that were written")
+        if not all(tensor.isfinite().all() for tensor in _tensors([state["network"], state["optimizer"]])):
+            raise ValueError("it holds numbers that are not finite")
+    except PermissionError:
+        raise
     except Exception as error:  # torch raises many kinds for damaged files
         why = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"  # torch then advises to load it as code
         raise ValueError(f"{path}: damaged or not a training state{why}; choose another --run-dir") from error

@@ -26,7 +26,7 @@ from fastnst.background import read_ahead
 from fastnst.config import Config
 from fastnst.photo_cache import PhotoCache, build_cache, cache_path, default_root, read_cache
 from fastnst.picture import READABLE, count_kinds, find_images, open_rgb
-from fastnst.runtime import fed_by_processes, leave_signals_to_parent
+from fastnst.runtime import fed_by_processes, in_words, leave_signals_to_parent
 
 _WORTH_SHRINKING = 0.75  # scaling by less spares few bytes, and costs time and sharpness
 
@@ -166,8 +166,8 @@ def keep_photos(
             raise
         except OSError as error:
             if not auto:
-                raise OSError(f"data.cache: {error}; give another folder, or off") from error
-            say(f"photo cache: {error}; going without")
+                raise OSError(f"data.cache: {in_words(error)}; give another folder, or off") from error
+            say(f"photo cache: {in_words(error)}; going without")
     if cache is not None:
         damaged = f", {len(cache.unreadable)} cannot be read" if cache.unreadable else ""
         say(f"photo cache: {cache.kept:,} of {len(photos):,} photos{damaged}, {cache.gigabytes:.2f} GB in {path.parent}; safe to delete, data.cache: off goes without")

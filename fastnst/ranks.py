@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastnst.runtime import resolve_device
+from fastnst.runtime import in_words, resolve_device
 
 if TYPE_CHECKING:
     import torch
@@ -104,10 +104,10 @@ class Ranks:
         except Exception as mine:
             error = mine
         if self.main:
-            self.from_main(None if error is None else str(error))
+            self.from_main(None if error is None else in_words(error))
             if error is not None:
                 raise error
-        errors = self.gather(None if error is None else f"rank {self.rank} on {socket.gethostname()}: {error}")
+        errors = self.gather(None if error is None else f"rank {self.rank} on {socket.gethostname()}: {in_words(error)}")
         if any(errors):
             raise RankFailed(next(filter(None, errors))) from error
 
@@ -126,7 +126,7 @@ class Ranks:
             if isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error):
                 lost = f"rank {self.rank} has lost another rank, whose error stands beside this one"
                 raise RankLost(f"{lost}; the same command goes on from the last saved state") from error
-            raise RankLost(f"rank {self.rank} on {socket.gethostname()}: {error}", here=True) from error
+            raise RankLost(f"rank {self.rank} on {socket.gethostname()}: {in_words(error)}", here=True) from error
 
 
 @contextlib.contextmanager

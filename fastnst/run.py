@@ -7,6 +7,7 @@ TensorBoard's event files.
 import errno
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from fastnst.checkpoint import STATE_NAME
 from fastnst.config import Config, ConfigError, flatten, load_config, to_yaml
 from fastnst.files import exclusive, remove_leftovers, write_text
 from fastnst.model import MODEL_NAME
+from fastnst.runtime import in_words
 
 CONFIG_NAME = "config.yaml"
 
@@ -47,18 +49,23 @@ def find_run(config: Config, run_dir: Path, may_change: Iterable[str]) -> bool:
 
 
 def check_space(run_dir: Path, needed: int) -> None:
-    """Raise ``OSError`` where the disk of ``run_dir`` has fewer than ``needed`` bytes left."""
+    """Raise ``OSError`` where ``run_dir`` cannot be written to, or its disk has fewer than ``needed`` bytes left."""
     there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
     if free < needed:
         raise OSError(f"{run_dir}: the disk has {free / 1e6:.1f} MB left, model and training state need {needed / 1e6:.1f} MB; make room or choose another --run-dir")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write in {run_dir}: {error.strerror}; mend that or choose another --run-dir") from error
 
 
 @contextmanager
 def hold(run_dir: Path, config: Config) -> Iterator[None]:
     """Hold ``run_dir`` for this process alone, with ``config`` written into it; what a killed one left half written is removed.
 
-    An ``OSError`` out of the block that does not say where it happened, such as a full disk under TensorBoard's events, is given the name.
+    An ``OSError`` out of the block that does not say where it happened, such as a full disk under TensorBoard's events, is given the name,
+    and each of those that the folder is to blame for what has become of the run.
     """
     hook = threading.excepthook
     # TensorBoard's writing thread prints a traceback for what it raises again in ours.
@@ -72,8 +79,9 @@ def hold(run_dir: Path, config: Config) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOENT:
             check_there(run_dir)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE) and str(run_dir) not in str(error):
-            raise type(error)(error.errno, f"cannot write in {run_dir}: {os.strerror(error.errno)}; what was saved before is intact") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE):
+            what = in_words(error) if str(run_dir) in str(error) else f"cannot write in {run_dir}: {os.strerror(error.errno)}"
+            raise type(error)(error.errno, f"{what}; what was saved before is intact: once this is mended, the same command goes on from there") from error
         raise
     finally:
         threading.excepthook = hook

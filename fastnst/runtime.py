@@ -141,7 +141,9 @@ def in_one_line(error: BaseException, most: int = 200) -> str:
 
 
 def in_words(error: BaseException) -> str:
-    """What it says, or what it is where it says nothing."""
+    """What it says, without the number that the system has for it, or what it is where it says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     return str(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
 
 

@@ -37,8 +37,9 @@ class Survey:
         ):
             if names:
                 shown = names if self.thorough and names is self.unreadable else names[:_NAMED]
-                more = f", and {len(names) - len(shown):,} more" if len(names) > len(shown) else ""
-                lines.append(f"  {len(names):,} {what}: {', '.join(shown)}{more}")
+                more = [f"and {len(names) - len(shown):,} more"] if len(names) > len(shown) else []
+                begin, between = ("\n    ", "\n    ") if names is self.unreadable else (" ", ", ")  # what is wrong with each is a sentence
+                lines.append(f"  {len(names):,} {what}:{begin}{between.join([*shown, *more])}")
         return "\n".join(lines)
 
 

@@ -222,7 +222,7 @@ def _what_would_fit(task: Task) -> str:
 def fingerprint(photos: list[Path]) -> tuple[int, str]:
     """How many photos these are, and what tells them from others by name."""
     names = "\n".join(f"{path.parent.name}/{path.name}" for path in photos)
-    return len(photos), hashlib.sha256(names.encode()).hexdigest()
+    return len(photos), hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def digest(path: Path) -> str:

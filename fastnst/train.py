@@ -113,9 +113,10 @@ def train(
         if state is not None:
             check_same_style(config.style.image, task.style_digest, state)
             restore(run_dir / STATE_NAME, state, network, optimizer)  # tried here, so that one that does not fit is told before the other ranks get it
-        elif ranks.main:
-            check_space(run_dir, _bytes_to_save(task))
-        found = survey(task.photos.train, config.data) if ranks.main and (state is None or state["step"] < loop.steps) else None
+        found = None
+        if ranks.main and (state is None or state["step"] < loop.steps):
+            check_space(run_dir, _bytes_to_save(task) // (1 if state is None else 2))
+            found = survey(task.photos.train, config.data)
     check_same_photos(task)
     state = ranks.from_main(state)
     if state is not None:

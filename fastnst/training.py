@@ -27,6 +27,7 @@ from fastnst.schedule import learning_rate_at
 from fastnst.task import Task, batches_from, fingerprint, learn, validate
 from fastnst.watchdog import Trouble, Watchdog
 
+_STEADIER = "lower train.learning_rate.initial or the weights of loss, or set train.clip_gradient"
 _SAVE_SECONDS = 300  # it saves this often, whatever save_every says: no more is lost to a power cut
 
 
@@ -168,11 +169,10 @@ class Training:
 
     def last_look(self) -> Trouble | None:
         """What speaks against saving the weights."""
-        advice = "lower train.learning_rate.initial or the weights of loss, or set train.clip_gradient"
         if not torch.stack([parameter.isfinite().all() for parameter in self.task.network.parameters()]).all():  # sync point
-            return Trouble(f"the weights are not finite at step {self.step}", advice)
+            return Trouble(f"the weights are not finite at step {self.step}", _STEADIER)
         if self._wary and self.step >= self.task.config.train.steps:
-            return Trouble(f"the loss or the output of the last steps, up to {self.step}, is far from what it was", advice)
+            return Trouble(f"the loss or the output of the last steps, up to {self.step}, is far from what it was", _STEADIER)
         return None
 
     def go_back(self, trouble: Trouble) -> None:
@@ -193,7 +193,7 @@ class Training:
         self.step = self._first = self._went_back = self.good["step"]
         self._loading.close()
         self._batches = self._loading.enter_context(batches_from(self.step, self.task))
-        rate = f"the rate now {self.watchdog.rate:.2g} of the schedule's (rollback {self.watchdog.rollbacks} of {allowed})"
+        rate = f"the learning rate now {self.watchdog.rate:.2g} of the schedule's (rollback {self.watchdog.rollbacks} of {allowed})"
         message = f"{trouble.what}. Back to step {self.step}, {rate}. If it happens again: {trouble.advice}"
         self.board.add_text("watchdog", message, self.step)
         self.say(f"watchdog: {message}")
@@ -217,6 +217,8 @@ class Training:
                 self.watchdog.first_total = total
             self._is_best = not self._wary and self.step > 0 and self.watchdog.is_best(self.step, total)
             trouble = self.watchdog.stuck(self.step, self.task.config.train.learning_rate.warmup_steps)
+            if not math.isfinite(total):
+                trouble = Trouble(f"the loss on validation is not finite at step {self.step}", _STEADIER)
         trouble = self.task.ranks.from_main(trouble)
         self._window_began = time.monotonic()
         return trouble

@@ -223,6 +223,40 @@ def test_truncated_state_is_named(tmp_path, part):
         load_training_state(path)
 
 
+def test_no_flipped_bit_of_a_state_goes_into_a_network(tmp_path):
+    path = tmp_path / "training_state.pt"
+    save_training_state(path, snapshot(*trained(1), 1), {})
+    data = bytearray(path.read_bytes())
+    weight = next(iter(load_training_state(path)["network"].values())).numpy().tobytes()
+    data[data.index(weight)] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"training_state\.pt: damaged .*its bytes are not those that were written.*--run-dir"):
+        load_training_state(path)
+
+
+@pytest.mark.parametrize("part", ["network", "optimizer"])
+def test_a_state_that_is_not_finite_is_refused(tmp_path, part):
+    path = tmp_path / "training_state.pt"
+    learned = snapshot(*trained(1), 1)
+    place = next(iter(learned["network"].values())) if part == "network" else learned["optimizer"]["state"][0]["exp_avg"]
+    place.view(-1)[0] = float("nan")
+    save_training_state(path, learned, {})
+    with pytest.raises(ValueError, match=r"training_state\.pt: damaged .*it holds numbers that are not finite"):
+        load_training_state(path)
+
+
+def test_a_state_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "training_state.pt"
+    save_training_state(path, snapshot(*trained(1), 1), {})
+
+    def forbidden(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(torch, "load", forbidden)
+    with pytest.raises(PermissionError, match=r"Permission denied: .*training_state\.pt"):
+        load_training_state(path)
+
+
 def test_a_state_that_is_not_there_is_not_called_damaged(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no training state at .*training_state\.pt"):
         load_training_state(tmp_path / "training_state.pt")

@@ -85,7 +85,7 @@ NOUNS = {
     "contender": {"checkpoint", "config", "data", "image", "loss_network", "losses", "network", "picture"},
     "watchdog": set(),
     "survey": {"data", "picture"},
-    "run": {"checkpoint", "config", "files", "model"},
+    "run": {"checkpoint", "config", "files", "model", "runtime"},
     "training": {"background", "checkpoint", "image", "model", "picture", "run", "runtime", "schedule", "task", "watchdog"},
     "task": {"config", "data", "gradient", "image", "loss_network", "losses", "metrics", "model", "network", "objective", "optimizer", "photo_cache", "picture", "ranks", "runtime", "schedule"},
 }

@@ -192,7 +192,7 @@ def test_16_bit_gray_with_a_transparent_level(tmp_path):
     assert pixels(tmp_path / "a.png")[0, :, 0].tolist() == [1, 100]
 
 
-@pytest.mark.parametrize("values, expected", [([0.0, 0.5, 1.0], [0, 128, 255]), ([0.0, 100.0, 255.0], [0, 100, 255])])
+@pytest.mark.parametrize("values, expected", [([0.0, 0.5, 1.0], [0, 128, 255]), ([0.0, 100.0, 255.0], [0, 100, 255]), ([float("nan"), 0.5, 1.0], [0, 128, 255])])
 def test_float_tiff_in_either_range(tmp_path, values, expected):
     Image.fromarray(np.array([values], dtype=np.float32)).save(tmp_path / "a.tif")
     assert pixels(tmp_path / "a.tif")[0, :, 0].tolist() == expected

@@ -194,4 +194,9 @@ def test_what_an_error_says_is_short():
     error = RuntimeError("failed:\n    no such\tkernel\n  frame #0")
     assert (in_one_line(error), in_one_line(error, 10)) == ("failed: no such kernel frame #0", "failed: no")
     assert (first_line(error), first_line(EOFError())) == ("failed:", "EOFError")
+    assert (in_words(OSError(28, "cannot write a: full")), in_words(PermissionError(13, "Permission denied", "a")), in_words(OSError("a: damaged"))) == (
+        "cannot write a: full",
+        "a: Permission denied",
+        "a: damaged",
+    )
     assert (in_words(MemoryError()), in_words(MemoryError("7 GB"))) == ("not enough memory", "7 GB")

@@ -39,7 +39,8 @@ def test_decoding_tells_the_truncated_and_the_gray_in_color(mixed):
     assert (names(seen.unreadable), names(seen.small), names(seen.gray)) == (["e", "f"], ["b"], ["c", "d"])
     assert done == [1, 2, 3, 4, 5, 6]
     text = str(seen)
-    assert "6 found, every one looked at" in text and "2 cannot be read and will be skipped" in text and "e_truncated.jpg" in text
+    assert "6 found, every one looked at" in text and "2 cannot be read and will be skipped:\n" in text
+    assert [line.split(":")[0].strip() for line in text.splitlines()[2:4]] == [str(mixed / "e_truncated.jpg"), str(mixed / "f_text.jpg")]
     assert "1 are smaller than data.crop_size 32 and will be scaled up" in text and "b_small.png (80x31)" in text and "2 are gray" in text
 
 

@@ -29,6 +29,7 @@ from fastnst.checkpoint import load_model, load_training_state
 from fastnst.config import validate_config
 from fastnst.gradient import Gradient
 from fastnst.network import TransformNetwork
+from fastnst.run import hold
 from fastnst.task import _cut
 from fastnst.train import TrainConfig, TrainingDiverged, train
 from fastnst.watchdog import Trouble
@@ -209,7 +210,7 @@ def test_a_save_that_fails_beside_the_training_ends_it_and_the_one_before_is_int
         if progress.step == 5:
             saved()
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot write in .*run: No space left on device; what was saved before is intact"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot write in .*run: No space left on device; what was saved before is intact: .*the same command goes on"):
         patch.setattr(fastnst.training, "save_training_state", disk_full)
         fit(train_data, run_dir, report=watch, train__keep="last")
     assert max(steps) in (4, 5)  # at 6 the next would be saved
@@ -476,7 +477,7 @@ def test_a_good_state_that_is_none_is_gone_back_behind(train_data, tmp_path, mon
     monkeypatch.setattr(fastnst.training.Watchdog, "watch", watch)
     result = fit(train_data, tmp_path / "run", report=lambda progress: messages.append(progress.message), train__log_every=1)
     assert result.finished
-    assert [message.split(", the rate")[0] for message in messages if "Back to" in message] == [
+    assert [message.split(", the learning rate")[0] for message in messages if "Back to" in message] == [
         "watchdog: made up. Back to step 4",
         "watchdog: made up. Back to step 3",
     ]
@@ -494,6 +495,16 @@ def test_the_model_is_the_best_on_validation_and_says_its_step(train_data, tmp_p
     result = fit(train_data, tmp_path / "run", train__validate_every=2)
     assert (result.best_step, load_model(result.model)[1].step) == (4, 4)
     assert load_training_state(tmp_path / "run" / "training_state.pt")["step"] == 6
+
+
+def test_a_validation_that_is_not_finite_is_taken_back(train_data, tmp_path, monkeypatch):
+    totals, messages = iter([9.0, 5.0, float("nan"), 7.0, 6.0]), []  # at steps 0, 2, 4, and 4 and 6 after going back
+    monkeypatch.setattr(fastnst.training, "validate", lambda *_: ({"validation/total": next(totals)}, torch.zeros(3, 8, 8)))
+    result = fit(train_data, tmp_path / "run", report=lambda progress: messages.append(progress.message), train__validate_every=2, train__keep="last")
+    assert [message.partition(". If")[0] for message in messages if "watchdog" in message] == [
+        "watchdog: the loss on validation is not finite at step 4. Back to step 2, the learning rate now 0.3 of the schedule's (rollback 1 of 3)"
+    ]
+    assert (result.rollbacks, load_model(result.model)[1].step) == (1, 6)
 
 
 def test_the_best_that_is_still_being_written_is_not_replaced_by_a_worse_one(train_data, tmp_path, monkeypatch):
@@ -539,7 +550,7 @@ def test_a_run_that_learns_nothing_is_stuck(train_data, tmp_path, monkeypatch, s
     messages = []
     with pytest.raises(TrainingDiverged, match="the loss is stuck: by step 6 its best on validation is .*, and was .* untrained. 1 rollbacks"):
         fit(train_data, tmp_path / "run", report=lambda progress: messages.append(progress.message), train__steps=8, train__validate_every=3, train__rollbacks=1, **settings)
-    assert ["Back to step 0, the rate now 0.3 of" in message for message in messages if "Back to" in message] == [True]
+    assert ["Back to step 0, the learning rate now 0.3 of" in message for message in messages if "Back to" in message] == [True]
 
 
 def test_the_model_may_be_the_last(train_data, tmp_path, monkeypatch):
@@ -629,6 +640,32 @@ def test_no_room_on_the_disk_is_said_before_the_first_step(train_data, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_resumed_run_without_room_says_so_before_its_first_step_and_a_finished_one_needs_none(train_data, tmp_path, monkeypatch):
+    fit(train_data, tmp_path / "run", stop_at=3)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="run: the disk has"):
+        patch.setattr(fastnst.run.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        fit(train_data, tmp_path / "run")
+    fit(train_data, tmp_path / "run")
+    monkeypatch.setattr(fastnst.run.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert fit(train_data, tmp_path / "run", data__cache="off").finished
+
+
+def test_a_folder_that_may_not_be_written_is_said_before_photos_are_kept(train_data, tmp_path, monkeypatch):
+    def forbidden(**_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(fastnst.run.tempfile, "TemporaryFile", forbidden)
+    with pytest.raises(PermissionError, match="cannot write in .*run: Permission denied; mend that or choose another --run-dir"):
+        fit(train_data, tmp_path / "run", data__cache=str(tmp_path / "kept"))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "kept").exists()
+
+
+def test_a_full_disk_whose_error_names_the_file_says_what_is_left_of_the_run_too(train_data, tmp_path):
+    with pytest.raises(OSError) as full, hold(tmp_path / "run", validate_config(TrainConfig, train_data)):
+        raise OSError(errno.ENOSPC, f"cannot write {tmp_path / 'run' / 'a'}: No space left on device")
+    assert full.value.strerror.startswith(f"cannot write {tmp_path / 'run' / 'a'}: No space left on device; what was saved before is intact: ")
+
+
 def test_the_result_tells_speed_waiting_and_last_terms(train_data, tmp_path):
     result = fit(train_data, tmp_path / "run")
     assert result.photos_per_second > 0 and 0 < result.waiting < 1
@@ -671,6 +708,15 @@ def test_check_data_decodes_everything_and_estimates(train_data, tmp_path, photo
     assert "13 found, every one looked at" in text and "1 cannot be read" in text and "truncated.jpg" in text
     assert "time: about" in text and "for 6 steps" in text and "disk: about" in text
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names there are text")
+def test_a_photo_whose_name_is_no_text_is_one_as_others(train_data, tmp_path, photos):
+    shutil.copy(photos / "photo_00.jpg", os.fsencode(photos) + b"/M\xfcnchen.jpg")  # Latin-1, as old archives have it
+    (photos / os.fsdecode(b"K\xf6ln.jpg")).write_text("no picture")
+    result = fit(train_data, tmp_path / "run", train__steps=14)
+    assert result.finished and any("K\udcf6ln.jpg" in message for message in result.unreadable)
+    assert fit(train_data, tmp_path / "run", train__steps=15).finished
 
 
 @pytest.mark.parametrize("place", ["photos", "held_out"])
