@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_gradient import cut, objective, photos
 
+from fastnst import Stylizer
 from fastnst.benchmark_inference import psnr
 from fastnst.checkpoint import save_model
 from fastnst.config import validate_config
@@ -56,6 +57,18 @@ def test_tensors_on_the_gpu_are_stylized_there(model):
     images = [torch.rand(2, 3, 33, 40, device="cuda") for _ in range(12)]
     found = [engine.run_tensor(one, "float") for one in images]
     assert all(one.is_cuda and (one - engine.compute(other, "float")).abs().max() < 0.02 for one, other in zip(found, images))
+
+
+def test_grain_is_that_of_the_cpu_eager_and_recorded(model):
+    here, there, without = (Stylizer.from_file(model, device, "torch", "float32", grain=grain) for device, grain in (("cpu", 0.5), ("cuda", 0.5), ("cuda", 0.0)))
+    down, across = np.mgrid[:48, :64]
+    pictures = [(2 * down + across + 5 * step).astype(np.uint8)[..., None].repeat(3, axis=2) // 64 * 64 for step in range(12)]
+    found = [there(picture) for picture in pictures]
+    for picture, stylized in zip(pictures, found):
+        assert np.abs(stylized.astype(int) - here(picture)).mean() < 0.1 < np.abs(stylized.astype(int) - without(picture)).mean()
+    tensors = [torch.from_numpy(picture).cuda().permute(2, 0, 1)[None] / 255 for picture in pictures]
+    for tensor, stylized in zip([there(tensor) for tensor in tensors], found):
+        assert np.abs((tensor[0].permute(1, 2, 0) * 255).cpu().numpy() - stylized).max() <= 1.01
 
 
 def test_results_are_not_overwritten_by_the_next_pass(model):
