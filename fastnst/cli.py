@@ -51,16 +51,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv and argv[0] in VERBS:
         verb = importlib.import_module(f"fastnst.scripts.{argv[0]}")
         sys.exit(run(verb.main, argv[1:]))
+    sys.exit(run(_without_verb, argv))
+
+
+def _without_verb(argv: Sequence[str]) -> int:
     if argv and argv[0] == "--version":
         from fastnst import __version__
 
         print(f"fastnst {__version__}")
-        sys.exit(0)
+        return 0
     verbs = "\n".join(f"  {verb:10} {what}" for verb, what in VERBS.items())
     print(_USAGE.format(verbs=verbs), file=sys.stdout if argv in ([], ["--help"], ["-h"]) else sys.stderr)
     if argv and argv[0] not in ("--help", "-h"):
         print(f"fastnst: error: no verb {argv[0]!r}", file=sys.stderr)
-    sys.exit(0 if argv and argv[0] in ("--help", "-h") else 2)
+    return 0 if argv and argv[0] in ("--help", "-h") else 2
 
 
 def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
@@ -76,7 +80,9 @@ def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | No
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name of a file that the terminal, or on Windows a pipe, cannot show
     try:
-        return command(argv)
+        code = command(argv)
+        sys.stdout.flush()  # here a reader that has gone, or a full disk, is told; Python would do it at its end with a traceback
+        return code
     except KeyboardInterrupt as stop:
         print("stopped", file=sys.stderr)
         return stop.args[0] if stop.args else 130

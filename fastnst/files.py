@@ -2,6 +2,7 @@
 
 import glob
 import os
+import sys
 import tempfile
 import time
 import unicodedata
@@ -88,7 +89,7 @@ def remove_leftovers(path: str | Path) -> None:
 
 def _prefix(path: Path) -> str:
     """What temporary names for ``path`` begin with: as much of its own as fits, as a name has 255 bytes at most, not characters, and whose they are."""
-    return f".{os.fsencode(path.stem)[:60].decode(errors='ignore')}-fastnst-"
+    return f".{os.fsencode(path.stem)[:60].decode(sys.getfilesystemencoding(), 'ignore')}-fastnst-"
 
 
 @contextmanager

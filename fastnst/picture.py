@@ -169,11 +169,19 @@ def save_picture(picture: Image.Image, path: str | Path, alpha: Image.Image | No
         options["subsampling"] = 0  # strokes of saturated colour bleed with halved chroma
     with atomic_write(path) as temporary:
         try:
-            picture.save(temporary, **options)
+            with io.BufferedWriter(_WithoutDescriptor(temporary, "wb")) as file:
+                picture.save(file, **options)
         except (ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise OSError(f"{path}: {picture.width}x{picture.height} pixels cannot be written as {suffix[1:]} ({error})") from error
+
+
+class _WithoutDescriptor(io.FileIO):
+    """A file for Pillow, which takes what a full disk cut short for written where it writes by the descriptor itself: half a JPEG."""
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation("fileno")
 
 
 def check_writable(path: Path) -> None:

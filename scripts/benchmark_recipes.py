@@ -134,15 +134,13 @@ def _held_out(args):
 
 def _sheets(output, folders):
     """Photos and what each recipe's first network made of them, a sheet for each painting."""
-    from fastnst.files import atomic_write
-    from fastnst.picture import open_rgb
+    from fastnst.picture import open_rgb, save_picture
     from fastnst.sheet import contact_sheet
 
     for painting, of_recipe in folders.items():
         shown = [("photo", next(iter(of_recipe.values()))), *(("stylized", folder) for folder in of_recipe.values())]
         rows = [[open_rgb(path)[0] for path in sorted(folder.glob(f"{kind}_*.png"))] for kind, folder in shown]
-        with atomic_write(output / f"sheet_{painting}.jpg") as temporary:
-            contact_sheet(rows, ["photo", *of_recipe], height=256).save(temporary, quality=90)
+        save_picture(contact_sheet(rows, ["photo", *of_recipe], height=256), output / f"sheet_{painting}.jpg", quality=90)
 
 
 if __name__ == "__main__":

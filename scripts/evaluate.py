@@ -38,9 +38,9 @@ def main(argv=None) -> int:
     from fastnst import report
     from fastnst.config import validate_config
     from fastnst.evaluate import EvaluateConfig, evaluate
-    from fastnst.files import atomic_write, check_output, write_text
+    from fastnst.files import check_output, write_text
     from fastnst.optimize import DescentConfig, OptimizeConfig, optimize_image
-    from fastnst.picture import ImageSize
+    from fastnst.picture import ImageSize, save_picture
     from fastnst.runtime import StopRequest, keep_freed_memory, resolve_device
 
     if (args.output / "report.json").exists() and not args.overwrite:
@@ -77,8 +77,7 @@ def main(argv=None) -> int:
     found = evaluation.findings
     report.curves(found, args.output / "curves.png")
     for size, rows in evaluation.pictures.items():
-        with atomic_write(args.output / f"sheet_{size}.jpg") as temporary:
-            report.sheet(rows, height=min(size, 384)).save(temporary, quality=90)
+        save_picture(report.sheet(rows, height=min(size, 384)), args.output / f"sheet_{size}.jpg", quality=90)
     for name, text in (("report.md", report.markdown(found)), ("report.json", json.dumps(found, indent=1))):  # the last one marks a whole report
         write_text(args.output / name, text)
     for reason in found["unreadable"]:

@@ -34,7 +34,7 @@ def main(argv=None) -> int:
         p.error("--pick and --write go together")
 
     from fastnst.config import load_config, validate_config
-    from fastnst.files import atomic_write, check_output
+    from fastnst.files import check_output
     from fastnst.task import TrainConfig
 
     path = cli.find_config(args.config)
@@ -52,7 +52,7 @@ def main(argv=None) -> int:
     from fastnst.image import load_image, to_pil
     from fastnst.loss_network import load_loss_network
     from fastnst.optimize import DescentConfig, OptimizeConfig, optimize_image
-    from fastnst.picture import ImageSize, check_writable, open_rgb
+    from fastnst.picture import ImageSize, check_writable, open_rgb, save_picture
     from fastnst.runtime import keep_freed_memory, resolve_device
     from fastnst.sheet import contact_sheet
 
@@ -92,8 +92,7 @@ def main(argv=None) -> int:
         [f"{index}: style {size} px" for index, size in enumerate(args.style_sizes, 1)],
         height=args.side + 60,
     )
-    with atomic_write(args.output) as temporary:
-        sheet.save(temporary, quality=92)
+    save_picture(sheet, args.output, quality=92)
     print(f"{args.output}\nPick a cell: the same command with --pick ROW,COLUMN --write configs/picked.yaml")
     return 0
 

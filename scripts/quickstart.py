@@ -22,10 +22,9 @@ def main(argv=None) -> int:
     from fastnst.scripts import train
     from PIL import Image
 
-    from fastnst.files import atomic_write
     from fastnst.image import to_pil, to_tensor
     from fastnst.model import MODEL_NAME
-    from fastnst.picture import open_rgb
+    from fastnst.picture import open_rgb, save_picture
     from fastnst.runtime import keep_freed_memory
     from fastnst.sheet import contact_sheet
     from fastnst.stylize import Stylizer
@@ -57,8 +56,7 @@ def main(argv=None) -> int:
     emblems = [None, *(open_rgb(painting)[0] if painting.is_file() else None for painting in paintings)]
     sheet = contact_sheet(rows, ["photo", *models], PHOTOS, marked_row=len(rows) - 1, emblems=emblems)
     path = args.output / "contact_sheet.jpg"
-    with atomic_write(path) as temporary:
-        sheet.save(temporary, quality=92)
+    save_picture(sheet, path, quality=92)
     model = run_dir / MODEL_NAME
     first = next(iter(cli.shipped_styles()), None)
     apply = f"fastnst stylize --style {first} --input MY_PHOTO.jpg --output out.jpg" if first else f"fastnst stylize --model {model} --input MY_PHOTO.jpg --output out.jpg"

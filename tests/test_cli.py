@@ -472,6 +472,17 @@ def test_a_name_that_a_pipe_cannot_show_is_written_in_escapes(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "done: \\u65e5.jpg\n", "")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX makes them")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["stylize", "--list-styles"]])
+def test_a_reader_that_has_had_enough_is_left_in_silence(arguments, unbuffered):
+    into, out = os.pipe()
+    os.close(into)
+    done = subprocess.run([sys.executable, "-m", "fastnst", *arguments], stdout=out, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    os.close(out)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX closes them")
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
 def test_a_closed_stream_loses_nothing(photos, tmp_path, closed):

@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+import subprocess
 import sys
 
 import pytest
@@ -125,6 +126,13 @@ def test_full_disk_names_the_target_and_keeps_errno(tmp_path):
     with pytest.raises(OSError, match="cannot write .*a.txt: No space left") as raised, atomic_write(tmp_path / "a.txt"):
         raise OSError(28, "No space left on device")
     assert raised.value.errno == 28
+
+
+def test_a_name_goes_where_the_locale_has_no_letters_for_it(tmp_path):
+    code = "import sys\nfrom fastnst.files import write_text\nwrite_text(sys.argv[1], 'x')"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "\xfc.txt"], check=True, env=environment)
+    assert (tmp_path / "\xfc.txt").read_text() == "x"
 
 
 @pytest.mark.parametrize("stem", ["n" * 240, "\U0001f30a" * 62, "n" + "\U0001f30a" * 62], ids=["letters", "waves", "a letter and waves"])  # a wave is 4 bytes, a name 255 at most

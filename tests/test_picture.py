@@ -317,6 +317,25 @@ def test_uppercase_suffix_is_written(tmp_path):
     assert pixels(tmp_path / "A.JPG").max() == 0
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no limit of a file's size")
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp", ".tif"])
+def test_a_disk_that_gets_full_leaves_no_half_of_a_picture(tmp_path, suffix):
+    """The system writes what fits and calls that no error before the next byte; Pillow, by itself, asks for no next one."""
+    import resource
+
+    path, limits = tmp_path / f"a{suffix}", resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_picture(synthetic_photo(0, 80, 64), path)
+    size = path.stat().st_size
+    path.write_text("before")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"cannot write {path}"):
+            save_picture(synthetic_photo(0, 80, 64), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "before" and os.listdir(tmp_path) == [path.name]
+
+
 def test_jpeg_keeps_full_chroma_resolution(tmp_path):
     stripes = torch.zeros(1, 3, 16, 16)
     stripes[:, 0, :, ::2] = 1
@@ -352,7 +371,7 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def half_a_save(self, file, **options):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", half_a_save)
