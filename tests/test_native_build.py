@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 from setuptools import Distribution, Extension
 from setuptools.errors import CompileError
 
@@ -50,3 +51,12 @@ def test_what_cannot_be_compiled_there_is_an_error_that_setuptools_passes_over(b
     with pytest.raises(CompileError, match="fastnst._native: "):
         build.build_extension(build.extensions[0])
     assert not Path(build.get_ext_fullpath("fastnst._native")).exists()
+
+
+def test_a_source_distribution_can_be_built_and_tested(tmp_path):
+    subprocess.run([sys.executable, "-c", "from setuptools import setup; setup()", "-q", "egg_info", "--egg-base", tmp_path], cwd=REPOSITORY, check=True)
+    held = set((tmp_path / "fastnst.egg-info" / "SOURCES.txt").read_text(encoding="utf-8").splitlines())
+    patterns = ("fastnst/*.py", "fastnst/*.[ch]", "fastnst/*.safetensors", "scripts/*.py", "scripts/*.sh", "configs/*.yaml", "checkpoints/*/model.safetensors", "tests/*.py")
+    for pattern in patterns:
+        needed = {path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob(pattern)}
+        assert needed and needed <= held
