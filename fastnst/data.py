@@ -152,7 +152,11 @@ def keep_photos(
     if config.cache == "off":
         return None
     auto = config.cache == "auto"
-    root = default_root() if auto else config.cache
+    try:
+        root = default_root() if auto else config.cache
+    except RuntimeError:  # of Path.home
+        say("photo cache: this user has no home folder, and XDG_CACHE_HOME names none; going without")
+        return None
     path = cache_path(root, photos, config.content, f"{config.crop} {config.kept_side} from {_WORTH_SHRINKING} of {config.decoded_side}")
     cache = read_cache(path, len(photos))
     if cache is None:

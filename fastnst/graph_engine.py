@@ -10,7 +10,7 @@ import numpy as np
 
 from fastnst.eight_bits import eight_bits
 from fastnst.onnx_graph import network_graph, stage_graph
-from fastnst.runtime import WORTH_COMPILING, cpu_precision, cpu_threads, free_memory, give_back_memory, has_matrix_unit
+from fastnst.runtime import WORTH_COMPILING, cpu_precision, cpu_threads, free_memory, give_back_memory, has_matrix_unit, in_one_line
 from fastnst.stages import StagedNetwork, less_flat
 
 Compiled = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
@@ -136,8 +136,10 @@ def openvino_core():
     It keeps the kernels that it made for a size of picture, by default without end: 0.2 to 0.4 MB more for each new size of a folder.
     64 of them, for some three sizes, are as fast.
     """
-    import openvino
-
+    try:
+        import openvino
+    except Exception as error:  # such as RuntimeError of what it brings along, which looks for the user's home
+        raise OSError(f"--engine openvino: OpenVINO is installed, but cannot be loaded ({in_one_line(error)}); set HOME if that is what it misses, or use another --engine") from error
     core = openvino.Core()
     with suppress(RuntimeError):  # not in the list of its options: a later version may do without
         core.set_property("CPU", {"CPU_RUNTIME_CACHE_CAPACITY": "64"})

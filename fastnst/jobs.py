@@ -39,6 +39,8 @@ def plan_jobs(inputs: list[str], output: str, mask: str | None = None) -> list[J
             found += [(image, image.relative_to(path)) for image in below]
         elif path.is_file():
             found.append((path, Path(path.name)))
+        elif path.exists():
+            raise ValueError(f"--input {text} is a pipe or a device, need a file, a folder or a pattern")
         else:
             matches = sorted(Path(match) for match in glob.glob(text, recursive=True) if Path(match).is_file())
             if not matches:

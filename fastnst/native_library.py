@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastnst.runtime import has_matrix_unit
+from fastnst.runtime import has_matrix_unit, outlive_fork
 from fastnst.stages import PAD_MODES, Stage
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ def reads(*tensors: "Tensor") -> bool:
 def join_threads() -> None:
     """Where torch computes in this process, too, let the compiled code work in its threads, if their OpenMP is of a kind that it knows: 0.85 of a training step."""
     if hasattr(sys.modules.get("torch"), "_C") and os.getpid() == _PROCESS:  # another thread may be importing it
+        outlive_fork()
         _join_threads()
 
 

@@ -11,6 +11,7 @@ import platform
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+_in_torch = threading.local()  # .process: the one in which this thread last let torch work
 WORTH_COMPILING = 8  # pictures of one shape in a row, for an engine: a video, not a folder that happens to hold two
 
 
@@ -138,6 +140,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 def in_one_line(error: BaseException, most: int = 200) -> str:
     """What it says, ``most`` characters of it; libraries write pages."""
     return " ".join(str(error).split())[:most]
+
+
+def outlive_fork() -> None:
+    """Ahead of torch's work on a CPU: a forked process has not the threads that the thread which forked had let it start, and torch would wait for them for ever; it goes on in one."""
+    import torch
+
+    if getattr(_in_torch, "process", os.getpid()) != os.getpid():
+        torch.set_num_threads(1)
+    _in_torch.process = os.getpid()
 
 
 def in_words(error: BaseException) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,12 +21,25 @@ from fastnst.grain import GRAIN, add_grain, check_grain
 from fastnst.jobs import Job
 from fastnst.model import ModelInfo
 from fastnst.picture import MOST_PIXELS, ImageSize, open_rgb, save_picture, to_rgb
-from fastnst.runtime import in_words, is_out_of_memory
+from fastnst.runtime import in_words, is_out_of_memory, outlive_fork
 from fastnst.stages import minds_ground
 from fastnst.tiles import plan_rows, stylize_tiled
 
 _MEMORY_SHARE = 0.8  # of what is free, for one picture
 _LARGE = 60_000_000  # bytes of a decoded picture from which on fewer are held ready
+
+
+_stylizers: weakref.WeakSet[Stylizer] = weakref.WeakSet()
+
+
+def _renew_turns() -> None:
+    """In a forked process, which has not the thread whose turn it may have been."""
+    for stylizer in _stylizers:
+        stylizer._turn = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_turns)
 
 
 class Stylizer:
@@ -49,6 +64,10 @@ class Stylizer:
         self._turn = threading.Lock()  # engines take one caller at a time
         self._plain: tuple[Any, np.ndarray | None] = ((), None)  # shape and color of the last picture of a single color, and what became of it
         self._float32: Engine | None = engine if engine.precision == "float32" else None
+        _stylizers.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a Stylizer stays in its process: it can be neither pickled nor copied; give other processes the name of its file, for Stylizer.from_file")
 
     @classmethod
     def from_file(
@@ -65,7 +84,7 @@ class Stylizer:
     ) -> Stylizer:
         """Load a model file, ``.safetensors`` or ``.onnx``; raises as ``load_network``, ``load_engine``, ``Blend``, ``check_grain`` and, for a ``mask`` that is a file, ``read_mask``."""
         blend = Blend(opacity, keep_colors, read_mask(mask) if isinstance(mask, (str, Path)) else mask)
-        return cls(load_engine(load_network(model), device, engine, precision), tile, blend=blend, grain=grain)
+        return cls(load_engine(load_network(model), str(device), engine, precision), tile, blend=blend, grain=grain)
 
     def __call__(self, image: Any) -> Any:
         """Stylize one or more pictures of any size; what comes out is of the kind and size that went in.
@@ -73,7 +92,7 @@ class Stylizer:
         A PIL image (alpha is kept), a numpy array ``(H, W, 3)`` or ``(N, H, W, 3)`` of uint8, a torch tensor
         ``(N, 3, H, W)`` of RGB in [0, 1] on any device, or a path, which gives a PIL image. Raises ``TypeError`` or ``ValueError`` for anything else.
         """
-        if isinstance(image, (str, Path)):
+        if isinstance(image, (str, os.PathLike)):
             picture, alpha = open_rgb(image)
             return self._with_alpha(picture, alpha)
         if isinstance(image, Image.Image):
@@ -183,13 +202,14 @@ class Stylizer:
 
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not images.numel():
             raise ValueError(f"got a tensor of {images.dtype} and shape {tuple(images.shape)}, need floats (N, 3, H, W) in [0, 1]")
+        outlive_fork()
         given = images.detach().float()
 
         def levels(some: Any) -> np.ndarray:
             return some.cpu().permute(0, 2, 3, 1).numpy() * 255
 
         def pixels(stylized: Any) -> Any:
-            return torch.from_numpy(stylized).movedim(-1, -3) / 255
+            return (torch.from_numpy(stylized).movedim(-1, -3) / 255).contiguous()
 
         def stylize(engine: Engine, some: Any) -> Any:
             on_device = hasattr(engine, "run_tensor")

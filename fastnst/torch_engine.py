@@ -12,7 +12,7 @@ from torch import Tensor
 from fastnst.fused import on_device, warn_of
 from fastnst.grain import with_grain
 from fastnst.recording import Recording
-from fastnst.runtime import WORTH_COMPILING, cpu_precision, free_memory, in_one_line, is_out_of_memory, keep_freed_memory, resolve_device
+from fastnst.runtime import WORTH_COMPILING, cpu_precision, free_memory, in_one_line, is_out_of_memory, keep_freed_memory, outlive_fork, resolve_device
 from fastnst.stages import EPSILON, PIXEL_SHIFT, Stage, StagedNetwork, less_flat, minds_ground
 
 
@@ -114,6 +114,7 @@ class TorchEngine:
     def compute(self, x: Tensor, pixels: str) -> Tensor:
         """A pass in torch's own steps, neither counted nor recorded."""
         config = self.network.info.network
+        outlive_fork()
         with torch.inference_mode():
             x = x.permute(0, 3, 1, 2).float() if pixels == "uint8" else x * 255
             x = (x - (PIXEL_SHIFT if minds_ground(self.network) else x.mean(dim=(2, 3), keepdim=True).round())).to(self._dtype)  # whole numbers are exact
@@ -155,6 +156,7 @@ class TorchEngine:
 
     def stage(self, index, rows, gain, shift, above, below, statistics):
         self._last, self._recording = (), None  # whose memory nothing else may use
+        outlive_fork()
         with torch.inference_mode():
             x = torch.from_numpy(rows).to(self._device)
             if gain is not None:

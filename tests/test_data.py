@@ -5,6 +5,7 @@ import random
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -426,6 +427,14 @@ def test_a_cache_folder_that_cannot_be_written_is_named_or_done_without(photos, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert keep_photos(source.photos, stream(photos).config, 2, said.append) is None
     assert "going without" in said[-1]
+
+
+def test_a_user_without_a_home_goes_without_a_cache(photos, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    source, said = stream(photos), []
+    assert keep_photos(source.photos, source.config, 2, said.append) is None
+    assert "no home folder" in said[-1] and "going without" in said[-1]
 
 
 def test_unreadable_photos_are_replaced_and_named_as_without_a_cache(grays):

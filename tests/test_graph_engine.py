@@ -14,6 +14,12 @@ from fastnst.engine import load_engine
 from fastnst.runtime import WORTH_COMPILING
 
 
+def test_openvino_that_cannot_be_loaded_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(OSError, match="--engine openvino: .*cannot be loaded .*another --engine"):
+        graph_engine.openvino_core.__wrapped__()
+
+
 def test_a_size_that_comes_again_is_compiled_for_and_gives_the_same(monkeypatch):
     network, stages = staged()
     engine = load_engine(stages, "cpu", "openvino", "float32")

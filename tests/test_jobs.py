@@ -1,5 +1,6 @@
 """Which files a command reads and writes: nothing twice, nothing lost."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -129,6 +130,13 @@ def test_a_suffix_that_cannot_be_written_is_refused(photos, tmp_path):
 def test_an_input_that_names_nothing_is_reported(tmp_path, missing):
     with pytest.raises(FileNotFoundError, match="--input"):
         plan_jobs([str(tmp_path / missing)], str(tmp_path / "out"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_called_one(tmp_path):
+    os.mkfifo(tmp_path / "photo.jpg")
+    with pytest.raises(ValueError, match="photo.jpg is a pipe or a device, need a file"):
+        plan_jobs([str(tmp_path / "photo.jpg")], "out.jpg")
 
 
 def test_a_folder_without_pictures_says_what_it_holds(tmp_path):

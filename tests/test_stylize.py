@@ -1,6 +1,9 @@
 """Applying a model: every kind of picture in and out, and files as a user has them."""
 
+import copy
 import importlib
+import os
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -261,6 +264,40 @@ def test_threads_may_share_a_stylizer(model, engine):
         assert all(pool.map(work, range(3)))
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("engine", ["native", "torch"])
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+def test_a_forked_process_waits_for_no_thread_of_its_parent(model, engine, kind):
+    """Neither for those that torch started, nor for the one whose turn it was; what is computed is as large as torch shares out."""
+    code = """
+import os, sys, threading
+import numpy as np, torch
+from fastnst import Stylizer
+model, engine, kind = sys.argv[1:]
+stylizer = Stylizer.from_file(model, "cpu", engine, "float32")
+array = np.random.default_rng(0).integers(0, 256, (150, 200, 3), np.uint8)
+given = array if kind == "array" else torch.from_numpy(array)[None].permute(0, 3, 1, 2) / 255
+there = np.asarray(stylizer(given))
+torch.rand(300, 300) @ torch.rand(300, 300)
+threading.Thread(target=stylizer._turn.acquire).start()
+if not os.fork():
+    os._exit(int(np.abs(np.asarray(stylizer(given), float) - there).max() > (1 if kind == "array" else 1 / 255)))
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code, model, engine, kind], capture_output=True, text=True, timeout=60, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    assert done.stdout == "0\n", done.stderr
+
+
+def test_a_stylizer_for_another_process_is_to_be_loaded_there(stylizer):
+    for take_along in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="stays in its process.*from_file"):
+            take_along(stylizer)
+
+
+def test_a_device_of_torch_is_one_by_its_name(model):
+    assert Stylizer.from_file(model, torch.device("cpu")).engine.name == Stylizer.from_file(model, "cpu").engine.name != "torch"
+
+
 @pytest.mark.parametrize("engine", ["native", "openvino", "onnxruntime", "torch"])
 def test_a_picture_that_may_not_be_written_to_is_taken_without_a_warning(model, engine, recwarn):
     picture = np.zeros((20, 24, 3), np.uint8)
@@ -277,9 +314,9 @@ def test_a_tile_that_is_none_is_named(stylizer, tile):
 
 @pytest.mark.parametrize("engine", ["native", "openvino", "onnxruntime", "torch"])
 def test_a_tensor_goes_in_strips_as_whole(model, engine):
-    tensor = torch.cat([to_tensor(synthetic_photo(index, 70, 90)) for index in range(2)])
+    tensor = torch.cat([to_tensor(synthetic_photo(index, 70, 90)) for index in range(2)]).contiguous(memory_format=torch.channels_last)
     whole, strips = (Stylizer.from_file(model, "cpu", engine, "float32", tile)(tensor) for tile in ("off", 16))
-    assert strips.shape == whole.shape and strips.dtype == whole.dtype
+    assert strips.shape == whole.shape and strips.dtype == whole.dtype and strips.is_contiguous() and whole.is_contiguous()
     assert (strips - whole).abs().max() <= 0.1 / 255  # nothing is rounded to 8 bits
 
 
@@ -293,6 +330,8 @@ def test_the_same_kind_comes_out_as_went_in(stylizer, tmp_path):
     assert np.array_equal(np.asarray(stylizer(picture)), expected)
     assert np.array_equal(np.asarray(stylizer(tmp_path / "in.png")), expected)
     assert np.array_equal(np.asarray(stylizer(str(tmp_path / "in.png"))), expected)
+    (entry,) = os.scandir(tmp_path)
+    assert np.array_equal(np.asarray(stylizer(entry)), expected)
     tensor = stylizer(to_tensor(picture))
     assert tensor.shape == (1, 3, 30, 40) and tensor.dtype == torch.float32
     assert np.abs(tensor[0].permute(1, 2, 0).numpy() * 255 - expected).max() <= 0.51  # but for rounding
