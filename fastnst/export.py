@@ -10,7 +10,7 @@ import torch
 from fastnst.checkpoint import load_model
 from fastnst.engine import Pixels, load_network
 from fastnst.files import atomic_write, check_output
-from fastnst.onnx_graph import save_onnx
+from fastnst.onnx_graph import onnx_session, save_onnx
 
 PARITY_SIZES = ((64, 64), (123, 201), (257, 130))  # height and width; odd ones among them
 _LEVELS = 1.0  # of 255: where a value lies between two, float32 may round it either way
@@ -32,18 +32,14 @@ def export(model: str | Path, output: str | Path, pixels: Pixels = "uint8", over
 
     ``pixels`` as in ``network_graph``. Raises as ``check_output``, and ``ArithmeticError`` (nothing is written) when the two differ by more than a level.
     """
-    import onnxruntime
-
     output = Path(output)
     if output.suffix.lower() != ".onnx":
         raise ValueError(f"--output {output}: need a name that ends in .onnx")
     check_output(output, [model], overwrite)
     network, _ = load_model(model)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     with atomic_write(output) as temporary:  # what differs never takes the place of what was there
         save_onnx(temporary, load_network(model), pixels)
-        session = onnxruntime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
+        session = onnx_session(str(temporary))
         found = [_compare(network, session, pixels, *size) for size in PARITY_SIZES]
         worst = max(found, key=lambda parity: parity.difference)
         if not worst.difference <= _LEVELS:

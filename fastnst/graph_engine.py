@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastnst.eight_bits import eight_bits
-from fastnst.onnx_graph import network_graph, stage_graph
+from fastnst.onnx_graph import network_graph, onnx_session, stage_graph
 from fastnst.runtime import WORTH_COMPILING, cpu_precision, cpu_threads, free_memory, give_back_memory, has_matrix_unit, in_one_line
 from fastnst.stages import StagedNetwork, less_flat
 
@@ -120,12 +120,7 @@ class OnnxRuntimeEngine(_GraphEngine):
     name, _precisions, _bytes = "onnxruntime", ("float32",), {"float32": 46}
 
     def _load(self, model):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = cpu_threads()
-        options.log_severity_level = 3  # it warns of constants that it folded itself
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = onnx_session(model)
         return lambda inputs: session.run(None, inputs)
 
 

@@ -1,6 +1,8 @@
 """Stages as ONNX graphs: the whole network, or one stage alone for tiles; and ONNX model files that explain themselves."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -9,10 +11,21 @@ from onnx import TensorProto, helper, numpy_helper
 from fastnst.eight_bits import EightBits
 from fastnst.files import atomic_write
 from fastnst.model import model_metadata, parse_metadata
-from fastnst.runtime import in_one_line
+from fastnst.runtime import cpu_threads, in_one_line
 from fastnst.stages import EPSILON, PAD_MODES, PIXEL_SHIFT, Stage, StagedNetwork, describe, less_flat, minds_ground, restore_stages, rounding
 
 _OPSET = 17  # the first with everything used here; ONNX Runtime from 1.12 on reads it
+
+
+def onnx_session(model: str | bytes) -> Any:
+    """ONNX Runtime's session on the CPU for a file, or for what it holds. It sends nothing home, unless the user has set ``ORT_DISABLE_TELEMETRY`` otherwise."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on it gave each machine an identifier and told Microsoft of sessions; read when it is imported
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = cpu_threads()
+    options.log_severity_level = 3  # it warns of constants that it folded itself
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 class _Graph:

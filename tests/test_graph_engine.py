@@ -1,11 +1,13 @@
 """What is compiled, for which sizes, how it is kept, and that the pictures are the same."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_engine import eager, photo
 from test_stages import staged
 
@@ -74,3 +76,15 @@ def test_ever_new_sizes_do_not_take_ever_more_memory():
     )
     done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where its identifiers lie is known for Linux")
+@pytest.mark.parametrize("command", [["stylize", "--device", "cpu", "--engine", "onnxruntime", "--input", "in.png", "--output", "out.png"], ["export", "--output", "out.onnx"]], ids=lambda command: command[0])
+def test_onnx_runtime_sends_nothing_home(tmp_path, command):
+    """With its telemetry on, it leaves a machine's identifier and a data base of events in the home folder."""
+    Image.fromarray(photo(20, 30)[0]).save(tmp_path / "in.png")
+    environment = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")} | {"HOME": str(tmp_path / "home")}
+    (tmp_path / "home").mkdir()
+    done = subprocess.run([sys.executable, "-m", "fastnst", command[0], "--style", "wave", *command[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in (tmp_path / "home").rglob("*") if "onnx" in path.name or "Microsoft" in path.name]
