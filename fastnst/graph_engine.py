@@ -1,7 +1,8 @@
 """OpenVINO and ONNX Runtime on a CPU: engines that run ONNX graphs of the network, or of a stage, made when they are first needed."""
 
-from collections.abc import Callable
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -132,10 +133,22 @@ def openvino_core():
     64 of them, for some three sizes, are as fast.
     """
     try:
-        import openvino
-    except Exception as error:  # such as RuntimeError of what it brings along, which looks for the user's home
-        raise OSError(f"--engine openvino: OpenVINO is installed, but cannot be loaded ({in_one_line(error)}); set HOME if that is what it misses, or use another --engine") from error
+        with _without("openvino_telemetry"):  # by which importing it would tell Google Analytics of this machine
+            import openvino
+    except Exception as error:  # whatever its parts raise
+        raise OSError(f"--engine openvino: OpenVINO is installed, but cannot be loaded ({in_one_line(error)}); use another --engine") from error
     core = openvino.Core()
     with suppress(RuntimeError):  # not in the list of its options: a later version may do without
         core.set_property("CPU", {"CPU_RUNTIME_CACHE_CAPACITY": "64"})
     return core
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """In here ``module`` cannot be imported, unless it has been already."""
+    hidden = sys.modules.setdefault(module, None) is None
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[module]

@@ -88,3 +88,16 @@ def test_onnx_runtime_sends_nothing_home(tmp_path, command):
     done = subprocess.run([sys.executable, "-m", "fastnst", command[0], "--style", "wave", *command[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not [path for path in (tmp_path / "home").rglob("*") if "onnx" in path.name or "Microsoft" in path.name]
+
+
+def test_openvino_needs_no_home_and_tells_nobody_of_it(tmp_path):
+    """With its telemetry, importing it leaves a client's identifier for Google Analytics in the home folder, and fails without one."""
+    code = "import sys; from fastnst.graph_engine import openvino_core; openvino_core(); sys.exit('openvino_telemetry' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, [*tmp_path.iterdir()]) == (0, "", [])
+
+
+def test_what_was_imported_already_stays():
+    with graph_engine._without("json"):
+        import json
+    assert sys.modules["json"] is json
