@@ -9,6 +9,7 @@ GRAIN = 0.03  # of the deviation of the photo's light and dark. By 0.05 what is 
 _BLOCK = 8  # pixels: what is flat is told for squares of so many
 _SIZE = 3  # pixels: the deviation of the Gaussian that white noise is blurred by
 _PERIODS = 211, 307  # pixels after which two textures repeat themselves: their sum does so where nobody sees it
+_ROOM = 2  # deviations
 _ROWS = 64  # at once, whole blocks: a large picture's floats would take four times its memory
 
 
@@ -45,15 +46,19 @@ def add_grain(picture: np.ndarray, grain: float) -> None:
     wanted = grain**2 * max(0.0, square - mean**2)
     missing = np.sqrt(np.maximum(0, wanted - (sums[1] / counts - np.square(sums[0] / counts)))).astype(np.float32)
     lines = [texture[:, np.arange(width) % len(texture)] for texture in _textures()]
+    most = _ROOM * wanted**0.5
     kind = np.int16 if picture.dtype == np.uint8 else np.float32
     for top, band in zip(range(0, height, _ROWS), bands):
         here = missing[top // _BLOCK : (top + _ROWS) // _BLOCK]
         if here.any():
             rows = np.arange(top, min(height, top + _ROWS))
-            noise = sum(each[rows % len(each)] for each in lines)
-            noise *= here.repeat(_BLOCK, 0)[: len(rows)].repeat(_BLOCK, 1)[:, :width]
+            deviation = here.repeat(_BLOCK, 0)[: len(rows)].repeat(_BLOCK, 1)[:, :width]
+            noise = np.rint(sum(each[rows % len(each)] for each in lines) * deviation).astype(kind)
             levels = picture[band].astype(kind, order="C").reshape(len(rows), -1)
-            levels += np.rint(noise, out=noise).astype(kind).repeat(3, axis=1)
+            if levels.min() < most or levels.max() > 255 - most:  # black and white make room for it
+                room = np.rint(np.minimum(_ROOM * deviation, 127)).astype(kind).repeat(3, axis=1)
+                np.clip(levels, room, 255 - room, out=levels)
+            levels += noise.repeat(3, axis=1)
             picture[band] = np.clip(levels, 0, 255, out=levels).reshape(len(rows), width, 3)
 
 
@@ -74,9 +79,10 @@ def with_grain(levels: Any, grain: float) -> Any:
     missing = (wanted - (square - mean * mean)).clamp_(min=0).sqrt_()
     height, width = levels.shape[2:]
     rows, columns = (torch.arange(side, device=levels.device) for side in (height, width))
-    noise = sum(texture[rows % len(texture)][:, columns % len(texture)] for texture in _textures_on(levels.device))
-    noise = missing[:, :, rows // _BLOCK][..., columns // _BLOCK] * noise
-    return (levels + noise.round_()).clamp_(0, 255)
+    deviation = missing[:, :, rows // _BLOCK][..., columns // _BLOCK]
+    noise = deviation * sum(texture[rows % len(texture)][:, columns % len(texture)] for texture in _textures_on(levels.device))
+    room = (_ROOM * deviation).clamp(max=127).round_()
+    return (levels.clamp(room, 255 - room) + noise.round_()).clamp_(0, 255)
 
 
 @cache
