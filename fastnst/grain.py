@@ -1,6 +1,7 @@
 """Grain for the flat parts of a photo: skies, walls, what is overexposed. Without any a network finds nothing there to make strokes of, or JPEG's blocks."""
 
 from functools import cache
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ _ROWS = 64  # at once, whole blocks: a large picture's floats would take four ti
 
 def check_grain(grain: float) -> float:
     """The same. Raises ``ValueError`` unless it is from 0 to 1."""
-    if isinstance(grain, (int, float)) and 0 <= grain <= 1:
+    if isinstance(grain, Real) and 0 <= grain <= 1:
         return grain
     raise ValueError(f"grain: got {grain!r}, need a number from 0, none, to 1; {GRAIN} is the default")
 
@@ -41,11 +42,11 @@ def add_grain(picture: np.ndarray, grain: float) -> None:
     bands = [slice(top, top + _ROWS) for top in range(0, height, _ROWS)]
     firsts = [np.arange(0, side, _BLOCK) for side in (height, width)]
     counts = np.outer(*(np.diff(first, append=side) for first, side in zip(firsts, (height, width))))
-    sums = [np.concatenate(each) for each in zip(*(_sums(picture[band]) for band in bands))]
+    sums = [np.concatenate(each) for each in zip(*(_sums(picture[band], picture[0, 0]) for band in bands))]
     mean, square = (each.sum(dtype=np.float64) / (height * width) for each in sums)
     wanted = grain**2 * max(0.0, square - mean**2)
     missing = np.sqrt(np.maximum(0, wanted - (sums[1] / counts - np.square(sums[0] / counts)))).astype(np.float32)
-    lines = [texture[:, np.arange(width) % len(texture)] for texture in _textures()]
+    lines = [texture[:height, np.arange(width) % len(texture)] for texture in _textures()]
     most = _ROOM * wanted**0.5
     kind = np.int16 if picture.dtype == np.uint8 else np.float32
     for top, band in zip(range(0, height, _ROWS), bands):
@@ -62,9 +63,10 @@ def add_grain(picture: np.ndarray, grain: float) -> None:
             picture[band] = np.clip(levels, 0, 255, out=levels).reshape(len(rows), width, 3)
 
 
-def _sums(band: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of a band's light and of its squares, ``(rows of blocks, blocks)``."""
-    light = band.astype(np.float32) @ np.full(3, 1 / 3, np.float32)
+def _sums(band: np.ndarray, ground: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of a band's light over that of ``ground``, one of its colors, so that one color leaves nothing to round, and of its squares, ``(rows of blocks, blocks)``."""
+    light, dark = (levels.astype(np.float32) @ np.full(3, 1 / 3, np.float32) for levels in (band, ground))
+    light -= dark
     return tuple(np.add.reduceat(np.add.reduceat(each, range(0, light.shape[1], _BLOCK), axis=1), range(0, light.shape[0], _BLOCK), axis=0) for each in (light, light * light))
 
 
@@ -74,8 +76,9 @@ def with_grain(levels: Any, grain: float) -> Any:
     import torch.nn.functional as F
 
     light = levels.mean(dim=1, keepdim=True)
+    light = light - light.mean(dim=(2, 3), keepdim=True)  # what is left of a single color is rounding: its squares are as good as nothing
     mean, square = (F.avg_pool2d(each, _BLOCK, ceil_mode=True) for each in (light, light * light))
-    wanted = grain**2 * light.var(dim=(2, 3), correction=0, keepdim=True)
+    wanted = grain**2 * (light * light).mean(dim=(2, 3), keepdim=True)
     missing = (wanted - (square - mean * mean)).clamp_(min=0).sqrt_()
     height, width = levels.shape[2:]
     rows, columns = (torch.arange(side, device=levels.device) for side in (height, width))

@@ -118,6 +118,7 @@ class Stylizer:
         with self._turn:
             plain = self._of_one_color(pixels)
             given = pixels if self._at_device else self._grained(pixels, in_place)
+            in_place = in_place or given is not pixels  # a copy of ours
             whole = self._together(stylize, given, self._for_float32(given, plain), plain, np.empty_like)
         return self.blend.pictures(pixels, whole) if self.blend else whole
 
@@ -237,6 +238,7 @@ class Stylizer:
                     seen = self._grained(seen, in_place=True)
                     grained = pixels(seen)
                 exact = self._for_float32(seen, plain)
+                del seen  # as large as the pictures, and of no use to what follows
             whole = self._together(stylize, grained, exact, {index: pixels(stylized) for index, stylized in plain.items()}, torch.empty_like)
         whole = whole.to(images.device)
         if self.blend:
