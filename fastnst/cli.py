@@ -80,18 +80,27 @@ def run(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | No
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name of a file that the terminal, or on Windows a pipe, cannot show
     try:
-        code = command(argv)
-        sys.stdout.flush()  # here a reader that has gone, or a full disk, is told; Python would do it at its end with a traceback
-        return code
+        try:
+            return command(argv)
+        finally:  # also behind --help, which argparse ends by SystemExit
+            _flush()
     except KeyboardInterrupt as stop:
         print("stopped", file=sys.stderr)
         return stop.args[0] if stop.args else 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, ArithmeticError, MemoryError) as error:
         complain("", error)
         return 2
+
+
+def _flush() -> None:
+    """Here a reader that has gone, or a full disk, is an error; Python would tell it at its end with a traceback, as what is left unsaid is tried again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _open_closed_streams() -> None:

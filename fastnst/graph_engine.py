@@ -146,9 +146,10 @@ def openvino_core():
 @contextmanager
 def _without(module: str) -> Iterator[None]:
     """In here ``module`` cannot be imported, unless it has been already."""
-    hidden = sys.modules.setdefault(module, None) is None
+    hides = module not in sys.modules  # else it is there, or another thread hides it
+    sys.modules.setdefault(module, None)
     try:
         yield
     finally:
-        if hidden:
-            del sys.modules[module]
+        if hides:
+            sys.modules.pop(module, None)

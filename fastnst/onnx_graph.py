@@ -1,6 +1,7 @@
 """Stages as ONNX graphs: the whole network, or one stage alone for tiles; and ONNX model files that explain themselves."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ def onnx_session(model: str | bytes) -> Any:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on it gave each machine an identifier and told Microsoft of sessions; read when it is imported
     import onnxruntime
 
+    if sys.platform == "win32":  # where the variable does nothing, and earlier versions tell of sessions, too, by the system's events
+        onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = cpu_threads()
     options.log_severity_level = 3  # it warns of constants that it folded itself

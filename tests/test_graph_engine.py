@@ -13,6 +13,7 @@ from test_stages import staged
 
 from fastnst import graph_engine, runtime
 from fastnst.engine import load_engine
+from fastnst.onnx_graph import onnx_session
 from fastnst.runtime import WORTH_COMPILING
 
 
@@ -90,11 +91,33 @@ def test_onnx_runtime_sends_nothing_home(tmp_path, command):
     assert not [path for path in (tmp_path / "home").rglob("*") if "onnx" in path.name or "Microsoft" in path.name]
 
 
+def test_on_windows_events_of_sessions_are_off(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr("onnxruntime.disable_telemetry_events", lambda: told.append("off"))
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *_, **__: told.append("session"))
+    onnx_session(b"")
+    assert told == ["off", "session"]
+
+
 def test_openvino_needs_no_home_and_tells_nobody_of_it(tmp_path):
     """With its telemetry, importing it leaves a client's identifier for Google Analytics in the home folder, and fails without one."""
     code = "import sys; from fastnst.graph_engine import openvino_core; openvino_core(); sys.exit('openvino_telemetry' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, text=True)
     assert (done.returncode, done.stderr, [*tmp_path.iterdir()]) == (0, "", [])
+
+
+def test_threads_may_load_openvino_together():
+    code = """
+import threading
+from fastnst.graph_engine import openvino_core
+together = threading.Barrier(4)
+threads = [threading.Thread(target=lambda: (together.wait(), openvino_core())) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == ""
 
 
 def test_what_was_imported_already_stays():
