@@ -79,8 +79,9 @@ def hold(run_dir: Path, config: Config) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOENT:
             check_there(run_dir)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE):
-            what = in_words(error) if str(run_dir) in str(error) else f"cannot write in {run_dir}: {os.strerror(error.errno)}"
+        here = str(run_dir) in str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE) and (here or error.filename is None):
+            what = in_words(error) if here else f"cannot write in {run_dir}: {os.strerror(error.errno)}"
             raise type(error)(error.errno, f"{what}; what was saved before is intact: once this is mended, the same command goes on from there") from error
         raise
     finally:

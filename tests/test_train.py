@@ -666,6 +666,12 @@ def test_a_full_disk_whose_error_names_the_file_says_what_is_left_of_the_run_too
     assert full.value.strerror.startswith(f"cannot write {tmp_path / 'run' / 'a'}: No space left on device; what was saved before is intact: ")
 
 
+def test_another_folder_s_error_is_not_laid_to_the_run(train_data, tmp_path):
+    with pytest.raises(PermissionError) as forbidden, hold(tmp_path / "run", validate_config(TrainConfig, train_data)):
+        raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/triton")
+    assert str(forbidden.value) == "[Errno 13] Permission denied: '/elsewhere/triton'"
+
+
 def test_the_result_tells_speed_waiting_and_last_terms(train_data, tmp_path):
     result = fit(train_data, tmp_path / "run")
     assert result.photos_per_second > 0 and 0 < result.waiting < 1
