@@ -57,8 +57,8 @@ def add_grain(picture: np.ndarray, grain: float) -> None:
             noise = np.rint(sum(each[rows % len(each)] for each in lines) * deviation).astype(kind)
             levels = picture[band].astype(kind, order="C").reshape(len(rows), -1)
             if levels.min() < most or levels.max() > 255 - most:  # black and white make room for it
-                room = np.rint(np.minimum(_ROOM * deviation, 127)).astype(kind).repeat(3, axis=1)
-                np.clip(levels, room, 255 - room, out=levels)
+                room = np.rint(np.minimum(_ROOM * here, 127)).astype(kind).repeat(_BLOCK, 0)[: len(rows)].repeat(3 * _BLOCK, 1)[:, : 3 * width]
+                np.minimum(np.maximum(levels, room, out=levels), 255 - room, out=levels)
             levels += noise.repeat(3, axis=1)
             picture[band] = np.clip(levels, 0, 255, out=levels).reshape(len(rows), width, 3)
 
