@@ -60,7 +60,6 @@ class Stylizer:
         self.notice = notice
         self.blend = blend
         self.grain = check_grain(grain)
-        self._at_device = {} if engine.device == "cpu" else {"grain": grain}  # told to its passes, which then add it; else this does
         self._turn = threading.Lock()  # engines take one caller at a time
         self._plain: tuple[Any, np.ndarray | None] = ((), None)  # shape and color of the last picture of a single color, and what became of it
         self._float32: Engine | None = engine if engine.precision == "float32" else None
@@ -121,6 +120,11 @@ class Stylizer:
             in_place = in_place or given is not pixels  # a copy of ours
             whole = self._together(stylize, given, self._for_float32(given, plain), plain, np.empty_like)
         return self.blend.pictures(pixels, whole) if self.blend else whole
+
+    @property
+    def _at_device(self) -> dict[str, float]:
+        """What the engine's passes are told besides: away from the CPU they add the grain themselves."""
+        return {} if self.engine.device == "cpu" else {"grain": self.grain}
 
     def _grained(self, pictures: np.ndarray, in_place: bool) -> np.ndarray:
         """``(N, H, W, 3)`` of levels with their grain."""

@@ -151,9 +151,9 @@ def test_a_stylizer_adds_it_in_every_way(model, engine):
 @pytest.mark.parametrize("tile", ["off", 32])
 def test_an_engine_on_a_gpu_adds_the_same(model, tile):
     """torch on the CPU in its place: it takes the same way."""
-    engine = TorchEngine(load_network(model), "cpu", "float32")
-    here, there, without = (Stylizer(engine, tile, grain=amount) for amount in (0.5, 0.5, 0.0))
-    there._at_device = {"grain": 0.5}
+    engines = [TorchEngine(load_network(model), "cpu", "float32") for _ in range(3)]
+    engines[1].device = "cpu:0"  # which is not "cpu"
+    here, there, without = (Stylizer(engine, tile, grain=amount) for engine, amount in zip(engines, (0.5, 0.5, 0.0)))
     pictures = np.stack([halves(), np.asarray(synthetic_photo(1, 192, 128))])
     expected = here(pictures)
     found = there(pictures)
