@@ -116,9 +116,10 @@ class Stylizer:
         in_place = in_place and not self.blend
         with self._turn:
             plain = self._of_one_color(pixels)
+            exact = self._for_float32(pixels, plain)  # asked of the photo: black beside white shows it with grain, too (36 dB)
             given = pixels if self._at_device else self._grained(pixels, in_place)
             in_place = in_place or given is not pixels  # a copy of ours
-            whole = self._together(stylize, given, self._for_float32(given, plain), plain, np.empty_like)
+            whole = self._together(stylize, given, exact, plain, np.empty_like)
         return self.blend.pictures(pixels, whole) if self.blend else whole
 
     @property
@@ -238,10 +239,10 @@ class Stylizer:
                     raise ValueError(f"got a tensor of values from {least:g} to {most:g}, need [0, 1]")
                 seen = levels(given)
                 plain = self._of_one_color(seen)
+                exact = self._for_float32(seen, plain)
                 if self.grain and not self._at_device:
                     seen = self._grained(seen, in_place=True)
                     grained = pixels(seen)
-                exact = self._for_float32(seen, plain)
                 del seen  # as large as the pictures, and of no use to what follows
             whole = self._together(stylize, grained, exact, {index: pixels(stylized) for index, stylized in plain.items()}, torch.empty_like)
         whole = whole.to(images.device)

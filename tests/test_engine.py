@@ -14,6 +14,7 @@ from test_stages import staged
 from fastnst import engine as engines
 from fastnst import graph_engine, native_library, runtime
 from fastnst.engine import ENGINES, is_installed, load_engine, load_network
+from fastnst.grain import GRAIN, add_grain
 from fastnst.stylize import Stylizer
 from fastnst.tiles import stylize_tiled
 
@@ -138,8 +139,11 @@ def test_what_strides_leave_one_color_of(picture, style):
         engine = load_engine(network, "cpu", name, "float32")
         assert np.abs(engine.run(pixels) - expected).max() <= 0.6, name
         assert np.abs(stylize_tiled(engine, pixels[0], 32, 10**12) - expected).max() <= 0.6, name
+    grained = pixels.copy()
+    add_grain(grained[0], GRAIN)
+    expected = eager(load_model(path)[0], grained)
     for name in ("openvino", *(["native"] if native_library.multiplies_pairs() else [])):  # a `Stylizer` asks for float32
-        assert np.abs(Stylizer(load_engine(network, "cpu", name, "bfloat16"), grain=0).pictures(pixels) - expected).max() <= 0.6, name
+        assert np.abs(Stylizer(load_engine(network, "cpu", name, "bfloat16")).pictures(pixels) - expected).max() <= 0.6, name
 
 
 def test_strips_of_one_color_are_flat_however_wide():

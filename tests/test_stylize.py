@@ -22,6 +22,7 @@ from fastnst.cli import run
 from fastnst.image import to_tensor
 from fastnst.jobs import Job
 from fastnst.engine import load_engine
+from fastnst.grain import GRAIN, add_grain
 from fastnst.model import NetworkConfig
 from fastnst.network import TransformNetwork
 from fastnst.picture import ImageSize
@@ -59,11 +60,12 @@ def test_a_picture_of_one_color_stays_one(engine, precision):
     """Its deviations are rounding, which a network's norms would make a pattern of, 30 levels deep in bfloat16; its neighbours in a batch are untouched."""
     from fastnst.cli import shipped_styles
 
-    stylizer = Stylizer.from_file(shipped_styles()["mosaic_sun"], "cpu", engine, precision, grain=0)
+    stylizer = Stylizer.from_file(shipped_styles()["mosaic_sun"], "cpu", engine, precision)
     photo, gray, black = np.asarray(synthetic_photo(0, 80, 64)), np.full((64, 80, 3), 200, np.uint8), np.zeros((64, 80, 3), np.uint8)
     pictures = np.stack([photo, gray, black, black])
     stylized = stylizer(pictures)
     assert not stylized[1:].std(axis=(1, 2)).any()
+    add_grain(pictures[0], GRAIN)
     assert np.array_equal(stylized[0], stylizer.engine.run(pictures)[0])
     flat = [[value.std() for value in one] for one in stylizer(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255)]
     assert min(flat[0]) > 0.01 and np.max(flat[1:]) < 1e-6
@@ -96,15 +98,17 @@ def test_what_shows_rounding_is_float32(engine):
     from fastnst.cli import shipped_styles
 
     path = shipped_styles()["mosaic_sun"]
-    stylizer, exact = (Stylizer.from_file(path, "cpu", engine, precision, grain=0) for precision in ("bfloat16", "float32"))
+    stylizer, exact = (Stylizer.from_file(path, "cpu", engine, precision) for precision in ("bfloat16", "float32"))
     photo = np.asarray(synthetic_photo(0, 128, 64))
     expected, of_photo = exact(RAMP), stylizer(photo)
-    for found in (stylizer(RAMP), stylizer(np.stack([photo, RAMP, photo]))[1], Stylizer(stylizer.engine, tile=32, grain=0)(RAMP)):
+    for found in (stylizer(RAMP), stylizer(np.stack([photo, RAMP, photo]))[1], Stylizer(stylizer.engine, tile=32)(RAMP)):
         assert np.abs(found.astype(int) - expected).max() <= 1
     both = torch.from_numpy(np.stack([photo, RAMP])).permute(0, 3, 1, 2) / 255
     of_both = (stylizer(both) * 255).permute(0, 2, 3, 1).numpy()
     assert np.abs(of_both[1] - expected).max() <= 1.01
-    assert np.array_equal(stylizer(both)[0].numpy(), stylizer.engine.run(both.numpy(), "float")[0])
+    grained = both.permute(0, 2, 3, 1).numpy() * 255
+    add_grain(grained[0], GRAIN)
+    assert np.array_equal(stylizer(both)[0].numpy(), stylizer.engine.run(grained.transpose(0, 3, 1, 2) / 255, "float")[0])
     assert np.abs(of_photo.astype(int) - exact(photo)).max() > 1  # which is not
 
 
